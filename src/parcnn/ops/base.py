@@ -1,0 +1,107 @@
+"""What every op is: attributes, output shapes, gradient rule, FLOPs and least bytes. Nothing here computes a tensor.
+
+Shapes are *physical*: images are NHWC, filters KRSC, matrices row-major. Users see NCHW and KCRS; the tracer
+(`parcnn.plan.trace`) is where the two meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import ClassVar
+
+# Bytes of one element. `u2` is a 2-bit pool index: four channels of a pixel share a byte, and each pixel starts a byte.
+ITEM_BYTES = {"f32": 4, "f64": 8, "i32": 4, "u32": 4, "u8": 1}
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
+# Activations whose derivative follows from their output: backward keeps that, never the input. All are monotone, so
+# they commute with a maximum.
+FROM_OUTPUT = ("relu", "tanh", "sigmoid")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape (physical) and element type of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str = "f32"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in memory."""
+        if self.dtype == "u2":
+            return prod(self.shape[:-1]) * -(-self.shape[-1] // 4)
+        return self.size * ITEM_BYTES[self.dtype]
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the graph: what it is, and a name for people."""
+
+    spec: Spec
+    label: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> str:
+        return self.spec.dtype
+
+
+# emit(op, *inputs) appends a node to the graph and returns its outputs.
+Emit = Callable[..., tuple[Value, ...]]
+Grads = tuple[Value | None, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Base of all ops. An op is its attributes; two equal ops on equal shapes run the same code."""
+
+    # True: not on the chain of error signals, so it may run beside it (weight gradients, updates).
+    side_branch: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """Name for tables, e.g. `conv_fprop`."""
+        return "".join("_" + c.lower() if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        """Specs of the outputs for the specs of the inputs."""
+        raise NotImplementedError(self.name)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        """Append the gradient's nodes; return dL/d(input) for each input (None: no gradient flows there).
+
+        `dys` holds dL/d(output), None where an output reached no loss. `dys[i]` may be overwritten by nobody.
+        """
+        raise NotImplementedError(f"{self.name} has no gradient")
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        """Pairs (output, input) that may share memory when that input has no later reader."""
+        return ()
+
+    @property
+    def overwritten(self) -> tuple[int, ...]:
+        """Input positions that the op writes in place: running statistics, weights, logs."""
+        return ()
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        """Floating-point operations (a multiply and an add are two); 0 for ops that only move bytes."""
+        return 0
+
+    def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        """Fewest bytes to move: every input read once, every output written once."""
+        written = [inputs[i] for i in self.overwritten]
+        return sum(s.nbytes for s in (*inputs, *outputs, *written))
+
+
+def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    """An int or a pair as a pair (torch's convention for kernel, stride, padding)."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

@@ -1,0 +1,129 @@
+"""Convolution (cross-correlation, torch's convention): fprop with a fused epilogue, dgrad, wgrad. A Linear is a 1x1 one.
+
+    y[n,p,q,k] = b[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]
+
+Epilogue of fprop: activation, then 2x2 stride-2 pooling over (p,q) whose floor drops an odd last row or column: those
+outputs are never computed. Max-pooling also gives the winner's position in its window, 0..3 (row-major, the first of
+equals wins), as 2-bit indices; backward needs nothing else of the tensor before the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value
+
+
+@dataclass(frozen=True)
+class ConvGeometry(Op):
+    """Attributes that fprop, dgrad and wgrad share."""
+
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    dilation: tuple[int, int] = (1, 1)
+    pool: str | None = None  # None, 'max' or 'avg': 2x2, stride 2, floor
+
+    def output_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
+        """Convolution outputs (p, q), before the pool, for an image (h, w) and a filter (r, s)."""
+        p = (h + self.pad[0] + self.pad[2] - self.dilation[0] * (r - 1) - 1) // self.stride[0] + 1
+        q = (w + self.pad[1] + self.pad[3] - self.dilation[1] * (s - 1) - 1) // self.stride[1] + 1
+        return p, q
+
+    def pooled_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
+        """Outputs (p, q) after the pool."""
+        p, q = self.output_hw(h, w, r, s)
+        return (p // 2, q // 2) if self.pool else (p, q)
+
+    def conv_flops(self, dy: Spec, w: Spec) -> int:
+        """2*N*P*Q*K*R*S*C over the outputs that are computed (those that the pool's floor drops are not)."""
+        k, r, s, c = w.shape
+        return 2 * dy.size * r * s * c * (4 if self.pool else 1)
+
+
+@dataclass(frozen=True)
+class ConvFprop(ConvGeometry):
+    """inputs: x (N,H,W,C), w (K,R,S,C), b (K) if `bias`; outputs: y (N,P,Q,K), and with max-pooling idx (N,P,Q,K) u2."""
+
+    bias: bool = False
+    act: str | None = None
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        x, w = inputs[:2]
+        (n, h, wd, _), (k, r, s, _) = x.shape, w.shape
+        p, q = self.pooled_hw(h, wd, r, s)
+        y = Spec((n, p, q, k), x.dtype)
+        return (y, Spec(y.shape, "u2")) if self.pool == "max" else (y,)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        x, w = inputs[:2]
+        dy, y = dys[0], outputs[0]
+        if dy is None:
+            return (None,) * len(inputs)
+        if self.act:
+            (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
+        idx = outputs[1:2]
+        geometry = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation, "pool": self.pool}
+        (dx,) = emit(ConvDgrad(**geometry, image=x.shape[1:3]), dy, w, *idx)
+        dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=w.shape[1:3]), x, dy, *idx)
+        return dx, *dw_db
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return self.conv_flops(outputs[0], inputs[1])
+
+
+@dataclass(frozen=True)
+class ConvDgrad(ConvGeometry):
+    """dL/dx. inputs: dy (N,P,Q,K), w (K,R,S,C), idx if max-pooled, saved if `act`, addend if `add`; output: dx (N,H,W,C).
+
+    dy is the *pooled* error where `pool` is set; it is routed by idx on the fly. Epilogue:
+    dx = (dgrad + addend) * act'(saved), `saved` being the output of the activation below (shape of dx).
+    """
+
+    image: tuple[int, int] = (0, 0)  # H, W
+    act: str | None = None
+    add: bool = False
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        dy, w = inputs[:2]
+        return (Spec((dy.shape[0], *self.image, w.shape[3]), dy.dtype),)
+
+    def operands(self, inputs: tuple[object, ...]) -> dict[str, object]:
+        """The inputs by name: dy, w, and idx, saved, addend where the op has them."""
+        names = ["dy", "w"] + ["idx"] * (self.pool == "max") + ["saved"] * (self.act is not None) + ["addend"] * self.add
+        return dict(zip(names, inputs, strict=True))
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        # Each dx element reads only its own element of saved and addend.
+        first = 2 + (self.pool == "max")
+        return tuple((0, i) for i in range(first, first + (self.act is not None) + self.add))
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return self.conv_flops(inputs[0], inputs[1])
+
+
+@dataclass(frozen=True)
+class ConvWgrad(ConvGeometry):
+    """dL/dw and dL/db. inputs: x (N,H,W,C), dy (N,P,Q,K) (pooled error where `pool`), idx if max-pooled;
+    outputs: dw (K,R,S,C), db (K) if `bias`. Sums over pixels run in a fixed order."""
+
+    side_branch: ClassVar[bool] = True
+    filter: tuple[int, int] = (1, 1)  # R, S
+    bias: bool = False
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        x, dy = inputs[:2]
+        dw = Spec((dy.shape[3], *self.filter, x.shape[3]), x.dtype)
+        return (dw, Spec((dy.shape[3],), x.dtype)) if self.bias else (dw,)
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return self.conv_flops(inputs[1], outputs[0])
+
+
+def act_dgrad(kind: str) -> Op:
+    """The op that turns an error signal at an activation's output into one at its input, from the output."""
+    from parcnn.ops.pointwise import ActDgrad
+
+    if kind not in FROM_OUTPUT:
+        raise ValueError(f"the derivative of {kind} does not follow from its output")
+    return ActDgrad(kind=kind)

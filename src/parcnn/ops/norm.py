@@ -1,0 +1,114 @@
+"""Batch normalisation over all axes but the channel (Ioffe & Szegedy 2015; torch.nn.BatchNorm2d's conventions)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value
+
+
+@dataclass(frozen=True)
+class BatchNormTrain(Op):
+    """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics.
+
+    inputs: x (..., C), gamma (C), beta (C), running_mean (C), running_var (C); outputs: y, mean (C), rstd (C), both in the
+    tensor's float type. running = (1-momentum)*running + momentum*batch, with the unbiased variance (n/(n-1)).
+    `act`: None or 'relu'.
+    """
+
+    eps: float = 1e-5
+    momentum: float = 0.1
+    act: str | None = None
+
+    @property
+    def overwritten(self) -> tuple[int, ...]:
+        return 3, 4
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        x = inputs[0]
+        stat = Spec((x.shape[-1],), x.dtype)
+        return x, stat, stat
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        if dys[0] is None:
+            return (None,) * 5
+        x, gamma, beta = inputs[:3]
+        dx, dgamma, dbeta = emit(BatchNormDgrad(act=self.act), dys[0], x, gamma, beta, outputs[1], outputs[2])
+        return dx, dgamma, dbeta, None, None
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return 5 * inputs[0].size
+
+    def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return super().bytes(inputs, outputs) + inputs[0].nbytes  # statistics need a pass of their own
+
+
+@dataclass(frozen=True)
+class BatchNormInfer(Op):
+    """y = act((x - running_mean) / sqrt(running_var + eps) * gamma + beta).
+
+    inputs: x (..., C), gamma, beta, running_mean, running_var (C); output: y.
+    """
+
+    eps: float = 1e-5
+    act: str | None = None
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return (inputs[0],)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        """With frozen statistics the layer is an affine map of its input."""
+        if dys[0] is None:
+            return (None,) * 5
+        dx, dgamma, dbeta = emit(
+            BatchNormInferDgrad(eps=self.eps, act=self.act), dys[0], inputs[0], *inputs[1:5]
+        )
+        return dx, dgamma, dbeta, None, None
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 0),)
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return 2 * inputs[0].size
+
+
+@dataclass(frozen=True)
+class BatchNormDgrad(Op):
+    """inputs: dy, x (..., C), gamma, beta, mean, rstd (C); outputs: dx, dgamma (C), dbeta (C).
+
+    With xhat = (x-mean)*rstd and dz = dy * act'(gamma*xhat+beta), both recomputed here:
+    dbeta = sum dz, dgamma = sum dz*xhat, dx = gamma*rstd*(dz - (dbeta + xhat*dgamma)/n).
+    """
+
+    act: str | None = None
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        stat = Spec((inputs[1].shape[-1],), inputs[1].dtype)
+        return inputs[0], stat, stat
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 0), (0, 1))  # the sums are complete before dx is written; each dx element reads only its own dy and x
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return 10 * inputs[0].size
+
+    def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return super().bytes(inputs, outputs) + inputs[0].nbytes + inputs[1].nbytes
+
+
+@dataclass(frozen=True)
+class BatchNormInferDgrad(Op):
+    """inputs: dy, x, gamma, beta, running_mean, running_var; outputs: dx = dz*gamma*rstd, dgamma, dbeta (frozen statistics)."""
+
+    eps: float = 1e-5
+    act: str | None = None
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        stat = Spec((inputs[1].shape[-1],), inputs[1].dtype)
+        return inputs[0], stat, stat
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 0), (0, 1))
+
+    def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        return 7 * inputs[0].size
