@@ -1,0 +1,115 @@
+"""Runs one op on any executor, and holds it to the contract's small print: no byte outside its outputs changes.
+
+Every operand lies between guard bytes in one region; outputs and workspace are poisoned (all bits set: NaN, -1) before the
+call; afterwards guards and inputs must be what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvWgrad
+from parcnn.ops.program import Call, Executor, Program, Slot
+
+ALIGNMENT = 256  # of every tensor, as the plan places them
+GUARD_BYTE = 0xA5
+DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8}
+DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
+
+
+def run_op(
+    executor: Executor,
+    op: Op,
+    arrays: Sequence[np.ndarray],
+    *,
+    alias: Sequence[tuple[int, int]] = (),
+    poison: bool = True,
+    steps: int = 1,
+) -> tuple[np.ndarray, ...]:
+    """Run `op` on `arrays`; return its outputs, followed by the inputs that it overwrites (in the order of op.overwritten).
+
+    2-bit pool indices come and go unpacked: uint8 0..3 in the tensor's shape. `alias` holds pairs (output, input) that share
+    memory, out of op.inplace(). A guard or an input that the op should have left alone and did not fails the test.
+    """
+    assert set(alias) <= set(op.inplace()), f"{op.name} does not allow {alias} in place"
+    specs = tuple(_input_spec(op, i, a) for i, a in enumerate(arrays))
+    place = _Placer()
+    inputs = tuple(place(spec, f"input {i}") for i, spec in enumerate(specs))
+    shared = dict(alias)
+    outputs = tuple(
+        Slot(spec, "arena", inputs[shared[i]].offset, f"output {i}") if i in shared else place(spec, f"output {i}")
+        for i, spec in enumerate(op.infer(*specs))
+    )
+    output_specs = tuple(s.spec for s in outputs)
+    scratch_bytes = executor.workspace_bytes(op, specs, output_specs)
+    workspace = place(Spec((scratch_bytes,), "u8"), "workspace") if scratch_bytes else None
+
+    before = np.full(place.total, GUARD_BYTE, np.uint8)
+    for slot in (*outputs, *((workspace,) if workspace else ())):
+        before[slot.offset : slot.end] = 0xFF if poison else 0
+    for slot, array in zip(inputs, arrays, strict=True):
+        before[slot.offset : slot.end] = _to_bytes(slot.spec, array)
+
+    region = executor.region("arena", place.total)
+    region.write(before)
+    call = Call(op, inputs, outputs, workspace, layer="test")
+    program = executor.load(Program(op.name, (call,), {"arena": place.total}, replay=False), {"arena": region})
+    program.run(steps)
+    executor.synchronize()
+    after = region.read(Spec((place.total,), "u8"))
+
+    may_change = np.zeros(place.total, bool)
+    for slot in call.written:
+        may_change[slot.offset : slot.end] = True
+    changed = np.flatnonzero((before != after) & ~may_change)
+    if changed.size:
+        culprit = next((s.label for s in inputs if s.offset <= changed[0] < s.end), "guard bytes")
+        raise AssertionError(f"{op} changed {changed.size} bytes it does not own, the first at {changed[0]} in {culprit}")
+    results = (*outputs, *(inputs[i] for i in op.overwritten))
+    return tuple(_from_bytes(s.spec, after[s.offset : s.end]) for s in results)
+
+
+class _Placer:
+    """Gives out aligned places with guard bytes before, between and after them."""
+
+    def __init__(self) -> None:
+        self.total = ALIGNMENT
+
+    def __call__(self, spec: Spec, label: str) -> Slot:
+        slot = Slot(spec, "arena", self.total, label)
+        self.total = (slot.end + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT + ALIGNMENT
+        return slot
+
+
+def _input_spec(op: Op, position: int, array: np.ndarray) -> Spec:
+    is_pool_index = isinstance(op, ConvDgrad | ConvWgrad) and op.pool == "max" and position == 2
+    return Spec(array.shape, "u2" if is_pool_index else DTYPE_NAMES[array.dtype])
+
+
+def _to_bytes(spec: Spec, array: np.ndarray) -> np.ndarray:
+    if spec.dtype == "u2":
+        array = pack_u2(array)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _from_bytes(spec: Spec, data: np.ndarray) -> np.ndarray:
+    if spec.dtype == "u2":
+        return unpack_u2(data, spec.shape)
+    return data.copy().view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+
+def pack_u2(indices: np.ndarray) -> np.ndarray:
+    """Indices 0..3 (..., C) as bytes (..., ceil(C/4)): channel c in bits 2*(c%4) of byte c//4."""
+    packed = np.zeros((*indices.shape[:-1], -(-indices.shape[-1] // 4)), np.uint8)
+    for c in range(indices.shape[-1]):
+        packed[..., c // 4] |= indices[..., c].astype(np.uint8) << (2 * (c % 4))
+    return packed
+
+
+def unpack_u2(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The way back: uint8 0..3 in `shape`."""
+    data = packed.reshape(*shape[:-1], -(-shape[-1] // 4))
+    return np.stack([data[..., c // 4] >> (2 * (c % 4)) & 3 for c in range(shape[-1])], axis=-1)
