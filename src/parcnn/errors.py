@@ -39,6 +39,10 @@ class DataError(ParcnnError, ValueError):
     """A data file or array that is missing, truncated, corrupt or does not match its companion."""
 
 
+class DataUnavailableError(DataError):
+    """A published data set that is not on this machine and could not be downloaded."""
+
+
 class LabelError(DataError):
     """A label outside 0..classes-1."""
 
