@@ -1,0 +1,1 @@
+"""Kernel families: each a `.cu` file beside its launcher."""
