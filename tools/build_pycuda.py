@@ -124,7 +124,7 @@ def default_cache() -> Path:
 
 
 def _wheel_folder(cache: Path, against: str) -> Path:
-    """One folder for each PyCUDA, Python ABI and kind of libcuda: a wheel linked to a stub is never installed for use."""
+    """One folder for each PyCUDA, Python ABI and kind of libcuda: no one is given a wheel linked to a stub."""
     abi = sysconfig.get_config_var("SOABI")
     return cache / f"pycuda-{PYCUDA}-{abi}-{against}-{RECIPE}"
 

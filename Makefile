@@ -1,0 +1,65 @@
+# `make help` lists what there is. Every target makes the virtual environment that it needs, or brings it up to date.
+
+VENV ?= .venv
+BENCH ?= speedup
+PYTEST_ARGS ?=
+
+ifdef PYTHON
+# An interpreter that already has the packages: used as it is, nothing is installed, the user's PYTHONPATH is kept.
+PY := PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON)
+SETUP := @:
+else
+PY := $(VENV)/bin/python
+SETUP := @python3 tools/setup_env.py --venv $(VENV)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench gpu-check clean
+
+help:
+	@echo "make demo       train LeNet-5 with the sequential implementation and in parallel, compare, draw graphs (2 minutes)"
+	@echo "make test       all tests that need no GPU"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the speedup benchmark at full size; BENCH=NAME for another one"
+	@echo "make gpu-check  the GPU tests and figures; writes benchmarks/results/gpu-check.json"
+	@echo "make setup      the environment only; tries PyCUDA again where it could not be built"
+	@echo "make clean      removes the environment and what tools left behind"
+	@echo
+	@echo "VENV=DIR          where the environment is (.venv); one that you made with the Python of your choice is used"
+	@echo "PYTHON=PROGRAM    no environment: this Python with the packages it has, for machines without a network"
+	@echo "PYTEST_ARGS=...   further arguments for pytest, such as PYTEST_ARGS='-k conv -x'"
+
+setup:
+	$(SETUP) --retry plots images test
+
+demo:
+	$(SETUP) plots images
+	$(PY) -m parcnn bench speedup --demo
+
+test:
+	$(SETUP) test
+	@$(PY) tools/gpu_record.py status
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+lint:
+	$(SETUP) --no-cuda lint
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench:
+	$(SETUP) plots images
+	$(PY) -m parcnn bench $(BENCH)
+
+# The record is written only when every test passed and the figures could be taken.
+gpu-check:
+	$(SETUP) test
+	@$(PY) tools/gpu_record.py require
+	@mkdir -p runs/gpu-check
+	$(PY) -m pytest -m gpu --junitxml=runs/gpu-check/junit.xml $(PYTEST_ARGS)
+	$(PY) -m parcnn bench gpu-check --json runs/gpu-check/figures.json
+	$(PY) tools/gpu_record.py write --junit runs/gpu-check/junit.xml --figures runs/gpu-check/figures.json
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests tools -name __pycache__ -type d -prune -exec rm -r {} +
