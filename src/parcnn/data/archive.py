@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import posixpath
 import shutil
 import tarfile
@@ -17,10 +16,11 @@ from parcnn.errors import DataError
 
 
 def unpack(archive: Path, members: Mapping[str, int], folder: Path) -> None:
-    """Write the named members of a .tar.gz into `folder`, each atomically, under the last part of its name.
+    """Write the named members of a .tar.gz into `folder`, under the last part of their names.
 
-    Only regular files whose full name and size are as given are taken; where a member goes does not depend on what
-    the archive says, so an archive cannot write anywhere else, however it was made.
+    They are moved into place when all of them are whole and the check sum of the archive was right. Only regular files
+    whose full name and size are as given are taken, and where they go does not depend on what the archive says, so that
+    no archive can write anywhere else, however it was made.
 
     Args:
         archive: the .tar.gz.
@@ -30,21 +30,12 @@ def unpack(archive: Path, members: Mapping[str, int], folder: Path) -> None:
     Raises:
         DataError: the archive is corrupt, truncated or lacks a member, or the folder cannot be written.
     """
-    missing = dict(members)
     try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = posixpath.normpath(member.name)
-                if name not in missing or not member.isreg():
-                    continue
-                if member.size != missing[name]:
-                    raise damaged(
-                        archive, f"{name} has the wrong size", expected=f"{missing[name]} bytes", got=f"{member.size}"
-                    )
-                _extract(tar, member, folder / posixpath.basename(name))
-                del missing[name]
-                if not missing:
-                    return
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
+            _extract(archive, members, Path(temporary))
+            for path in Path(temporary).iterdir():
+                path.replace(folder / path.name)
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise damaged(archive, f"corrupt or truncated archive ({error})") from error
     except OSError as error:
@@ -53,23 +44,25 @@ def unpack(archive: Path, members: Mapping[str, int], folder: Path) -> None:
             where=str(archive),
             remedy="unpack it where there is room and permission, and give that folder as the data folder",
         ) from error
-    raise damaged(archive, "files are missing in the archive", expected=", ".join(members), got=f"no {min(missing)}")
 
 
-def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    part = Path(temporary)
-    try:
-        with os.fdopen(handle, "wb") as out:
-            source = tar.extractfile(member)
-            if source is None:  # never for a regular file
-                raise tarfile.ExtractError(f"{member.name} has no data")
-            shutil.copyfileobj(source, out, 1 << 20)
-            if out.tell() != member.size:
-                raise tarfile.ReadError(f"{member.name} ends too early")
-        part.chmod(0o644)  # mkstemp makes it private
-        part.replace(target)
-    except BaseException:
-        part.unlink()
-        raise
+def _extract(archive: Path, members: Mapping[str, int], folder: Path) -> None:
+    missing = dict(members)
+    with gzip.open(archive) as stream:
+        with tarfile.open(fileobj=stream, mode="r:") as tar:
+            for member in tar:
+                name = posixpath.normpath(member.name)
+                source = tar.extractfile(member) if name in missing and member.isreg() else None
+                if source is None:
+                    continue
+                size = missing.pop(name)
+                if member.size != size:
+                    raise damaged(archive, f"{name} has the wrong size", expected=f"{size} bytes", got=member.size)
+                with (folder / posixpath.basename(name)).open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        while stream.read(1 << 20):  # gzip checks its sum at the end
+            pass
+    if missing:
+        raise damaged(
+            archive, "files are missing in the archive", expected=", ".join(members), got=f"no {min(missing)}"
+        )
