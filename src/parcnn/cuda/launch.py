@@ -1,39 +1,42 @@
 """The seam between the executor and a kernel family: what a launcher says of a call.
 
-Each family is a `.cu` file in `kernels/` beside a launcher `.py` of the same name, a module with
-
-    OPS: tuple[type[Op], ...]                                   the ops that it runs
-    supports(op, inputs) -> str | None                          None, or the reason why not
-    workspace_bytes(op, inputs, outputs, device) -> int         scratch memory of the call
-    launches(call, device) -> list[Launch]                      the kernels that run the call, in order
-    variants() -> Iterable[Kernel]                              every kernel that launches() may name, for ahead-of-time checks
-
-All are pure functions of the problem and the device's description: they import no CUDA.
+Each family is a `.cu` file in `kernels/` beside a launcher `.py` of the same name, a module that is a `Launcher`. All
+its functions are pure functions of the problem and the device's description: they import no CUDA.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from parcnn.ops.program import Slot
+from parcnn.errors import DeviceError
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Slot
+
+
+class LaunchError(DeviceError):
+    """A launch that breaks a rule: its arguments, its sizes, the memory it points to, or its order among the others."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What launchers may know of a GPU."""
+    """What launchers may know of a GPU, and what records of measurements say of it."""
 
     name: str
     arch: str  # NVRTC's name: 'sm_90a'
     sm_count: int
     shared_bytes_per_block: int = 232448  # with opt-in
     total_bytes: int = 0
+    driver: str = ""  # NVIDIA's driver: '580.65.06'
+    cuda: str = ""  # newest CUDA that the driver speaks: '13.0'
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled variant: a source file in `kernels/`, an extern "C" entry, and its macros. Problem sizes are never macros."""
+    """One compiled variant: a source file in `kernels/`, an extern "C" entry, and macros (never problem sizes)."""
 
     source: str
     entry: str
@@ -47,7 +50,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Pointer:
-    """The address of `slot` plus `offset` bytes; `nbytes` from there are what the kernel may touch (None: to the slot's end)."""
+    """The address of `slot` plus `offset` bytes; the kernel may touch `nbytes` from there (None: to the slot's end)."""
 
     slot: Slot
     offset: int = 0
@@ -74,3 +77,21 @@ class Launch:
     block: tuple[int, int, int]
     args: tuple[Argument, ...] = field(default=())
     shared_bytes: int = 0  # dynamic shared memory
+
+
+class Launcher(Protocol):
+    """What a module of `kernels/` has."""
+
+    OPS: tuple[type[Op], ...]  # the ops that it runs
+
+    def supports(self, op: Op, inputs: tuple[Spec, ...]) -> str | None:
+        """None, or the reason why it does not run the op on these operands."""
+
+    def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
+        """Scratch memory of the call."""
+
+    def launches(self, call: Call, device: Device) -> list[Launch]:
+        """The kernels that run the call, in order."""
+
+    def variants(self) -> Iterable[Kernel]:
+        """Every kernel that `launches` may name, for ahead-of-time checks."""

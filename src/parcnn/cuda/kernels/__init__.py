@@ -1,1 +1,42 @@
-"""Kernel families: each a `.cu` file beside its launcher."""
+"""The kernel families, and which of them runs an op: the first, in the order of the list, that says it can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parcnn.cuda.launch import Kernel, Launcher
+from parcnn.errors import UnsupportedError
+from parcnn.ops.base import Op, Spec
+
+
+class Registry:
+    """Launchers in the order in which they are asked."""
+
+    def __init__(self, launchers: Sequence[Launcher]) -> None:
+        self._launchers = tuple(launchers)
+
+    def supports(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """Whether some launcher runs the op on these operands."""
+        return any(launcher.supports(op, inputs) is None for launcher in self._of(op))
+
+    def find(self, op: Op, inputs: tuple[Spec, ...], where: str = "") -> Launcher:
+        """The launcher that runs the op. Raises UnsupportedError with each one's reason."""
+        reasons = []
+        for launcher in self._of(op):
+            reason = launcher.supports(op, inputs)
+            if reason is None:
+                return launcher
+            reasons.append(reason)
+        raise UnsupportedError(
+            f"no kernel runs {op.name} on {', '.join(f'{s.dtype}{s.shape}' for s in inputs)}",
+            where=where,
+            expected="; ".join(reasons) or "an op that has a launcher",
+            got=repr(op),
+        )
+
+    def variants(self) -> tuple[Kernel, ...]:
+        """Every kernel of every launcher."""
+        return tuple(kernel for launcher in self._launchers for kernel in launcher.variants())
+
+    def _of(self, op: Op) -> list[Launcher]:
+        return [launcher for launcher in self._launchers if type(op) in launcher.OPS]
