@@ -54,7 +54,7 @@ def test_the_test_split_is_normalised_as_the_training_split() -> None:
 
 
 def test_resized_bilinearly_between_pixel_centres() -> None:
-    """Against the same interpolation in float64, of every image; so the order of the images is the published one, too."""
+    """Against the same interpolation in float64 of every image, in the published order."""
     small, labels = original()
     at = np.clip((np.arange(28) + 0.5) * 8 / 28 - 0.5, 0, 7)
     low = np.minimum(at.astype(int), 6)
