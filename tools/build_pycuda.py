@@ -5,7 +5,8 @@ libcuda to link. The first two must be on the machine; the CUDA headers come out
 driver's libcuda.so.1 is linked under the name without the number that only toolkits install. An nvcc on the PATH, from
 which PyCUDA would guess where CUDA is, has no say.
 
-The wheel is kept in $XDG_CACHE_HOME/parcnn/wheels (~/.cache/parcnn/wheels), so the minutes are spent once a machine.
+The wheel is kept in $XDG_CACHE_HOME/parcnn/wheels (~/.cache/parcnn/wheels), so the minutes are spent once a machine;
+a stub is kept beside the wheel that was linked to it.
 
     python tools/build_pycuda.py                                    # against this machine's driver
     python tools/build_pycuda.py --stub                             # against a stub, for machines without a GPU
@@ -17,6 +18,7 @@ compile. What is missing, and how to get it, is said on stderr.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -32,7 +34,6 @@ PYCUDA = "2026.1"
 # The oldest headers that parcnn supports: a PyCUDA compiled with newer ones could ask an older driver for functions
 # that it does not have.
 HEADERS = ("nvidia-cuda-runtime==13.0.*", "nvidia-cuda-profiler-api==13.0.*")
-RECIPE = 1  # part of the cache's key; raise it when this file builds a different wheel
 
 COMPILERS = (("gcc", "g++"), ("clang", "clang++"), ("cc", "c++"))
 
@@ -107,12 +108,14 @@ def build(cache: Path, stub: bool) -> Path:
         _say("getting CUDA's headers")
         _fetch_headers(root / "include", scratch)
         (root / "lib64").mkdir()
-        library = build_stub(root / "include", scratch, compilers[0]) if stub else _driver_library()
+        library = _stub_library(root / "include", scratch, compilers[0]) if stub else _driver_library()
         (root / "lib64" / "libcuda.so").symlink_to(library)
         _say(f"getting the source of PyCUDA {PYCUDA}")
         source = _fetch_source(scratch)
         _say("compiling PyCUDA (two to three minutes on one core; once a machine)")
         built = _compile(source, root, scratch, compilers)
+        if stub:
+            library.replace(folder / SONAME)  # who imports a PyCUDA that is linked to it needs it
         wheel = folder / built.name
         built.replace(wheel)
     return wheel
@@ -124,9 +127,10 @@ def default_cache() -> Path:
 
 
 def _wheel_folder(cache: Path, against: str) -> Path:
-    """One folder for each PyCUDA, Python ABI and kind of libcuda: no one is given a wheel linked to a stub."""
+    """One folder for each PyCUDA, Python ABI, kind of libcuda (a stub's is for tests only) and state of this file."""
     abi = sysconfig.get_config_var("SOABI")
-    return cache / f"pycuda-{PYCUDA}-{abi}-{against}-{RECIPE}"
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    return cache / f"pycuda-{PYCUDA}-{abi}-{against}-{recipe}"
 
 
 def _driver_library() -> Path:
@@ -141,6 +145,13 @@ def _driver_library() -> Path:
             "install driver 580 or newer"
         )
     return driver.library
+
+
+def _stub_library(include: Path, out: Path, compiler: str) -> Path:
+    try:
+        return build_stub(include, out, compiler)
+    except subprocess.CalledProcessError as error:
+        raise BuildError(f"the stub of libcuda does not compile with {compiler}, see above") from error
 
 
 def _fetch_headers(include: Path, scratch: Path) -> None:

@@ -1,0 +1,98 @@
+"""The GPU record is fresh, stale or missing, and is written of green runs only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.packaging.conftest import Tool
+
+JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests">
+<testsuite name="pytest" errors="{errors}" failures="{failures}" skipped="2" tests="12" time="1.0"/></testsuites>"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A small work tree with a record of its sources."""
+    for name in ("src/parcnn/cuda/kernels/conv.cu", "src/parcnn/nn.py", "tests/test_nn.py", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def write_record(tree: Path, digest: str) -> None:
+    record = {"sources_sha256": digest, "gpu": "NVIDIA H200", "date": "2026-01-01T00:00:00+00:00"}
+    file = tree / "benchmarks/results/gpu-check.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({**record, "tests": {"passed": 10, "failed": 0, "skipped": 2}}))
+
+
+def test_status_without_a_record(tool: Tool, tree: Path) -> None:
+    done = tool("gpu_record.py", "--root", tree, "status")
+    assert done.returncode == 0
+    assert done.stdout.startswith("GPU record: missing (benchmarks/results/gpu-check.json)")
+
+
+@pytest.mark.parametrize(
+    ("changed", "state"),
+    [
+        (None, "fresh"),
+        ("README.md", "fresh"),
+        ("src/parcnn/cuda/kernels/conv.cu", "stale"),
+        ("src/parcnn/nn.py", "stale"),
+        ("tests/test_nn.py", "stale"),
+        ("src/parcnn/cuda/kernels/shared.cuh", "stale"),  # a file that was not there
+    ],
+)
+def test_status_follows_the_sources(tool: Tool, tree: Path, changed: str | None, state: str) -> None:
+    write_record(tree, tool("gpu_record.py", "--root", tree, "hash").stdout.strip())
+    if changed is not None:
+        (tree / changed).write_text("changed")
+    done = tool("gpu_record.py", "--root", tree, "status")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"GPU record: {state}")
+    assert "10 tests passed on NVIDIA H200" in done.stdout
+
+
+def test_hash_tells_a_moved_file(tool: Tool, tree: Path) -> None:
+    before = tool("gpu_record.py", "--root", tree, "hash").stdout
+    (tree / "src/parcnn/nn.py").rename(tree / "src/parcnn/layers.py")
+    assert tool("gpu_record.py", "--root", tree, "hash").stdout != before
+
+
+@pytest.mark.parametrize(("errors", "failures"), [(0, 1), (1, 0)])
+def test_no_record_of_a_failing_run(tool: Tool, tree: Path, errors: int, failures: int) -> None:
+    junit, figures = tree / "junit.xml", tree / "figures.json"
+    junit.write_text(JUNIT.format(errors=errors, failures=failures))
+    figures.write_text("{}")
+    done = tool("gpu_record.py", "--root", tree, "write", "--junit", junit, "--figures", figures)
+    assert done.returncode == 1
+    assert "'passed': 9, 'failed': 1, 'skipped': 2" in done.stderr
+    assert not (tree / "benchmarks").exists()
+
+
+def test_no_record_without_a_gpu(tool: Tool, tree: Path) -> None:
+    junit, figures = tree / "junit.xml", tree / "figures.json"
+    junit.write_text(JUNIT.format(errors=0, failures=0))
+    figures.write_text("{}")
+    hidden: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
+    for command in (["require"], ["write", "--junit", junit, "--figures", figures]):
+        done = tool("gpu_record.py", "--root", tree, *command, env=hidden)
+        assert done.returncode == 1
+        assert "no GPU can be used" in done.stderr
+    assert not (tree / "benchmarks").exists()
+
+
+@pytest.mark.gpu
+def test_record_of_a_green_run(tool: Tool, tree: Path) -> None:
+    junit, figures = tree / "junit.xml", tree / "figures.json"
+    junit.write_text(JUNIT.format(errors=0, failures=0))
+    figures.write_text('{"lenet5_step_us": 1.5}')
+    done = tool("gpu_record.py", "--root", tree, "write", "--junit", junit, "--figures", figures)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tree / "benchmarks/results/gpu-check.json").read_text())
+    assert record["tests"] == {"passed": 10, "failed": 0, "skipped": 2}
+    assert record["figures"] == {"lenet5_step_us": 1.5}
+    assert {"gpu", "driver", "cuda", "python", "numpy", "pycuda", "commit", "date"} <= record.keys()
+    assert tool("gpu_record.py", "--root", tree, "status").stdout.startswith("GPU record: fresh")
