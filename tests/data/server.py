@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -40,7 +40,8 @@ def serve(server: Server) -> Iterator[Server]:
             self.send_header("Content-Length", str(len(content) - begin))
             self.end_headers()
             body = content[begin:]
-            self.wfile.write(body if server.cut_at is None else body[: server.cut_at])
+            with suppress(ConnectionError):  # the client may hang up
+                self.wfile.write(body if server.cut_at is None else body[: server.cut_at])
 
         def log_message(self, format: str, *args: object) -> None:
             pass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.data.server import Server, serve
 
-from parcnn.data.download import download
+from parcnn.data.download import download, fetch
 from parcnn.data.published import RemoteFile
 from parcnn.errors import DataError, DataUnavailableError
 
@@ -176,3 +176,11 @@ def test_progress_is_shown_on_a_terminal_only(
     assert shown.out == ""
     assert ("images.gz" in shown.err) == terminal
     assert terminal or shown.err == ""
+
+
+def test_a_server_that_never_stops_is_cut_off(tmp_path: Path) -> None:
+    had: list[int] = []
+    with serve(Server({"/images.gz": CONTENT + bytes(10_000_000)})) as server:
+        with pytest.raises(DataUnavailableError, match="not the published file"):
+            fetch(FILE, [server.url + "images.gz"], tmp_path / "images.gz", had.append)
+    assert FILE.size < max(had) < FILE.size + 100_000
