@@ -180,7 +180,7 @@ def test_progress_is_shown_on_a_terminal_only(
 
 def test_a_server_that_never_stops_is_cut_off(tmp_path: Path) -> None:
     had: list[int] = []
-    with serve(Server({"/images.gz": CONTENT + bytes(10_000_000)})) as server:
-        with pytest.raises(DataUnavailableError, match="not the published file"):
-            fetch(FILE, [server.url + "images.gz"], tmp_path / "images.gz", had.append)
+    endless = Server({"/images.gz": CONTENT + bytes(10_000_000)})
+    with serve(endless) as server, pytest.raises(DataUnavailableError, match="not the published file"):
+        fetch(FILE, [server.url + "images.gz"], tmp_path / "images.gz", had.append)
     assert FILE.size < max(had) < FILE.size + 100_000
