@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from parcnn.ops.base import Emit, Grads, Op, Spec, Value
 
@@ -53,7 +53,7 @@ class PoolFprop(PoolWindow):
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         if dys[0] is None:
             return (None,)
-        attributes = {f: getattr(self, f) for f in PoolWindow.__dataclass_fields__}
+        attributes = {f.name: getattr(self, f.name) for f in fields(PoolWindow)}
         return emit(PoolDgrad(**attributes, image=inputs[0].shape[1:3]), dys[0], *outputs[1:])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:

@@ -18,8 +18,8 @@ from parcnn.ops.base import Op, Spec
 class Slot:
     """A tensor's place: `offset` bytes into the memory that is bound to `region` when the program is loaded.
 
-    Regions: 'arena' (transient), 'persistent' (weights, optimizer state, running statistics), and the feeds 'state',
-    'hyper', 'images', 'targets', 'order', 'losses', 'corrects', 'out' (`parcnn.ops.feed`).
+    Regions: 'arena' (transient); 'weights' (with running statistics) and 'optimizer' (its state), both persistent; and the
+    feeds 'state', 'hyper', 'images', 'targets', 'order', 'losses', 'corrects', 'out' (`parcnn.ops.feed`).
     """
 
     spec: Spec

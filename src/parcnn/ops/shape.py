@@ -8,6 +8,19 @@ from parcnn.ops.base import Emit, Grads, Op, Spec, Value
 
 
 @dataclass(frozen=True)
+class View(Op):
+    """The same bytes under another shape. No executor ever sees it: its output lies where its input does."""
+
+    shape: tuple[int, ...] = ()
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return (Spec(self.shape, inputs[0].dtype),)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        return (None,) if dys[0] is None else emit(View(shape=inputs[0].shape), dys[0])
+
+
+@dataclass(frozen=True)
 class Cat(Op):
     """Concatenate along the last (channel) axis. inputs: any number; output: y."""
 

@@ -1,0 +1,304 @@
+"""torch.nn.functional's names on symbolic tensors: each checks its shapes and writes its op into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from parcnn.errors import ArgumentError, ShapeError, UnsupportedError
+from parcnn.ops.base import ACTIVATIONS, Value, pair
+from parcnn.ops.conv import ConvFprop
+from parcnn.ops.loss import CrossEntropy, MeanSquaredError
+from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
+from parcnn.ops.pointwise import Act, Dropout
+from parcnn.ops.pool import AdaptiveAvgFprop, PoolFprop
+from parcnn.plan.trace import Tensor, flatten
+from parcnn.plan.variable import Packing, Variable
+
+IntPair = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The result of a loss function: a scalar that training minimises, and the count of right answers where there is one."""
+
+    value: Value
+    correct: Value | None = None
+
+
+def conv2d(
+    x: Tensor,
+    weight: Variable,
+    bias: Variable | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Cross-correlation of x (N,C,H,W) with weight (K,C,R,S), torch.nn.functional.conv2d's arguments.
+
+    padding: an int, a pair, 'valid', or 'same' (stride 1; an odd total puts one more row and column at the end).
+    Raises ShapeError (channels, kernel larger than the padded image), ArgumentError, UnsupportedError (groups).
+    """
+    where = x.trace.layer
+    _need_image(x, "conv2d")
+    k, c, r, s = weight.shape
+    if groups != 1:
+        raise UnsupportedError("grouped convolution", where=where, got=f"groups={groups}", remedy="use groups=1")
+    if x.shape[1] != c:
+        raise ShapeError(
+            "the input has another number of channels than the filter",
+            where=where,
+            expected=f"(N, {c}, H, W)",
+            got=x.shape,
+            remedy=f"in_channels={x.shape[1]} fits this input",
+        )
+    stride, dilation = pair(stride), pair(dilation)
+    pad = _padding(padding, stride, dilation, (r, s), where)
+    op = ConvFprop(stride=stride, pad=pad, dilation=dilation, bias=bias is not None)
+    n, _, h, w = x.shape
+    p, q = op.output_hw(h, w, r, s)
+    if p < 1 or q < 1:
+        raise ShapeError(
+            "the kernel is larger than the padded image",
+            where=where,
+            expected=f"an image of at least {dilation[0] * (r - 1) + 1}x{dilation[1] * (s - 1) + 1} with its padding",
+            got=f"{h + pad[0] + pad[2]}x{w + pad[1] + pad[3]}",
+            remedy="use a smaller kernel, more padding, or fewer pools before this layer",
+        )
+    operands = [x.trace.variable(weight, Packing((k, c, r, s)))]
+    if bias is not None:
+        operands.append(x.trace.variable(bias))
+    (value,) = x.trace.emit(op, x.image, *operands)
+    return Tensor(x.trace, value, (n, k, p, q))
+
+
+def _padding(
+    padding: IntPair | str, stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int], where: str
+) -> tuple[int, int, int, int]:
+    """Padding as (top, left, bottom, right)."""
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding == "same":
+        if stride != (1, 1):
+            raise ArgumentError("padding='same' needs stride 1 (torch's rule)", where=where, got=f"stride={stride}")
+        total = [d * (n - 1) for d, n in zip(dilation, kernel, strict=True)]
+        return (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
+    if isinstance(padding, str):
+        raise ArgumentError("unknown padding", where=where, expected="an int, a pair, 'same' or 'valid'", got=padding)
+    top, left = pair(padding)
+    return (top, left, top, left)
+
+
+def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
+    """x (N, in) @ weight (out, in)^T + bias. Runs as a convolution: after a flattened image its filter covers that image.
+
+    Raises ShapeError when the features differ.
+    """
+    out_features, in_features = weight.shape
+    if x.ndim != 2 or x.shape[1] != in_features:
+        remedy = f"in_features={x.shape[1]} fits this input" if x.ndim == 2 else "flatten the image first: x.flatten(1)"
+        raise ShapeError(
+            "the input does not fit the weight", where=x.trace.layer, expected=(x.shape[0], in_features), got=x.shape, remedy=remedy
+        )
+    image = x.image
+    n, h, w, c = image.shape
+    operands = [x.trace.variable(weight, Packing((out_features, c, h, w)))]
+    if bias is not None:
+        operands.append(x.trace.variable(bias))
+    (value,) = x.trace.emit(ConvFprop(bias=bias is not None), image, *operands)
+    return Tensor(x.trace, value, (n, out_features))
+
+
+def _pool(x: Tensor, op: PoolFprop) -> Tensor:
+    n, c, h, w = x.shape
+    p, q = op.output_hw(h, w)
+    if p < 1 or q < 1:
+        raise ShapeError(
+            "the pool's window is larger than the padded image",
+            where=x.trace.layer,
+            expected=f"an image of at least {op.kernel[0] - 2 * op.pad[0]}x{op.kernel[1] - 2 * op.pad[1]}",
+            got=f"{h}x{w}",
+            remedy="use a smaller window or fewer pools before this layer",
+        )
+    if op.pad[0] * 2 > op.kernel[0] or op.pad[1] * 2 > op.kernel[1]:
+        raise ArgumentError("a pool's padding is at most half its window", where=x.trace.layer, got=op.pad)
+    value = x.trace.emit(op, x.image)[0]
+    return Tensor(x.trace, value, (n, c, p, q))
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """Maximum over windows of x (N,C,H,W). Raises ShapeError, ArgumentError, UnsupportedError (return_indices)."""
+    _need_image(x, "max_pool2d")
+    if return_indices:
+        raise UnsupportedError("return_indices", where=x.trace.layer)
+    kernel = pair(kernel_size)
+    op = PoolFprop("max", kernel, pair(stride or kernel), pair(padding), pair(dilation), ceil_mode)
+    return _pool(x, op)
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Mean over windows of x (N,C,H,W). Raises ShapeError, ArgumentError."""
+    _need_image(x, "avg_pool2d")
+    kernel = pair(kernel_size)
+    op = PoolFprop(
+        "avg", kernel, pair(stride or kernel), pair(padding), (1, 1), ceil_mode, count_include_pad, divisor_override
+    )
+    return _pool(x, op)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | None] | None) -> Tensor:
+    """Mean over windows chosen so that the output is output_size (None keeps a dimension)."""
+    _need_image(x, "adaptive_avg_pool2d")
+    n, c, h, w = x.shape
+    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    p, q = (h if size[0] is None else size[0]), (w if size[1] is None else size[1])
+    (value,) = x.trace.emit(AdaptiveAvgFprop(out=(p, q)), x.image)
+    return Tensor(x.trace, value, (n, c, p, q))
+
+
+def adaptive_max_pool2d(x: Tensor, output_size: int | tuple[int, int]) -> Tensor:
+    """Maximum over equal windows. Raises UnsupportedError when the image does not divide evenly."""
+    _need_image(x, "adaptive_max_pool2d")
+    p, q = pair(output_size)
+    h, w = x.shape[2:]
+    if h % p or w % q:
+        raise UnsupportedError(
+            "adaptive_max_pool2d with windows of different size",
+            where=x.trace.layer,
+            expected=f"an image whose sides are multiples of {(p, q)}",
+            got=(h, w),
+        )
+    return max_pool2d(x, (h // p, w // q))
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    if kind not in ACTIVATIONS:
+        raise ArgumentError("unknown activation", where=x.trace.layer, expected=ACTIVATIONS, got=kind)
+    (value,) = x.trace.emit(Act(kind), x.value)
+    return x.with_value(value)
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """max(x, 0). Whether it happens in place is the plan's choice."""
+    return _activation(x, "relu")
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x * Phi(x) (Hendrycks & Gimpel 2016); approximate='tanh' for its tanh form."""
+    return _activation(x, {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate, f"gelu({approximate})"))
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """x * sigmoid(x) (Elfwing et al. 2018)."""
+    return _activation(x, "silu")
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent."""
+    return _activation(x, "tanh")
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + exp(-x))."""
+    return _activation(x, "sigmoid")
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Zero each element with probability p and scale the rest by 1/(1-p), in training plans (Srivastava et al. 2014)."""
+    if not 0 <= p < 1:
+        raise ArgumentError("dropout's p", where=x.trace.layer, expected="0 <= p < 1", got=p)
+    trace = x.trace
+    if not (training and trace.training) or p == 0 or trace.state is None:
+        return x
+    (value,) = trace.emit(Dropout(p, trace.dropouts), x.value, trace.state)
+    trace.dropouts += 1
+    return x.with_value(value)
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Variable,
+    running_var: Variable,
+    weight: Variable,
+    bias: Variable,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each channel of x (N,C,H,W) or (N,C). Raises ShapeError when the channels differ."""
+    c = weight.shape[0]
+    if x.ndim not in (2, 4) or x.shape[1] != c:
+        raise ShapeError("batch norm over another number of channels", where=x.trace.layer, expected=c, got=x.shape)
+    trace = x.trace
+    value = x.value if x.ndim == 4 else x.in_user_order()
+    operands = [trace.variable(v) for v in (weight, bias, running_mean, running_var)]
+    batch_statistics = training and trace.training
+    if batch_statistics and value.spec.size == c:
+        raise ShapeError(
+            "batch norm needs more than one value a channel in training",
+            where=trace.layer,
+            got=x.shape,
+            remedy="use a batch of at least 2",
+        )
+    op = BatchNormTrain(eps, momentum) if batch_statistics else BatchNormInfer(eps)
+    return x.with_value(trace.emit(op, value, *operands)[0])
+
+
+def cross_entropy(x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Loss:
+    """Mean cross entropy of logits (N, classes) and class numbers (N). Raises ShapeError, ArgumentError."""
+    trace = x.trace
+    if x.ndim != 2 or target.value.dtype != "i32" or target.shape != (x.shape[0],):
+        raise ShapeError(
+            "cross entropy takes logits (N, classes) and class numbers (N)",
+            where=trace.layer,
+            got=f"{x.shape} and {target.shape} {target.value.dtype}",
+            remedy="flatten the output, or use MSELoss for float targets",
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ArgumentError("label_smoothing", where=trace.layer, expected="0 <= label_smoothing < 1", got=label_smoothing)
+    op = CrossEntropy(label_smoothing, trace.training)
+    loss, correct, *_ = trace.emit(op, x.in_user_order(), target.value)
+    return Loss(loss, correct)
+
+
+def mse_loss(x: Tensor, target: Tensor) -> Loss:
+    """Mean of (x - target)^2 over all elements. Raises ShapeError."""
+    if x.ndim != 2 or x.shape != target.shape or target.value.dtype == "i32":
+        raise ShapeError(
+            "MSE needs float targets of the output's shape",
+            where=x.trace.layer,
+            expected=x.shape,
+            got=f"{target.shape} {target.value.dtype}",
+        )
+    return Loss(x.trace.emit(MeanSquaredError(x.trace.training), x.in_user_order(), target.value)[0])
+
+
+def _need_image(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise UnsupportedError(f"{name} on {type(x).__name__}", remedy="call it inside a Module's forward()")
+    if x.ndim != 4:
+        raise ShapeError(f"{name} takes images", where=x.trace.layer, expected="(N, C, H, W)", got=x.shape)
+
+
+__all__ = [
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "conv2d", "cross_entropy", "dropout",
+    "flatten", "gelu", "linear", "max_pool2d", "mse_loss", "relu", "sigmoid", "silu", "tanh",
+]  # fmt: skip

@@ -1,0 +1,244 @@
+"""Module, Parameter and Buffer: torch.nn's way to write a network. They describe; the plan and the executors compute."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parcnn.errors import CheckpointError, UnsupportedError
+from parcnn.plan.trace import Tensor
+from parcnn.plan.variable import Variable
+
+
+class Parameter(Variable):
+    """A trained tensor in torch's layout, e.g. KCRS for a filter."""
+
+    def __init__(self, data: np.ndarray, requires_grad: bool = True) -> None:
+        super().__init__(data, requires_grad)
+
+
+class Buffer(Variable):
+    """A tensor that is saved but not trained: a running mean."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        super().__init__(data, requires_grad=False)
+
+
+class Module:
+    """Base of all layers and networks. Subclasses assign layers and parameters in __init__ and compute in forward().
+
+    forward() runs once for each kind of plan, on symbolic tensors (`parcnn.plan.trace.Tensor`).
+    """
+
+    training: bool
+    _modules: dict[str, Module]
+    _variables: dict[str, Variable | None]
+
+    def __init__(self) -> None:
+        self.__dict__.update(training=True, _modules={}, _variables={})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Module | Variable) and "_modules" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__}.__init__ must call super().__init__() before assigning {name}")
+        known = self.__dict__.get("_variables", {})
+        if isinstance(value, Module):
+            self._modules[name] = value
+        elif isinstance(value, Variable) or (name in known and value is None):
+            known[name] = value
+        object.__setattr__(self, name, value)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """Add a parameter under `name`; None marks it as absent."""
+        self._variables[name] = param
+        object.__setattr__(self, name, param)
+
+    def register_buffer(self, name: str, tensor: np.ndarray | None) -> None:
+        """Add a buffer under `name`."""
+        buffer = None if tensor is None else Buffer(np.asarray(tensor))
+        self._variables[name] = buffer
+        object.__setattr__(self, name, buffer)
+
+    def add_module(self, name: str, module: Module) -> None:
+        """Add a child module under `name`."""
+        setattr(self, name, module)
+
+    def forward(self, *args: Any) -> Any:
+        """Compute the output; every subclass writes its own."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward()")
+
+    def __call__(self, *args: Any) -> Any:
+        tensor = next((a for a in _flat(args) if isinstance(a, Tensor)), None)
+        if tensor is None:
+            raise UnsupportedError(
+                "a module was called on something that is not a tensor of a plan",
+                where=type(self).__name__,
+                got=", ".join(type(a).__name__ for a in args) or "nothing",
+                remedy="parcnn.predict(model, array) runs a model on a NumPy array",
+            )
+        with tensor.trace.inside(self):
+            return self.forward(*args)
+
+    # -- walking ------------------------------------------------------------------------------------------------
+
+    def named_children(self) -> Iterator[tuple[str, Module]]:
+        """Direct children and their names."""
+        yield from self._modules.items()
+
+    def children(self) -> Iterator[Module]:
+        """Direct children."""
+        yield from self._modules.values()
+
+    def named_modules(self, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Module]]:
+        """This module and all below it, with their dotted paths; each module once."""
+        seen = set() if seen is None else seen
+        if id(self) in seen:
+            return
+        seen.add(id(self))
+        yield prefix, self
+        for name, child in self._modules.items():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name, seen)
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all below it."""
+        for _, module in self.named_modules():
+            yield module
+
+    def named_variables(self) -> Iterator[tuple[str, Variable]]:
+        """Parameters and buffers under torch's state_dict keys, each key once (a shared tensor has several keys)."""
+        for path, module in self.named_modules():
+            for name, variable in module._variables.items():
+                if variable is not None:
+                    yield (f"{path}.{name}" if path else name), variable
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Parameters and their keys, a shared one once."""
+        seen: set[int] = set()
+        for name, variable in self.named_variables():
+            if isinstance(variable, Parameter) and id(variable) not in seen:
+                seen.add(id(variable))
+                yield name, variable
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Parameters, a shared one once."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Module:
+        """Training behaviour (dropout, batch statistics) for this module and all below it."""
+        for module in self.modules():
+            module.__dict__["training"] = mode
+        return self
+
+    def eval(self) -> Module:
+        """Inference behaviour."""
+        return self.train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Module:
+        """Train (or freeze) all parameters."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def state_dict(self) -> OrderedDict[str, np.ndarray]:
+        """Copies of parameters and buffers under torch's keys and in torch's layout."""
+        return OrderedDict((name, variable.data.copy()) for name, variable in self.named_variables())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Take values from a state_dict of this model or of torch's equivalent (tensors are converted).
+
+        Raises CheckpointError, changing nothing, when a key is missing or unknown (`strict`) or a shape differs.
+        """
+        own = dict(self.named_variables())
+        missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+        if strict and (missing or unknown):
+            raise CheckpointError(
+                "the state does not belong to this model",
+                where=type(self).__name__,
+                expected=f"keys {sorted(own)}",
+                got=f"missing {sorted(missing)}, unknown {sorted(unknown)}",
+                remedy="build the model with the arguments it was saved with, or pass strict=False",
+            )
+        arrays = {name: _as_array(state_dict[name]) for name in own if name in state_dict}
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise CheckpointError("a tensor of another shape", where=name, expected=own[name].shape, got=array.shape)
+        for name, array in arrays.items():
+            own[name].assign(array)
+
+    def extra_repr(self) -> str:
+        """Arguments shown by repr()."""
+        return ""
+
+    def __repr__(self) -> str:
+        lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self._modules.items()]
+        if not lines:
+            return f"{type(self).__name__}({self.extra_repr()})"
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
+
+def _flat(args: tuple[Any, ...]) -> Iterator[Any]:
+    for a in args:
+        if isinstance(a, list | tuple):
+            yield from _flat(tuple(a))
+        else:
+            yield a
+
+
+def _as_array(value: Any) -> np.ndarray:
+    """A NumPy array of an array, or of a torch tensor on any device."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+class Sequential(Module):
+    """Layers one after the other; takes modules, or one OrderedDict of them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        items = args[0].items() if len(args) == 1 and isinstance(args[0], Mapping) else enumerate(args)
+        for name, module in items:
+            self.add_module(str(name), module)
+
+    def forward(self, x: Any) -> Any:
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, index: int | slice) -> Module:
+        layers = list(self._modules.values())
+        return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+
+
+class ModuleList(Module):
+    """A list of modules that forward() goes through itself."""
+
+    def __init__(self, modules: Any = ()) -> None:
+        super().__init__()
+        for module in modules:
+            self.append(module)
+
+    def append(self, module: Module) -> ModuleList:
+        """Add a module at the end."""
+        self.add_module(str(len(self._modules)), module)
+        return self
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[Module]:
+        return iter(self._modules.values())
+
+    def __getitem__(self, index: int) -> Module:
+        return list(self._modules.values())[index]

@@ -1,0 +1,356 @@
+"""Making a plan: trace the model, fuse, differentiate, place in memory, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from parcnn.errors import ArgumentError, OutOfMemoryError, ShapeError
+from parcnn.ops.base import Spec, Value
+from parcnn.ops.conv import ConvDgrad, ConvWgrad
+from parcnn.ops.feed import STATE, EndStep, GatherBatch, WriteOutput
+from parcnn.ops.program import Call, Executor, Program, Slot
+from parcnn.ops.shape import View
+from parcnn.ops.update import MAX_GROUP, Update
+from parcnn.plan import memory
+from parcnn.plan.autodiff import differentiate
+from parcnn.plan.fuse import fuse_backward, fuse_forward
+from parcnn.plan.graph import Graph, Node
+from parcnn.plan.options import Options
+from parcnn.plan.schedule import schedule
+from parcnn.plan.trace import Tensor, Trace, input_tensor
+from parcnn.plan.variable import Layout, Variable
+
+FLOAT_OF = {"fp32": "f32", "fp64": "f64"}  # tensor type of each precision
+MODES = ("train", "eval", "predict")
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What flows into a pass over a data set: shapes of what is resident, and how a batch is made of it.
+
+    sample: logical shape of one input, (C,H,W) or (F,); images: physical, (M,H,W,C) u8 or float; targets: (M) i32 or (M,F).
+    order: samples in a pass; steps: batches in a pass; scale, shift, flip, shift_px: see `parcnn.ops.feed.GatherBatch`.
+    """
+
+    sample: tuple[int, ...]
+    images: Spec
+    targets: Spec
+    order: int
+    steps: int
+    scale: tuple[float, ...] = (1.0,)
+    shift: tuple[float, ...] = (0.0,)
+    flip: bool = False
+    shift_px: int = 0
+
+
+class Optimizer(Protocol):
+    """What a plan needs of an optimizer (`parcnn.optim`)."""
+
+    slots: int  # state tensors a parameter
+
+    def update(self, count: int) -> Update:
+        """The op that updates `count` parameters."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A program with its account: what it takes, and what takes it."""
+
+    mode: str
+    batch: int
+    program: Program
+    layout: Layout
+    output_shape: tuple[int, ...]  # logical, of the model's result
+    output_physical: tuple[int, ...]
+    alive_bytes: tuple[int, ...]  # arena bytes alive during each call
+
+    @property
+    def arena_bytes(self) -> int:
+        """Transient memory: activations, error signals, gradients, scratch."""
+        return self.program.region_bytes["arena"]
+
+    @property
+    def persistent_bytes(self) -> int:
+        """Weights and running statistics, and in training the optimizer's state."""
+        return self.layout.weights_bytes + (self.layout.optimizer_bytes if self.mode == "train" else 0)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Exact memory of model and step, known before anything runs (the data set and its tables apart)."""
+        return self.arena_bytes + self.persistent_bytes
+
+
+def build(
+    model: Any,
+    *,
+    mode: str,
+    batch: int,
+    feed: Feed,
+    executor: Executor,
+    layout: Layout,
+    loss: Callable[[Tensor, Tensor], Any] | None = None,
+    optimizer: Optimizer | None = None,
+    options: Options | None = None,
+) -> Plan:
+    """The plan of one step in `mode`: 'train' (needs loss and optimizer), 'eval' (needs loss) or 'predict'.
+
+    Raises ShapeError, UnsupportedError or ArgumentError, naming the layer, when the model does not fit the input.
+    """
+    if mode not in MODES:
+        raise ArgumentError("unknown mode", expected=MODES, got=mode)
+    options = options or Options()
+    graph = Graph(mode, layout.dtype)
+    output = _forward(graph, model, batch, feed, layout, loss, optimizer)
+    if options.fuse:
+        fuse_forward(graph, executor.can_fuse)
+    if mode == "train":
+        _backward(graph, layout, optimizer, feed, options)
+        graph.drop_dead()
+        if options.fuse:
+            fuse_backward(graph, executor.can_fuse)
+        _save_memory_of_large_layers(graph, options)
+    _end_step(graph, batch, feed)
+    program, alive = _program(graph, executor, options, f"{type(model).__name__} {mode} {batch}")
+    return Plan(mode, batch, program, layout, output.shape, output.value.shape, alive)
+
+
+def _forward(
+    graph: Graph,
+    model: Any,
+    batch: int,
+    feed: Feed,
+    layout: Layout,
+    loss: Callable[[Tensor, Tensor], Any] | None,
+    optimizer: Optimizer | None,
+) -> Tensor:
+    """Trace batch, model and loss."""
+    trace = Trace(graph, layout, {module: name for name, module in model.named_modules()})
+    graph.phase = "feed"
+    images = graph.place(feed.images, "images", 0, "images")
+    targets = graph.place(feed.targets, "targets", 0, "targets")
+    order = graph.place(Spec((feed.order,), "i32"), "order", 0, "order")
+    trace.state = graph.place(STATE, "state", 0, "state")
+    gather = GatherBatch(batch, layout.dtype, feed.scale, feed.shift, feed.flip, feed.shift_px)
+    if graph.mode != "train":
+        gather = replace(gather, flip=False, shift_px=0)
+    x, target = graph.emit(gather, images, targets, order, trace.state)
+    graph.phase = "forward"
+    output = model(input_tensor(trace, x, feed.sample))
+    if not isinstance(output, Tensor):
+        raise ShapeError(
+            "forward() must return one tensor", where=type(model).__name__, got=type(output).__name__
+        )
+    graph.layer = "loss" if graph.mode != "predict" else "output"
+    if graph.mode == "predict":
+        value = output.value if output.ndim == 4 else output.in_user_order()
+        out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")
+        graph.emit(WriteOutput(), value, trace.state, out)
+        return output.with_value(value)
+    if loss is None or graph.mode == "train" and optimizer is None:
+        raise ArgumentError(f"mode {graph.mode!r} needs a loss" + " and an optimizer" * (graph.mode == "train"))
+    loss(output, Tensor(trace, target, target.shape))
+    return output
+
+
+def _backward(graph: Graph, layout: Layout, optimizer: Optimizer | None, feed: Feed, options: Options) -> None:
+    """Differentiate, and update weights in groups as their gradients come."""
+    weights = {v: var for v, var in _weights(graph, layout).items() if var.requires_grad}
+    loss = _find_loss(graph)
+    state = next(v for v, place in graph.places.items() if place[0] == "state")
+    hyper = graph.place(Spec((feed.steps, 4), layout.dtype), "hyper", 0, "hyper")
+    waiting: list[tuple[Value, Value]] = []
+
+    def flush() -> None:
+        if not waiting or optimizer is None:
+            return
+        ws, gs = [w for w, _ in waiting], [g for _, g in waiting]
+        buffers = [
+            graph.place(w.spec, "optimizer", layout.state_offsets[weights[w]][i], f"{w.label}.state{i}")
+            for i in range(optimizer.slots)
+            for w in ws
+        ]
+        phase, layer = graph.phase, graph.layer
+        graph.phase, graph.layer = "update", "optimizer"
+        graph.emit(optimizer.update(len(ws)), hyper, state, *ws, *gs, *buffers)
+        graph.phase, graph.layer = phase, layer
+        waiting.clear()
+
+    def ready(weight: Value, gradient: Value) -> None:
+        waiting.append((weight, gradient))
+        if len(waiting) == MAX_GROUP or sum(g.spec.nbytes for _, g in waiting) > options.update_bytes:
+            flush()
+
+    differentiate(graph, loss, set(weights), ready)
+    flush()
+
+
+def _weights(graph: Graph, layout: Layout) -> dict[Value, Variable]:
+    """The graph's values that are variables of the model."""
+    by_offset = {offset: variable for variable, offset in layout.offsets.items()}
+    return {v: by_offset[offset] for v, (region, offset) in graph.places.items() if region == "weights"}
+
+
+def _save_memory_of_large_layers(graph: Graph, options: Options) -> None:
+    """Where activations are large, the weight gradient goes before the error signal, which may then lie in their place.
+
+    Small layers keep the chain first: there waiting costs more than memory.
+    """
+    nodes = graph.nodes
+    for i in range(len(nodes) - 1):
+        chain, side = nodes[i], nodes[i + 1]
+        if isinstance(chain.op, ConvDgrad) and isinstance(side.op, ConvWgrad) and chain.inputs[0] is side.inputs[1]:
+            if side.inputs[0].spec.nbytes >= options.slack_bytes or not options.parallel:
+                nodes[i], nodes[i + 1] = side, chain
+
+
+def _end_step(graph: Graph, batch: int, feed: Feed) -> None:
+    """Append what closes a step: logs and counters."""
+    graph.phase, graph.layer = "feed", "step"
+    state = next(v for v, place in graph.places.items() if place[0] == "state")
+    operands: list[Value] = [state]
+    results = [] if graph.mode == "predict" else list(_find_loss(graph).outputs)
+    has_correct = len(results) > 1 and results[1].dtype == "i32"
+    if results:
+        operands += [graph.place(Spec((feed.steps,), results[0].dtype), "losses", 0, "losses"), results[0]]
+    if has_correct:
+        operands += [graph.place(Spec((feed.steps,), "i32"), "corrects", 0, "corrects"), results[1]]
+    graph.emit(EndStep(batch, graph.mode == "train", bool(results), has_correct), *operands)
+
+
+def _find_loss(graph: Graph) -> Node:
+    return next(node for node in graph.nodes if node.layer == "loss" and not isinstance(node.op, View))
+
+
+def _program(graph: Graph, executor: Executor, options: Options, name: str) -> tuple[Program, tuple[int, ...]]:
+    """Place every value and turn nodes into calls; also the arena bytes alive during each."""
+    root = _roots(graph)
+    nodes = [node for node in graph.nodes if not isinstance(node.op, View)]
+    scratch = [
+        executor.workspace_bytes(n.op, tuple(v.spec for v in n.inputs), tuple(v.spec for v in n.outputs))
+        for n in nodes
+    ]
+    blocks, home, own_scratch = _blocks(graph, nodes, root, scratch, options)
+    arena = memory.place(blocks, options.reuse)
+
+    def slot(value: Value) -> Slot:
+        origin = root[value]
+        if origin in graph.places:
+            region, offset = graph.places[origin]
+            return Slot(value.spec, region, offset, value.label)
+        return Slot(value.spec, "arena", home[origin].offset, value.label)
+
+    calls = []
+    for node, block in zip(nodes, own_scratch, strict=True):
+        workspace = Slot(Spec((block.nbytes,), "u8"), "arena", block.offset, f"{node.layer} scratch") if block else None
+        inputs, outputs = tuple(map(slot, node.inputs)), tuple(map(slot, node.outputs))
+        calls.append(Call(node.op, inputs, outputs, workspace, node.layer, node.phase))
+    scheduled = schedule(calls, options.side_streams if options.parallel else 0)
+    sizes = {"arena": arena}
+    for call in scheduled:
+        for s in (*call.inputs, *call.outputs):
+            sizes[s.region] = max(sizes.get(s.region, 0), s.end)
+    streams = 1 + max((c.stream for c in scheduled), default=0)
+    alive = memory.live_bytes(blocks, len(calls))
+    return Program(name, scheduled, sizes, streams, options.graph), tuple(alive)
+
+
+def _roots(graph: Graph) -> dict[Value, Value]:
+    """The value whose bytes each value's are: itself, or what a view looks at."""
+    root: dict[Value, Value] = {v: v for v in graph.places}
+    for node in graph.nodes:
+        for v in node.outputs:
+            root[v] = root[node.inputs[0]] if isinstance(node.op, View) else v
+    return root
+
+
+def _blocks(
+    graph: Graph, nodes: Sequence[Node], root: dict[Value, Value], scratch: Sequence[int], options: Options
+) -> tuple[list[memory.Block], dict[Value, memory.Block], list[memory.Block | None]]:
+    """The arena's blocks: one for each transient value (shared where it is computed in place) and each scratch."""
+    last_read = {root[v]: i for i, node in enumerate(nodes) for v in node.inputs}
+    blocks: list[memory.Block] = []
+    home: dict[Value, memory.Block] = {}
+    own_scratch: list[memory.Block | None] = []
+    for i, node in enumerate(nodes):
+        for o, value in enumerate(node.outputs):
+            last = max(i, last_read.get(value, i))
+            victim = _victim(graph, node, o, i, root, last_read, home) if options.inplace else None
+            if victim is not None:
+                home[value] = victim
+                victim.last = max(victim.last, last)
+                continue
+            home[value] = memory.Block(value.spec.nbytes, i, last, value.label)
+            blocks.append(home[value])
+        own_scratch.append(memory.Block(scratch[i], i, i, f"{node.layer} scratch") if scratch[i] else None)
+        if own_scratch[-1]:
+            blocks.append(own_scratch[-1])
+    if options.parallel:
+        _keep_side_branches_apart(nodes, blocks, options)
+    return blocks, home, own_scratch
+
+
+def _victim(
+    graph: Graph,
+    node: Node,
+    output: int,
+    position: int,
+    root: dict[Value, Value],
+    last_read: dict[Value, int],
+    home: dict[Value, memory.Block],
+) -> memory.Block | None:
+    """The block of an operand that this output may overwrite: one that nobody reads later."""
+    taken = {home[v] for v in node.outputs[:output]}
+    for o, i in node.op.inplace():
+        origin = root[node.inputs[i]]
+        if o != output or origin in graph.places or last_read[origin] != position:
+            continue
+        block = home[origin]
+        if block not in taken and block.last == position and block.nbytes == node.outputs[output].spec.nbytes:
+            return block
+    return None
+
+
+def _keep_side_branches_apart(nodes: Sequence[Node], blocks: Sequence[memory.Block], options: Options) -> None:
+    """Small blocks that end with a side call live one chain call longer, so that the chain need not wait for it."""
+    following = len(nodes) - 1
+    next_chain = [following] * len(nodes)
+    for i in range(len(nodes) - 1, -1, -1):
+        next_chain[i] = following
+        if not nodes[i].op.side_branch:
+            following = i
+    for block in blocks:
+        if block.nbytes < options.slack_bytes and nodes[block.last].op.side_branch:
+            block.last = next_chain[block.last]
+
+
+def check_memory(plan: Plan, available: int | None, smaller: Callable[[int], Plan]) -> None:
+    """Raise OutOfMemoryError when the plan needs more than `available` bytes, with the largest batch that fits.
+
+    `smaller(batch)` builds the same plan for another batch.
+    """
+    if available is None or plan.peak_bytes <= available:
+        return
+    low, high = 0, plan.batch
+    while high - low > 1:
+        middle = (low + high) // 2
+        if smaller(middle).peak_bytes <= available:
+            low = middle
+        else:
+            high = middle
+    layer, size = largest_layer(plan)
+    raise OutOfMemoryError(
+        f"a {plan.mode} step with batch {plan.batch} does not fit into memory",
+        where=layer,
+        expected=f"at most {available / 2**20:.1f} MiB",
+        got=f"{plan.peak_bytes / 2**20:.1f} MiB, the most of it while {layer} runs ({size / 2**20:.1f} MiB alive)",
+        remedy=f"use batch {low} or less" if low else "use smaller images or a smaller network: not even batch 1 fits",
+    )
+
+
+def largest_layer(plan: Plan) -> tuple[str, int]:
+    """The layer during whose call the most transient memory is alive, and how much that is."""
+    i = max(range(len(plan.alive_bytes)), key=plan.alive_bytes.__getitem__)
+    call = plan.program.calls[i]
+    return call.layer or call.op.name, plan.alive_bytes[i]

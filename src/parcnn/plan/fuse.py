@@ -1,0 +1,116 @@
+"""Fusion: groups of ops that one kernel can do become one op, so that what lies between them is never written.
+
+Forward, before differentiation (a fused op carries its own gradient rule):
+    conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, add -> act
+Backward, after it:
+    dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
+
+A group fuses only when what lies inside it has no other reader and the executor says that it can do the fused op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec, Value
+from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
+from parcnn.ops.pointwise import Act, ActDgrad, Add
+from parcnn.ops.pool import PoolFprop
+from parcnn.plan.graph import Graph, Node
+
+CanFuse = Callable[[Op, tuple[Spec, ...]], bool]
+
+
+def fuse_forward(graph: Graph, can_fuse: CanFuse) -> None:
+    """Merge each node into its producer where the rules above allow, until nothing changes."""
+    while _pass(graph, lambda producer, node: _forward_rule(producer, node, graph.mode == "train"), can_fuse):
+        pass
+
+
+def fuse_backward(graph: Graph, can_fuse: CanFuse) -> None:
+    """The same for the error signals."""
+    while _pass(graph, _backward_rule, can_fuse):
+        pass
+
+
+# A rule looks at a producer and the node that reads its first output; it gives the fused op and its operands.
+Rule = Callable[[Node, Node], tuple[Op, tuple[Value, ...]] | None]
+
+
+def _pass(graph: Graph, rule: Rule, can_fuse: CanFuse) -> bool:
+    """One sweep; True when something was fused."""
+    consumers = graph.consumers()
+    producer_of = {v: node for node in graph.nodes for v in node.outputs}
+    position = {id(node): i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        for value in node.inputs:
+            producer = producer_of.get(value)
+            if producer is None or value is not producer.outputs[0] or len(consumers[value]) != 1:
+                continue
+            if any(v in consumers for v in producer.outputs[1:]):
+                continue  # its indices or statistics are already wanted by somebody
+            fused = rule(producer, node)
+            if fused is None:
+                continue
+            op, inputs = fused
+            if not can_fuse(op, tuple(v.spec for v in inputs)):
+                continue
+            outputs = _outputs(op, inputs, producer, node)
+            merged = Node(op, inputs, outputs, producer.layer, producer.phase)
+            # The merged node stands where the producer stood, or, if an operand is made later, where the reader stood.
+            made = [position[id(producer_of[v])] for v in inputs if v in producer_of]
+            early = max(made, default=0) < position[id(producer)]
+            keep, drop = (producer, node) if early else (node, producer)
+            graph.nodes[position[id(keep)]] = merged
+            del graph.nodes[position[id(drop)]]
+            return True
+    return False
+
+
+def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> tuple[Value, ...]:
+    """The fused op's outputs: the reader's, followed by those that only the producer had (statistics)."""
+    specs = op.infer(*(v.spec for v in inputs))
+    known = [*node.outputs, *producer.outputs[1:]]
+    return tuple(known[: len(specs)])
+
+
+def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple[Value, ...]] | None:
+    first, second = producer.op, node.op
+    if isinstance(first, ConvFprop):
+        if isinstance(second, Act) and first.act is None:
+            # In training the derivative must follow from what is kept: the output. After a pool the activation must
+            # commute with it, which these (monotone) do with a maximum.
+            if second.kind in FROM_OUTPUT and first.pool != "avg" or not training and first.pool is None:
+                return replace(first, act=second.kind), producer.inputs
+        if isinstance(second, PoolFprop) and first.pool is None and _is_2x2(second):
+            commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
+            if commutes or (second.kind == "avg" and first.act is None) or not training:
+                return replace(first, pool=second.kind), producer.inputs
+    if isinstance(first, BatchNormTrain | BatchNormInfer) and first.act is None:
+        if isinstance(second, Act) and second.kind == "relu":
+            return replace(first, act="relu"), producer.inputs
+    if isinstance(first, Add) and first.act is None and isinstance(second, Act) and second.kind in FROM_OUTPUT:
+        return replace(first, act=second.kind), producer.inputs
+    return None
+
+
+def _is_2x2(pool: PoolFprop) -> bool:
+    """A 2x2 pool of stride 2 whose windows lie inside the image: what the convolution's epilogue does."""
+    plain = pool.kernel == (2, 2) and pool.stride == (2, 2) and pool.pad == (0, 0) and pool.dilation == (1, 1)
+    return plain and not pool.ceil_mode and pool.divisor is None
+
+
+def _backward_rule(producer: Node, node: Node) -> tuple[Op, tuple[Value, ...]] | None:
+    first, second, value = producer.op, node.op, producer.outputs[0]
+    if not isinstance(first, ConvDgrad) or first.act is not None:
+        return None
+    if isinstance(second, ActDgrad) and second.kind in FROM_OUTPUT and node.inputs[0] is value:
+        end = len(producer.inputs) - first.add  # `saved` stands before `addend`
+        return replace(first, act=second.kind), (*producer.inputs[:end], node.inputs[1], *producer.inputs[end:])
+    if isinstance(second, Add) and second.act is None and not first.add and node.phase == "backward":
+        other = node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+        if other is not value:
+            return replace(first, add=True), (*producer.inputs, other)
+    return None

@@ -1,0 +1,242 @@
+"""Tracing: a model's forward() runs once on symbolic tensors, which write down what is done to them.
+
+Users see NCHW. A `Tensor` carries that logical shape; its value is physical, NHWC. A flattened image keeps its NHWC value
+as long as nothing needs torch's element order: an activation does not, and a Linear takes the order into its own columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+from parcnn.errors import ShapeError, UnsupportedError
+from parcnn.ops.base import Value
+from parcnn.ops.pointwise import Add
+from parcnn.ops.pool import AdaptiveAvgFprop
+from parcnn.ops.shape import Cat, ToChannelsFirst, ToChannelsLast, View
+from parcnn.plan.graph import Graph
+from parcnn.plan.variable import Layout, Packing, Variable
+
+
+class Trace:
+    """One tracing of a model: the graph that grows, and the layout that its variables are bound in."""
+
+    def __init__(self, graph: Graph, layout: Layout, paths: Mapping[Any, str] | None = None) -> None:
+        self.graph, self.layout = graph, layout
+        self.paths = paths or {}  # module -> its path in the model
+        self.state: Value | None = None  # step counters and random key (parcnn.ops.feed), when the program has them
+        self.variables: dict[Variable, Value] = {}
+        self.dropouts = 0  # dropout layers met so far: each has a random stream of its own
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a training step."""
+        return self.graph.mode == "train"
+
+    @property
+    def layer(self) -> str:
+        """Path of the module being traced, for errors."""
+        return self.graph.layer or "model"
+
+    @contextmanager
+    def inside(self, module: Any) -> Iterator[None]:
+        """While a module's forward() runs: what it emits belongs to it."""
+        outer = self.graph.layer
+        self.graph.layer = self.paths.get(module, outer) or outer
+        try:
+            yield
+        finally:
+            self.graph.layer = outer
+
+    def variable(self, variable: Variable, packing: Packing | None = None) -> Value:
+        """The value of a parameter or buffer; `packing` says which filter it is seen as."""
+        spec = self.layout.bind(variable, packing or Packing())
+        if variable not in self.variables:
+            self.variables[variable] = self.graph.place(
+                spec, "weights", self.layout.offsets[variable], self.layout.names[variable]
+            )
+        return self.variables[variable]
+
+    def emit(self, op: Any, *inputs: Value) -> tuple[Value, ...]:
+        """Append a node."""
+        return self.graph.emit(op, *inputs)
+
+
+class Tensor:
+    """A symbolic tensor inside forward(): a shape, and the value that will hold it. It has no numbers."""
+
+    def __init__(self, trace: Trace, value: Value, shape: tuple[int, ...]) -> None:
+        self.trace, self.value, self.shape = trace, value, tuple(shape)
+
+    def __repr__(self) -> str:
+        return f"Tensor{self.shape} of {self.trace.layer}"
+
+    def with_value(self, value: Value) -> Tensor:
+        """The same logical shape on another value."""
+        return Tensor(self.trace, value, self.shape)
+
+    # -- torch.Tensor's names ------------------------------------------------------------------------------------
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one dimension of it."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def contiguous(self) -> Tensor:
+        """Itself: layout is the plan's business."""
+        return self
+
+    def view(self, *shape: Any) -> Tensor:
+        """The same elements under another shape: (N, C, H, W) <-> (N, C*H*W). Raises ShapeError, UnsupportedError."""
+        return self.reshape(*shape)
+
+    def reshape(self, *shape: Any) -> Tensor:
+        """See `view`."""
+        sizes = _resolve(self, tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], Sequence) else shape)
+        if sizes == self.shape:
+            return self
+        if sizes[0] == self.shape[0] and len(sizes) == 2:
+            return Tensor(self.trace, self.value, sizes)
+        if sizes[0] == self.shape[0] and len(sizes) == 4 and self.ndim == 2:
+            n, c, h, w = sizes
+            if self.value.shape == (n, h, w, c):
+                return Tensor(self.trace, self.value, sizes)
+            flat = self.in_user_order()
+            (value,) = self.trace.emit(ToChannelsLast(image=(h, w, c)), flat)
+            return Tensor(self.trace, value, sizes)
+        raise UnsupportedError(
+            "this change of shape is not known",
+            where=self.trace.layer,
+            expected="(N, C, H, W) -> (N, C*H*W), or back",
+            got=f"{self.shape} -> {sizes}",
+            remedy="keep the batch as the first dimension",
+        )
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+        """Join dimensions start_dim..end_dim; the batch must stay apart (start_dim=1)."""
+        start, end = start_dim % self.ndim, end_dim % self.ndim
+        joined = prod(self.shape[start : end + 1])
+        return self.reshape(*self.shape[:start], joined, *self.shape[end + 1 :])
+
+    def mean(self, dim: Any = None, keepdim: bool = False) -> Tensor:
+        """Mean over (2, 3), the global average pool. Raises UnsupportedError for other dimensions."""
+        dims = tuple(sorted(d % self.ndim for d in (dim if isinstance(dim, Sequence) else (dim,)) if d is not None))
+        if self.ndim != 4 or dims != (2, 3):
+            raise UnsupportedError("mean over other dimensions than (2, 3)", where=self.trace.layer, got=dim)
+        n, c = self.shape[:2]
+        (value,) = self.trace.emit(AdaptiveAvgFprop(out=(1, 1)), self.value)
+        return Tensor(self.trace, value, (n, c, 1, 1) if keepdim else (n, c))
+
+    def __add__(self, other: object) -> Tensor:
+        return add(self, other)
+
+    __radd__ = __add__
+    __iadd__ = __add__
+
+    def __bool__(self) -> bool:
+        raise UnsupportedError(
+            "a condition on a tensor's values",
+            where=self.trace.layer,
+            remedy="forward() is traced once, with shapes only; branch on shapes or on attributes of the module",
+        )
+
+    # -- the physical side ---------------------------------------------------------------------------------------
+
+    @property
+    def image(self) -> Value:
+        """The value as (N, H, W, C); a plain (N, F) counts as N images of 1x1."""
+        if len(self.value.shape) == 4:
+            return self.value
+        (value,) = self.trace.emit(View(shape=(self.shape[0], 1, 1, self.value.shape[-1])), self.value)
+        return value
+
+    def in_user_order(self) -> Value:
+        """The value of a (N, F) tensor as (N, F) in torch's order."""
+        value = self.value
+        if len(value.shape) == 2:
+            return value
+        n, h, w, c = value.shape
+        if h * w > 1 and c > 1:
+            (value,) = self.trace.emit(ToChannelsFirst(), value)
+        (value,) = self.trace.emit(View(shape=(n, h * w * c)), value)
+        return value
+
+
+def _resolve(x: Tensor, shape: Sequence[Any]) -> tuple[int, ...]:
+    """A shape with its -1 filled in. Raises ShapeError."""
+    sizes = [int(s) for s in shape]
+    if sizes.count(-1) == 1:
+        rest = -prod(sizes)
+        if rest > 0 and x.numel() % rest == 0:
+            sizes[sizes.index(-1)] = x.numel() // rest
+    if prod(sizes) != x.numel() or min(sizes, default=0) < 1:
+        raise ShapeError(
+            "a view needs the same number of elements",
+            where=x.trace.layer,
+            expected=f"{x.numel()} elements, as in {x.shape}",
+            got=tuple(shape),
+            remedy="view(x.size(0), -1) or flatten(1) fits any image size",
+        )
+    return tuple(sizes)
+
+
+def add(a: Tensor, b: object) -> Tensor:
+    """a + b for two tensors of one shape. Raises ShapeError, UnsupportedError."""
+    if not isinstance(b, Tensor):
+        raise UnsupportedError("a sum of a tensor and something else", where=a.trace.layer, got=type(b).__name__)
+    if a.shape != b.shape:
+        raise ShapeError(
+            "the two sides of + have different shapes", where=a.trace.layer, expected=a.shape, got=b.shape
+        )
+    left, right = a.value, b.value
+    if left.shape != right.shape:
+        left, right = a.in_user_order(), b.in_user_order()
+    (value,) = a.trace.emit(Add(), left, right)
+    return a.with_value(value)
+
+
+def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate along dimension 1: channels of images, features of matrices. Raises ShapeError, UnsupportedError."""
+    first = tensors[0]
+    if dim % first.ndim != 1:
+        raise UnsupportedError("cat along another dimension than 1", where=first.trace.layer, got=dim)
+    for t in tensors[1:]:
+        if (t.shape[0], *t.shape[2:]) != (first.shape[0], *first.shape[2:]):
+            raise ShapeError(
+                "cat along 1 needs all other dimensions equal",
+                where=first.trace.layer,
+                expected=first.shape,
+                got=t.shape,
+            )
+    values = [t.value if t.ndim == 4 else t.in_user_order() for t in tensors]
+    (value,) = first.trace.emit(Cat(), *values)
+    return Tensor(first.trace, value, (first.shape[0], sum(t.shape[1] for t in tensors), *first.shape[2:]))
+
+
+def flatten(x: Tensor, start_dim: int = 0, end_dim: int = -1) -> Tensor:
+    """x.flatten(start_dim, end_dim)."""
+    return x.flatten(start_dim, end_dim)
+
+
+def input_tensor(trace: Trace, value: Value, sample: tuple[int, ...]) -> Tensor:
+    """The model's input: logical shape (N, *sample) on a value that is NHWC for images."""
+    return Tensor(trace, value, (value.shape[0], *sample))
+
+
+def physical(sample: tuple[int, ...]) -> tuple[int, ...]:
+    """A sample's shape (C,H,W) or (F,) as it lies in memory: (H,W,C) or (F,)."""
+    return (sample[1], sample[2], sample[0]) if len(sample) == 3 else sample
+

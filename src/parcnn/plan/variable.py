@@ -1,0 +1,130 @@
+"""What outlives a step: weights, running statistics, optimizer state, and where they lie on a device.
+
+A weight has two forms. On the host and in checkpoints it is torch's: KCRS for filters, (out, in) for matrices. On a
+device a filter is KRSC, and a Linear that follows a flattened image is the filter (out, H, W, C) that covers the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from parcnn.errors import ShapeError
+from parcnn.ops.base import ITEM_BYTES, Spec
+
+ALIGNMENT = 256  # bytes; every tensor starts at a multiple of it
+
+
+def align(nbytes: int) -> int:
+    """Round up to ALIGNMENT."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+class Variable:
+    """A named tensor of a model, in torch's layout. `data` is replaced through `assign` only."""
+
+    def __init__(self, data: np.ndarray, requires_grad: bool) -> None:
+        self.data = np.ascontiguousarray(data)
+        self.requires_grad = requires_grad
+        self.version = 0  # counts changes made on the host, so that a device copy knows when it is old
+
+    def assign(self, data: np.ndarray) -> None:
+        """Replace the values. Raises ShapeError when the shape differs."""
+        data = np.asarray(data)
+        if data.shape != self.data.shape:
+            raise ShapeError("a tensor of another shape", expected=self.data.shape, got=data.shape)
+        self.data = np.array(data, self.data.dtype, order="C")
+        self.version += 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.data.size
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a variable lies on a device: `logical` is its shape seen as KCRS, stored as KRSC; () keeps it as it is."""
+
+    logical: tuple[int, ...] = ()
+
+    def spec(self, variable: Variable, dtype: str) -> Spec:
+        """Shape on the device."""
+        if not self.logical:
+            return Spec(variable.shape, dtype)
+        k, c, r, s = self.logical
+        return Spec((k, r, s, c), dtype)
+
+    def pack(self, array: np.ndarray) -> np.ndarray:
+        """torch's layout -> the device's."""
+        if not self.logical:
+            return np.ascontiguousarray(array)
+        return np.ascontiguousarray(array.reshape(self.logical).transpose(0, 2, 3, 1))
+
+    def unpack(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The device's layout -> torch's."""
+        if not self.logical:
+            return array.reshape(shape)
+        k, c, r, s = self.logical
+        return np.ascontiguousarray(array.reshape(k, r, s, c).transpose(0, 3, 1, 2)).reshape(shape)
+
+
+@dataclass
+class Layout:
+    """Offsets of a model's variables in the region 'weights' and of its optimizer's state in the region 'optimizer'.
+
+    All plans of a model share one layout. Integer variables (BatchNorm's batch counter) stay on the host.
+    """
+
+    dtype: str
+    offsets: dict[Variable, int] = field(default_factory=dict)
+    names: dict[Variable, str] = field(default_factory=dict)
+    packings: dict[Variable, Packing] = field(default_factory=dict)
+    weights_bytes: int = 0
+    state_offsets: dict[Variable, tuple[int, ...]] = field(default_factory=dict)
+    optimizer_bytes: int = 0
+
+    @classmethod
+    def of(cls, variables: Iterable[tuple[str, Variable]], dtype: str) -> Layout:
+        """Lay out named variables in order; a variable with two names is kept once."""
+        layout = cls(dtype)
+        for name, variable in variables:
+            if variable in layout.offsets or variable.data.dtype.kind != "f":
+                continue
+            layout.offsets[variable] = layout.weights_bytes
+            layout.names[variable] = name
+            layout.weights_bytes += align(variable.data.size * ITEM_BYTES[dtype])
+        return layout
+
+    def add_state(self, slots: int) -> None:
+        """Reserve `slots` optimizer tensors for each trainable variable."""
+        self.state_offsets, self.optimizer_bytes = {}, 0
+        for variable in self.offsets:
+            if not variable.requires_grad:
+                continue
+            step = align(variable.data.size * ITEM_BYTES[self.dtype])
+            self.state_offsets[variable] = tuple(self.optimizer_bytes + i * step for i in range(slots))
+            self.optimizer_bytes += slots * step
+
+    def bind(self, variable: Variable, packing: Packing) -> Spec:
+        """Fix how a variable is packed, and give its spec on the device. Raises ShapeError when two uses disagree."""
+        if variable not in self.offsets:
+            raise ShapeError(
+                "a parameter that is not the model's own was used in forward()",
+                remedy="assign it to an attribute of a Module, so that it is trained and saved",
+            )
+        known = self.packings.setdefault(variable, packing)
+        if known != packing:
+            raise ShapeError(
+                "one weight is used as two filters of different shape",
+                where=self.names[variable],
+                expected=known.logical or "a matrix",
+                got=packing.logical or "a matrix",
+                remedy="give each use a layer of its own, or keep to one image size",
+            )
+        return packing.spec(variable, self.dtype)
