@@ -1,7 +1,7 @@
 """Runs one op on any executor, and holds it to the contract's small print: no byte outside its outputs changes.
 
-Every operand lies between guard bytes in one region; outputs and workspace are poisoned (all bits set: NaN, -1) before the
-call; afterwards guards and inputs must be what they were.
+Every operand lies between guard bytes in one region; outputs and workspace are poisoned (all bits set: NaN, -1) before
+the call; afterwards guards and inputs must be what they were.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def run_op(
     poison: bool = True,
     steps: int = 1,
 ) -> tuple[np.ndarray, ...]:
-    """Run `op` on `arrays`; return its outputs, followed by the inputs that it overwrites (in the order of op.overwritten).
+    """Run `op` on `arrays`; return its outputs, then the inputs that it overwrites (in the order of op.overwritten).
 
-    2-bit pool indices come and go unpacked: uint8 0..3 in the tensor's shape. `alias` holds pairs (output, input) that share
-    memory, out of op.inplace(). A guard or an input that the op should have left alone and did not fails the test.
+    2-bit pool indices come and go unpacked: uint8 0..3 in the tensor's shape. `alias` holds pairs (output, input) that
+    share memory, out of op.inplace(). A changed guard or input (one that the op does not own) fails the test.
     """
     assert set(alias) <= set(op.inplace()), f"{op.name} does not allow {alias} in place"
     specs = tuple(_input_spec(op, i, a) for i, a in enumerate(arrays))
@@ -67,7 +67,7 @@ def run_op(
     changed = np.flatnonzero((before != after) & ~may_change)
     if changed.size:
         culprit = next((s.label for s in inputs if s.offset <= changed[0] < s.end), "guard bytes")
-        raise AssertionError(f"{op} changed {changed.size} bytes it does not own, the first at {changed[0]} in {culprit}")
+        raise AssertionError(f"{op} changed {changed.size} bytes it does not own, first at {changed[0]} in {culprit}")
     results = (*outputs, *(inputs[i] for i in op.overwritten))
     return tuple(_from_bytes(s.spec, after[s.offset : s.end]) for s in results)
 

@@ -1,0 +1,248 @@
+"""Convolution: im2col and BLAS, block by block, with its epilogue while the block is in cache.
+
+The tensor before the pool exists for one block only.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from parcnn.cpu.lowering import Block, Lowering, lowering
+from parcnn.cpu.pointwise import activate, activate_backward
+from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch, route_error
+from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
+
+Arrays = list[tuple[Shape, np.dtype | type]]
+
+
+def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too."""
+    x, w = inputs[:2]
+    y = outputs[0]
+    low = lowering(_geometry(op), x.shape, w.shape, x.itemsize)
+    workspace.shared.rewind()
+    filters = low.filter_matrix(w, workspace.shared)
+    bias = (np.tile(inputs[2], 4) if low.pool_as_filters else inputs[2]) if op.bias else None
+    transposed = low.columns_outermost
+    direct = not op.pool and not transposed
+
+    def block(part: Block, scratch: Scratch) -> None:
+        columns = low.columns(x, part, scratch)
+        out = y[part.images, part.rows]
+        m = columns.shape[0]
+        if transposed:
+            product = np.matmul(filters, columns.T, out=scratch.take((low.outputs, m), x.dtype))
+        else:
+            target = out.reshape(m, low.outputs) if direct else scratch.take((m, low.outputs), x.dtype)
+            product = np.matmul(columns, filters.T, out=target)
+        if bias is not None:
+            product += bias[:, None] if transposed else bias
+        if op.act:
+            activate(op.act, product, product)
+        if op.pool:
+            candidates = low.candidates(product, part.shape, transposed)
+            if op.pool == "max":
+                max_pool(candidates, out, outputs[1][part.images, part.rows], transposed, scratch)
+            else:
+                avg_pool(candidates, out)
+        elif transposed:
+            np.copyto(out.reshape(m, low.outputs), product.T)
+
+    workspace.each(low.blocks(), block)
+
+
+def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """dx = (col2im(dy @ filters) + addend) * act'(saved), dy routed back through the pool first.
+
+    The product is taken for `taps` of the filter apart: neighbours in a filter's row whose pixels lie between those of the
+    next window. What a tap adds to an image's row is then one run of memory.
+    """
+    operands = op.operands(tuple(inputs))
+    dy, w, packed = operands["dy"], operands["w"], operands.get("idx")
+    saved, addend = operands.get("saved"), operands.get("addend")
+    dx = outputs[0]
+    low = lowering(_geometry(op), dx.shape, w.shape, dx.itemsize)
+    workspace.shared.rewind()
+    filters = low.filter_matrix(w, workspace.shared)
+    epilogue = op.act is not None or op.add
+    (_, h, width, c), (top, left, _, _) = dx.shape, op.pad
+    if not low.plain:
+        width_taps = _tap_width(low)
+        taps = workspace.shared.take((low.r * low.s // width_taps, low.outputs, width_taps * c), w.dtype)
+        np.copyto(taps, filters.reshape(low.outputs, len(taps), -1).transpose(1, 0, 2))
+
+    def images(parts: list[Block], scratch: Scratch) -> None:
+        part = parts[0].images
+        here = dx[part]
+        target = scratch.take(_dgrad_target(low, here.shape), dx.dtype) if low.padded or epilogue else here
+        if not low.plain:
+            target.fill(0)
+        start = scratch.used
+        for block in parts:
+            scratch.rewind(start)
+            error = _error(low, dy, packed, block, False, scratch)
+            if low.plain:
+                rows = slice(None) if low.p == 1 else block.rows
+                np.matmul(error, filters, out=target[:, rows].reshape(-1, low.depth))
+            else:
+                _col2im(low, error, taps, block, target, scratch)
+        inside = target[:, top : top + h, left : left + width] if low.padded else target
+        if addend is not None:
+            inside += addend[part]
+        if op.act and saved is not None:
+            activate_backward(op.act, inside, saved[part], here)
+        elif target is not here:
+            np.copyto(here, inside)
+
+    workspace.each(_by_images(low.blocks()), images)
+
+
+def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """dw = dy^T @ columns, dy routed back through the pool first; db = sums of dy. Blocks are added up in their order."""
+    x, dy = inputs[:2]
+    packed = inputs[2] if op.pool == "max" else None
+    dw = outputs[0]
+    low = lowering(_geometry(op), x.shape, dw.shape, x.itemsize)
+    workspace.shared.rewind()
+    total = dw
+    if low.pool_as_filters:
+        total = workspace.shared.take((low.outputs, low.depth), x.dtype)
+    total = total.reshape(low.outputs, low.depth)
+    db = outputs[1] if op.bias else None
+    blocks = low.blocks()
+
+    for first in range(0, len(blocks), workspace.workers.count):
+        wave = blocks[first : first + workspace.workers.count]
+        partial: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+        def block(part: Block, scratch: Scratch, wave: list[Block] = wave, partial: dict = partial) -> None:
+            alone = part is blocks[0]  # the first block needs no memory of its own
+            product = total if alone else scratch.take(total.shape, x.dtype)
+            sums = scratch.take((dy.shape[3],), x.dtype)
+            error = _error(low, dy, packed, part, low.columns_outermost, scratch)
+            np.matmul(error.T, low.columns(x, part, scratch), out=product)
+            if op.bias:
+                rows = dy[part.images, part.rows].reshape(-1, dy.shape[3])
+                ones = scratch.take((rows.shape[0],), x.dtype)
+                ones.fill(1)
+                np.matmul(ones, rows, out=sums)
+            partial[wave.index(part)] = product, sums
+
+        workspace.each(wave, block)
+        for i in range(len(wave)):
+            product, sums = partial[i]
+            if product is not total:
+                total += product
+            if db is not None:
+                np.copyto(db, sums) if first + i == 0 else np.add(db, sums, out=db)
+    if low.pool_as_filters:
+        low.fold_filters(total, dw)
+
+
+def kernel_name(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
+    """How the convolution is run, for tables."""
+    low = _lowering_of(op, inputs, outputs)
+    if low.plain:
+        return "numpy gemm"
+    return "numpy im2col+gemm" + (" pool as filters" if low.pool_as_filters else "")
+
+
+def _geometry(op: ConvGeometry) -> ConvGeometry:
+    """The attributes that decide the lowering, alike for fprop, dgrad and wgrad."""
+    return ConvGeometry(op.stride, op.pad, op.dilation, op.pool)
+
+
+def _error(
+    low: Lowering, dy: np.ndarray, packed: np.ndarray | None, block: Block, transposed: bool, scratch: Scratch
+) -> np.ndarray:
+    """The error at the convolution's own outputs, (M, outputs)."""
+    here = dy[block.images, block.rows]
+    if not low.geometry.pool:
+        return here.reshape(-1, low.outputs)
+    m = prod(low.windows(block.shape))
+    error = scratch.take((low.outputs, m) if transposed else (m, low.outputs), dy.dtype)
+    indices = None if packed is None else packed[block.images, block.rows]
+    route_error(here, indices, low.candidates(error, block.shape, transposed), transposed, scratch)
+    return error.T if transposed else error
+
+
+def _col2im(
+    low: Lowering, error: np.ndarray, taps: np.ndarray, block: Block, target: np.ndarray, scratch: Scratch
+) -> None:
+    """Add error @ taps to the (padded) images at the windows' places."""
+    n, p, q = low.windows(block.shape)
+    length = taps.shape[2]
+    products = np.matmul(error, taps, out=scratch.take((len(taps), n * p * q, length), error.dtype))
+    products = products.reshape(len(taps), n, p, q, length)
+    sn, sh, sw, sc = target.strides
+    first = block.rows.start * low.windows_per_output * low.stride[0]
+    per_row = len(taps) // low.r
+    step, dilation = low.s // per_row, low.geometry.dilation
+    strides = (sn, sh * low.stride[0], sw * low.stride[1], sc)
+    for i, product in enumerate(products):
+        row, column = first + i // per_row * dilation[0], i % per_row * step * dilation[1]
+        windows = as_strided(target[:, row:, column:], (n, p, q, length), strides)
+        windows += product
+
+
+def _tap_width(low: Lowering) -> int:
+    """Neighbours of a filter's row that are taken together: as many as the stride, where it divides the row."""
+    stride = low.stride[1]
+    return stride if low.geometry.dilation[1] == 1 and low.s % stride == 0 else 1
+
+
+def _dgrad_target(low: Lowering, image: Shape) -> Shape:
+    n, h, w, c = image
+    top, left, bottom, right = low.geometry.pad
+    return n, h + top + bottom, w + left + right, c
+
+
+def _by_images(blocks: list[Block]) -> list[list[Block]]:
+    """Blocks of the same images together: they add to the same pixels."""
+    groups: dict[int, list[Block]] = {}
+    for block in blocks:
+        groups.setdefault(block.images.start, []).append(block)
+    return list(groups.values())
+
+
+def _lowering_of(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Lowering:
+    if not isinstance(op, ConvGeometry):
+        raise TypeError(f"{op.name} is no convolution")
+    x = outputs[0] if isinstance(op, ConvDgrad) else inputs[0]
+    w = outputs[0] if isinstance(op, ConvWgrad) else inputs[1]
+    return lowering(_geometry(op), x.shape, w.shape, _dtype(x).itemsize)
+
+
+def _dtype(spec: Spec) -> np.dtype:
+    return np.dtype(np.float64 if spec.dtype == "f64" else np.float32)
+
+
+def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+    low = _lowering_of(op, inputs, outputs)
+    dtype = _dtype(inputs[0])
+    n, rows = low.block_shape
+    m = prod(low.windows((n, rows)))
+    pooled = (n, rows, low.q, low.filters[0])
+    columns: Arrays = [(shape, dtype) for shape in low.columns_scratch((n, rows))]
+    product: Arrays = [((m, low.outputs), dtype)]
+    filters: Arrays = [((low.outputs, low.depth), dtype)] * low.pool_as_filters
+    if isinstance(op, ConvFprop):
+        epilogue = max_scratch(pooled, dtype) if op.pool == "max" else []
+        return ScratchSize(scratch_bytes(filters), scratch_bytes([*columns, *product, *epilogue]))
+    routed: Arrays = [*product, *error_scratch(pooled, dtype)] if low.geometry.pool else []
+    if isinstance(op, ConvWgrad):
+        own: Arrays = [((low.outputs, low.depth), dtype), ((low.filters[0],), dtype), ((n * rows * low.q,), dtype)]
+        return ScratchSize(scratch_bytes(filters), scratch_bytes([*own, *routed, *columns]))
+    taps: Arrays = [] if low.plain else [((low.outputs, low.depth), dtype)]
+    target: Arrays = [(_dgrad_target(low, (n, *low.image[1:])), dtype)]
+    products: Arrays = [] if low.plain else [((m, low.depth), dtype)]
+    return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
+
+
+RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: conv_wgrad}
+SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}

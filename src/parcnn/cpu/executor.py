@@ -1,0 +1,163 @@
+"""The executor: memory is NumPy byte buffers, a loaded program a list of calls whose views are made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from parcnn.cpu import conv, feed, loss, norm, pointwise, pool, shape, update
+from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
+from parcnn.errors import ArgumentError, UnsupportedError
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Program, Region, Slot
+
+Arrays = list[np.ndarray]
+# What runs an op: run(op, inputs, outputs, workspace). An output may share memory with an input where op.inplace() says so.
+Run = Callable[..., None]
+
+FAMILIES = (conv, pool, pointwise, norm, shape, loss, update, feed)
+RUN: dict[type[Op], Run] = {op: run for family in FAMILIES for op, run in family.RUN.items()}
+SCRATCH: dict[type[Op], Callable[..., ScratchSize]] = {
+    op: size for family in (conv, pool, norm, update) for op, size in family.SCRATCH.items()
+}
+DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8, "u2": np.uint8}
+
+
+class CpuRegion:
+    """Memory of the CPU executor: a zeroed byte buffer at a multiple of 64 bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        buffer = np.zeros(nbytes + ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % ALIGNMENT
+        self.memory = buffer[start : start + nbytes]
+
+    def write(self, array: np.ndarray, offset: int = 0) -> None:
+        """Copy a C-contiguous array to byte `offset`."""
+        data = array.reshape(-1).view(np.uint8)
+        self.memory[offset : offset + data.size] = data
+
+    def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
+        """A copy of the tensor at `offset` (u2 indices: packed bytes (..., ceil(C/4)) uint8)."""
+        return self.view(spec, offset).copy()
+
+    def view(self, spec: Spec, offset: int = 0) -> np.ndarray:
+        """The tensor at `offset` itself."""
+        physical = (*spec.shape[:-1], -(-spec.shape[-1] // 4)) if spec.dtype == "u2" else spec.shape
+        return self.memory[offset : offset + spec.nbytes].view(DTYPES[spec.dtype]).reshape(physical)
+
+
+class CpuProgram:
+    """A program bound to memory."""
+
+    def __init__(self, steps: list[Callable[[], None]], blas: ThreadpoolController) -> None:
+        self._steps = steps
+        self._blas = blas
+
+    def run(self, steps: int = 1) -> None:
+        """Run `steps` steps; complete on return."""
+        # BLAS keeps to the calling thread: all parallelism is ours, over pieces that do not depend on the thread count.
+        with self._blas.limit(limits=1, user_api="blas"), np.errstate(all="ignore"):
+            for _ in range(steps):
+                for call in self._steps:
+                    call()
+
+
+class CpuExecutor:
+    """Runs programs on the CPU with NumPy. `threads`: how many (None: as many as there are cores).
+
+    threads=1 is the sequential implementation. The results are the same bits for every number of threads.
+    """
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise ArgumentError(
+                "too few threads", where="CpuExecutor", expected="at least 1, or None for all cores", got=threads
+            )
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self._workers = Workers(self.threads)
+        self._blas = ThreadpoolController()
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """True: every fused form that an op can express is run as one call."""
+        return type(op) in RUN
+
+    def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        """Scratch memory of the call: what is shared, and a part for each thread."""
+        size = _scratch_size(op, inputs, outputs)
+        return size.shared + self.threads * size.per_worker
+
+    def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
+        """What runs the call, for tables."""
+        return conv.kernel_name(op, inputs, outputs) if type(op) in conv.RUN else "numpy"
+
+    def available_bytes(self) -> int | None:
+        """Physical memory that is free now, None where the system does not say."""
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return None
+
+    def region(self, name: str, nbytes: int) -> CpuRegion:
+        """New zeroed memory."""
+        return CpuRegion(nbytes)
+
+    def load(self, program: Program, regions: Mapping[str, Region]) -> CpuProgram:
+        """Bind a program to memory.
+
+        Raises ArgumentError where a region is missing or too small, UnsupportedError for an op that is not known.
+        """
+        for name, nbytes in program.region_bytes.items():
+            region = regions.get(name)
+            if not isinstance(region, CpuRegion) or region.nbytes < nbytes:
+                got = f"{region.nbytes} bytes" if isinstance(region, CpuRegion) else type(region).__name__
+                raise ArgumentError(
+                    f"region {name!r} does not fit",
+                    where=f"program {program.name}",
+                    expected=f"a region of this executor with at least {nbytes} bytes",
+                    got=got,
+                    remedy="make it with executor.region()",
+                )
+        memory = {name: region for name, region in regions.items() if isinstance(region, CpuRegion)}
+        return CpuProgram([self._bind(call, memory) for call in program.calls], self._blas)
+
+    def _bind(self, call: Call, memory: Mapping[str, CpuRegion]) -> Callable[[], None]:
+        run = RUN.get(type(call.op))
+        if run is None:
+            raise UnsupportedError("the CPU executor does not know this op", where=call.layer, got=call.op.name)
+        size = _scratch_size(call.op, call.input_specs, call.output_specs)
+        needed = size.shared + self.threads * size.per_worker
+        given = call.workspace.spec.nbytes if call.workspace else 0
+        if given < needed:
+            raise ArgumentError(
+                "workspace too small",
+                where=call.layer or call.op.name,
+                expected=f"{needed} bytes",
+                got=f"{given} bytes",
+                remedy="ask executor.workspace_bytes()",
+            )
+
+        def view(slot: Slot) -> np.ndarray:
+            return memory[slot.region].view(slot.spec, slot.offset)
+
+        scratch = view(call.workspace) if call.workspace else np.empty(0, np.uint8)
+        inputs, outputs = [view(s) for s in call.inputs], [view(s) for s in call.outputs]
+        return partial(run, call.op, inputs, outputs, Workspace(scratch, size, self._workers))
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: run() returns when its steps are complete."""
+
+    def close(self) -> None:
+        """End the threads."""
+        self._workers.close()
+
+
+def _scratch_size(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+    size = SCRATCH.get(type(op))
+    return size(op, inputs, outputs) if size else ScratchSize()

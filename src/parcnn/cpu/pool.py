@@ -1,0 +1,172 @@
+"""Pooling on its own: one strided view of the padded images for each position in the window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from parcnn.cpu.pointwise import route
+from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes
+from parcnn.ops.base import Spec
+from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
+
+IMAGES_A_PIECE = 8  # what one thread takes at a time
+
+
+def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """Largest element of each window and where it was (the first of equals; NaN wins), or the mean."""
+    x, y = inputs[0], outputs[0]
+    n, h, w, c = x.shape
+    out_hw = y.shape[1:3]
+    divisor = _divisors(op, (h, w), out_hw, x.dtype) if op.kind == "avg" else None
+    first = _first_inside(op, (h, w), out_hw) if op.kind == "max" else None
+
+    def piece(i: slice, scratch: Scratch) -> None:
+        padded = scratch.take((i.stop - i.start, *_padded_hw(op, (h, w), out_hw), c), x.dtype)
+        padded.fill(-np.inf if op.kind == "max" else 0)
+        _inside(op, padded, (h, w))[...] = x[i]
+        best = y[i]
+        if op.kind == "avg":
+            best.fill(0)
+            for _, view in _positions(op, padded, out_hw):
+                best += view
+            best /= divisor
+            return
+        idx = outputs[1][i]
+        best.fill(-np.inf)
+        idx[...] = first
+        wins, other = scratch.take(best.shape, bool), scratch.take(best.shape, bool)
+        for position, view in _positions(op, padded, out_hw):
+            np.less_equal(view, best, out=wins)
+            np.not_equal(best, best, out=other)
+            wins |= other
+            np.logical_not(wins, out=wins)  # greater, or the first NaN
+            np.copyto(best, view, where=wins)
+            np.copyto(idx, idx.dtype.type(position), where=wins)
+
+    workspace.each_slice(n, piece, IMAGES_A_PIECE)
+
+
+def pool_dgrad(op: PoolDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """Each window's error to its winner, or in equal parts to its elements."""
+    dy, dx = inputs[0], outputs[0]
+    n, h, w, c = dx.shape
+    out_hw = dy.shape[1:3]
+    divisor = _divisors(op, (h, w), out_hw, dy.dtype) if op.kind == "avg" else None
+
+    def piece(i: slice, scratch: Scratch) -> None:
+        padded = scratch.take((i.stop - i.start, *_padded_hw(op, (h, w), out_hw), c), dx.dtype)
+        padded.fill(0)
+        part = scratch.take(dy[i].shape, dy.dtype)
+        if op.kind == "avg":
+            np.divide(dy[i], divisor, out=part)
+        for position, view in _positions(op, padded, out_hw):
+            if op.kind == "max":
+                route(dy[i], inputs[1][i] == position, part)
+            view += part
+        dx[i] = _inside(op, padded, (h, w))
+
+    workspace.each_slice(n, piece, IMAGES_A_PIECE)
+
+
+def adaptive_avg_fprop(
+    op: AdaptiveAvgFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
+) -> None:
+    """Means over windows that tile the image."""
+    x, y = inputs[0], outputs[0]
+
+    def piece(i: slice, _: Scratch) -> None:
+        for p, q, rows, columns in _adaptive_windows(x.shape[1:3], y.shape[1:3]):
+            x[i, rows, columns].mean(axis=(1, 2), out=y[i, p, q])
+
+    workspace.each_slice(x.shape[0], piece, IMAGES_A_PIECE)
+
+
+def adaptive_avg_dgrad(
+    op: AdaptiveAvgDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
+) -> None:
+    """Each mean's error in equal parts to its window."""
+    dy, dx = inputs[0], outputs[0]
+
+    def piece(i: slice, _: Scratch) -> None:
+        dx[i] = 0
+        for p, q, rows, columns in _adaptive_windows(dx.shape[1:3], dy.shape[1:3]):
+            window = dx[i, rows, columns]
+            window += (dy[i, p, q] / (window.shape[1] * window.shape[2]))[:, None, None]
+
+    workspace.each_slice(dx.shape[0], piece, IMAGES_A_PIECE)
+
+
+def _adaptive_windows(image: tuple[int, ...], out: tuple[int, ...]) -> Iterator[tuple[int, int, slice, slice]]:
+    (h, w), (p_count, q_count) = image, out
+    for p in range(p_count):
+        for q in range(q_count):
+            rows = slice(p * h // p_count, -(-(p + 1) * h // p_count))
+            yield p, q, rows, slice(q * w // q_count, -(-(q + 1) * w // q_count))
+
+
+def _padded_hw(op: PoolWindow, image: tuple[int, ...], out: tuple[int, ...]) -> tuple[int, int]:
+    """The padded image, made larger where ceil_mode lets a window hang over it."""
+    h, w = (
+        max(image[a] + 2 * op.pad[a], (out[a] - 1) * op.stride[a] + (op.kernel[a] - 1) * op.dilation[a] + 1)
+        for a in (0, 1)
+    )
+    return h, w
+
+
+def _inside(op: PoolWindow, padded: np.ndarray, image: tuple[int, int]) -> np.ndarray:
+    (top, left), (h, w) = op.pad, image
+    return padded[:, top : top + h, left : left + w]
+
+
+def _positions(op: PoolWindow, padded: np.ndarray, out: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each position in the window, row-major, with the elements (n,P,Q,C) that the windows have there."""
+    for r in range(op.kernel[0]):
+        for s in range(op.kernel[1]):
+            top, left = r * op.dilation[0], s * op.dilation[1]
+            rows = slice(top, top + (out[0] - 1) * op.stride[0] + 1, op.stride[0])
+            columns = slice(left, left + (out[1] - 1) * op.stride[1] + 1, op.stride[1])
+            yield r * op.kernel[1] + s, padded[:, rows, columns]
+
+
+def _divisors(op: PoolWindow, image: tuple[int, int], out: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What each window's sum is divided by, (P,Q,1)."""
+    if op.divisor is not None:
+        return np.full((*out, 1), op.divisor, dtype)
+    margin = op.pad if op.count_include_pad else (0, 0)
+    counts = []
+    for a in (0, 1):
+        taps = np.arange(op.kernel[a]) * op.dilation[a]
+        position = np.arange(out[a])[:, None] * op.stride[a] - op.pad[a] + taps
+        counts.append(((position >= -margin[a]) & (position < image[a] + margin[a])).sum(axis=1))
+    return np.multiply.outer(*counts)[..., None].astype(dtype)
+
+
+def _first_inside(op: PoolWindow, image: tuple[int, int], out: tuple[int, ...]) -> np.ndarray:
+    """The first position of each window that lies in the image, (P,Q,1): it wins where all elements are -inf."""
+    first = []
+    for a in (0, 1):
+        above = np.maximum(op.pad[a] - np.arange(out[a]) * op.stride[a], 0)
+        first.append(-(-above // op.dilation[a]))
+    return (first[0][:, None] * op.kernel[1] + first[1])[..., None]
+
+
+def _scratch(op: PoolFprop | PoolDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+    image, small = (inputs[0], outputs[0]) if isinstance(op, PoolFprop) else (outputs[0], inputs[0])
+    n, h, w, c = image.shape
+    n = min(n, IMAGES_A_PIECE)
+    dtype = np.float64 if image.dtype == "f64" else np.float32
+    padded = (n, *_padded_hw(op, (h, w), small.shape[1:3]), c)
+    part = (n, *small.shape[1:])
+    extra = [(part, bool), (part, bool)] if isinstance(op, PoolFprop) else [(part, dtype)]
+    return ScratchSize(per_worker=scratch_bytes([(padded, dtype), *extra]))
+
+
+RUN = {
+    PoolFprop: pool_fprop,
+    PoolDgrad: pool_dgrad,
+    AdaptiveAvgFprop: adaptive_avg_fprop,
+    AdaptiveAvgDgrad: adaptive_avg_dgrad,
+}
+SCRATCH = {PoolFprop: _scratch, PoolDgrad: _scratch}

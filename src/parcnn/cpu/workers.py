@@ -1,0 +1,112 @@
+"""Threads, and the scratch memory that each of them works in.
+
+Work is cut into pieces whose size depends on the problem alone, never on the number of threads, and sums over pieces run in
+the pieces' order: results are the same bits for every number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+Shape = tuple[int, ...]
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+# Elements of one piece of an element-by-element op: 128 KiB of float32, so that an op's few operands stay in the L2 cache.
+PIECE = 32768
+
+
+class Scratch:
+    """Hands out arrays from one thread's scratch memory, front to back."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        self._memory = memory
+        self.used = 0  # bytes handed out
+
+    def rewind(self, used: int = 0) -> None:
+        """Forget what was handed out after the first `used` bytes."""
+        self.used = used
+
+    def take(self, shape: Shape, dtype: np.dtype | type) -> np.ndarray:
+        """An uninitialised array."""
+        array = np.ndarray(shape, dtype, self._memory, self.used)
+        self.used += padded_bytes(array.nbytes)
+        return array
+
+
+def padded_bytes(nbytes: int) -> int:
+    """`nbytes` rounded up to the alignment of the next array."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def scratch_bytes(arrays: Sequence[tuple[Shape, np.dtype | type]]) -> int:
+    """What `Scratch.take` needs for these arrays, shape and element type each."""
+    return sum(padded_bytes(prod(shape) * np.dtype(dtype).itemsize) for shape, dtype in arrays)
+
+
+class Workers:
+    """`count` threads; with one, everything runs in the caller's."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="parcnn-cpu") if count > 1 else None
+
+    def each(self, items: Sequence[Item], work: Callable[[Item, int], None]) -> None:
+        """work(item, worker) for every item, worker being 0..count-1; items are dealt out in turn."""
+
+        def share(worker: int) -> None:
+            with np.errstate(all="ignore"):  # NaN and infinity go through, silently; the setting is per thread
+                for item in items[worker :: self.count]:
+                    work(item, worker)
+
+        if self._pool is None or len(items) == 1:
+            for item in items:
+                work(item, 0)
+            return
+        others = [self._pool.submit(share, worker) for worker in range(1, min(self.count, len(items)))]
+        share(0)
+        for other in others:
+            other.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class ScratchSize:
+    """Bytes that an op needs once, and once per thread."""
+
+    shared: int = 0
+    per_worker: int = 0
+
+
+class Workspace:
+    """An op's scratch memory: a part for all, and one for each worker."""
+
+    def __init__(self, memory: np.ndarray, size: ScratchSize, workers: Workers) -> None:
+        self.workers = workers
+        self.shared = Scratch(memory[: size.shared])
+        parts = (memory[size.shared + i * size.per_worker :][: size.per_worker] for i in range(workers.count))
+        self._parts = [Scratch(part) for part in parts]
+
+    def each(self, items: Sequence[Item], work: Callable[[Item, Scratch], None]) -> None:
+        """work(item, scratch) for every item, spread over the workers; scratch is rewound before each."""
+
+        def rewound(item: Item, worker: int) -> None:
+            scratch = self._parts[worker]
+            scratch.rewind()
+            work(item, scratch)
+
+        self.workers.each(items, rewound)
+
+    def each_slice(self, count: int, work: Callable[[slice, Scratch], None], piece: int = PIECE) -> None:
+        """work(slice, scratch) for slices of at most `piece` that cover 0..count."""
+        self.each([slice(i, min(i + piece, count)) for i in range(0, count, piece)], work)
