@@ -1,4 +1,6 @@
 // Device helpers that every kernel family shares. No headers are included: NVRTC has these types and functions built in.
+//
+// Template parameters are CamelCase: capitals are the macros of a variant.
 #pragma once
 
 typedef unsigned char u8;
@@ -34,34 +36,34 @@ __device__ __forceinline__ int divide(int n, FastDiv div, int &rest) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-template <int ACT> __device__ __forceinline__ float activate(float x) {
-    if (ACT == ACT_RELU) return x <= 0.0f ? 0.0f : x;
-    if (ACT == ACT_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    if (ACT == ACT_GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-    if (ACT == ACT_SILU) return x * sigmoid(x);
-    if (ACT == ACT_TANH) return tanhf(x);
-    if (ACT == ACT_SIGMOID) return sigmoid(x);
+template <int Kind> __device__ __forceinline__ float activate(float x) {
+    if (Kind == ACT_RELU) return x <= 0.0f ? 0.0f : x;
+    if (Kind == ACT_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    if (Kind == ACT_GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    if (Kind == ACT_SILU) return x * sigmoid(x);
+    if (Kind == ACT_TANH) return tanhf(x);
+    if (Kind == ACT_SIGMOID) return sigmoid(x);
     return x;
 }
 
 // dy * act'(saved): saved is the output of relu, tanh, sigmoid (and of no activation), the input of gelu and silu.
-template <int ACT> __device__ __forceinline__ float activation_dgrad(float dy, float saved) {
-    if (ACT == ACT_RELU) return saved <= 0.0f ? 0.0f : dy;
-    if (ACT == ACT_GELU) {
+template <int Kind> __device__ __forceinline__ float activation_dgrad(float dy, float saved) {
+    if (Kind == ACT_RELU) return saved <= 0.0f ? 0.0f : dy;
+    if (Kind == ACT_GELU) {
         float cdf = 0.5f * (1.0f + erff(saved * 0.70710678118654752f));
         return dy * (cdf + saved * 0.39894228040143268f * expf(-0.5f * saved * saved));
     }
-    if (ACT == ACT_GELU_TANH) {
+    if (Kind == ACT_GELU_TANH) {
         float t = tanhf(0.79788456080286536f * (saved + 0.044715f * saved * saved * saved));
         float inner = 0.79788456080286536f * (1.0f + 0.134145f * saved * saved);
         return dy * (0.5f * (1.0f + t) + 0.5f * saved * (1.0f - t * t) * inner);
     }
-    if (ACT == ACT_SILU) {
+    if (Kind == ACT_SILU) {
         float s = sigmoid(saved);
         return dy * s * (1.0f + saved * (1.0f - s));
     }
-    if (ACT == ACT_TANH) return dy * (1.0f - saved * saved);
-    if (ACT == ACT_SIGMOID) return dy * saved * (1.0f - saved);
+    if (Kind == ACT_TANH) return dy * (1.0f - saved * saved);
+    if (Kind == ACT_SIGMOID) return dy * saved * (1.0f - saved);
     return dy;
 }
 
@@ -86,29 +88,60 @@ __device__ __forceinline__ uint4 philox4x32(uint4 c, uint2 key) {
 
 // ---- Sums in a fixed order ----------------------------------------------------------------------------------------
 
-// Sum over the WIDTH lanes (a power of two) that share lane / WIDTH; each of them gets it. All 32 lanes must call.
-template <int WIDTH = 32> __device__ __forceinline__ float warp_sum(float v) {
+// Sum over the Width lanes (a power of two) that share lane / Width; each of them gets it. All 32 lanes must call.
+template <int Width = 32> __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
-    for (int offset = WIDTH / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    for (int offset = Width / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
     return v;
 }
 
-// Sum over a block of THREADS (a multiple of 32) threads; every thread gets it. `scratch` holds THREADS / 32 floats; the
+// Sum over a block of Threads (a multiple of 32) threads; every thread gets it. `scratch` holds Threads / 32 floats; the
 // block may use it again after its next barrier.
-template <int THREADS> __device__ __forceinline__ float block_sum(float v, float *scratch) {
+template <int Threads> __device__ __forceinline__ float block_sum(float v, float *scratch) {
     v = warp_sum(v);
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
     __syncthreads();
     float sum = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < THREADS / 32; ++warp) sum += scratch[warp];
+    for (int warp = 0; warp < Threads / 32; ++warp) sum += scratch[warp];
     return sum;
 }
 
+// ---- Vectors and shared memory --------------------------------------------------------------------------------------
+
+// 16 (8) bytes at once; the address must be a multiple of as many.
+__device__ __forceinline__ float4 load4(const float *p) {
+#ifdef HOST_EMULATION
+    emulation::check_aligned(p, 16);
+#endif
+    return *reinterpret_cast<const float4 *>(p);
+}
+
+__device__ __forceinline__ float2 load2(const float *p) {
+#ifdef HOST_EMULATION
+    emulation::check_aligned(p, 8);
+#endif
+    return *reinterpret_cast<const float2 *>(p);
+}
+
+__device__ __forceinline__ void store4(float *p, float4 v) {
+#ifdef HOST_EMULATION
+    emulation::check_aligned(p, 16);
+#endif
+    *reinterpret_cast<float4 *>(p) = v;
+}
+
+// Names the block's dynamic shared memory.
+#ifdef HOST_EMULATION
+#define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(emulation::dynamic_shared)
+#else
+#define DYNAMIC_SHARED(type, name) extern __shared__ __align__(16) type name[]
+#endif
+
 // ---- Copies from global to shared memory that run beside the arithmetic (sm_80 and later) ----------------------------
 
-// Copy 16 (4) bytes, or write zeros where `live` is false (`source` is then not read). Both addresses aligned to the size.
 #ifndef HOST_EMULATION
+// Copy 16 (4) bytes, or write zeros where `live` is false (`source` is then not read). Both addresses aligned to the size.
 __device__ __forceinline__ void copy_async16(float *shared, const float *source, bool live) {
     u32 address = (u32)__cvta_generic_to_shared(shared);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(live ? 16 : 0));
@@ -122,8 +155,59 @@ __device__ __forceinline__ void copy_async4(float *shared, const float *source, 
 // Close the group of copies that this thread has started since the last group.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;"); }
 
-// Wait until at most PENDING of this thread's groups are under way. A barrier then shows the copies to the block.
-template <int PENDING> __device__ __forceinline__ void copy_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+// Wait until at most Pending of this thread's groups are under way. A barrier then shows the copies to the block.
+template <int Pending> __device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 #endif
+
+// ---- A run of V neighbouring floats, V 4 (one access of 16 bytes) or 1 ------------------------------------------------
+
+template <int V> struct Floats {
+    float v[V];
+};
+
+template <int V> __device__ __forceinline__ Floats<V> load(const float *p) {
+    Floats<V> r;
+    if constexpr (V == 4) {
+        float4 t = load4(p);
+        r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+    } else {
+        r.v[0] = *p;
+    }
+    return r;
+}
+
+template <int V> __device__ __forceinline__ void store(float *p, const Floats<V> &r) {
+    if constexpr (V == 4)
+        store4(p, make_float4(r.v[0], r.v[1], r.v[2], r.v[3]));
+    else
+        *p = r.v[0];
+}
+
+template <int V> __device__ __forceinline__ Floats<V> splat(float value) {
+    Floats<V> r;
+#pragma unroll
+    for (int e = 0; e < V; ++e) r.v[e] = value;
+    return r;
+}
+
+// The first `count` of four floats (all four where count >= 4, in one access); the others are zero.
+__device__ __forceinline__ Floats<4> load_part(const float *p, long long count) {
+    if (count >= 4) return load<4>(p);
+    Floats<4> r = splat<4>(0.0f);
+#pragma unroll
+    for (int e = 0; e < 3; ++e)
+        if (e < count) r.v[e] = p[e];
+    return r;
+}
+
+__device__ __forceinline__ void store_part(float *p, const Floats<4> &r, long long count) {
+    if (count >= 4) {
+        store<4>(p, r);
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 3; ++e)
+        if (e < count) p[e] = r.v[e];
+}

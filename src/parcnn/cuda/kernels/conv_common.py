@@ -1,0 +1,127 @@
+"""The host's side of `conv_common.cuh`: a convolution's sizes, and the cost of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.launch import Struct
+from parcnn.ops.base import Spec
+from parcnn.ops.conv import ConvGeometry
+
+POOL_CODES = {None: 0, "max": 1, "avg": 2}
+MAX_SIDE = 2**14
+
+
+@dataclass(frozen=True)
+class Conv:
+    """Sizes of a convolution; p and q count outputs after the pool."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    p: int
+    q: int
+    stride: tuple[int, int]
+    pad: tuple[int, int]  # top, left
+    dilation: tuple[int, int]
+    pool: str | None
+
+    @classmethod
+    def of(cls, op: ConvGeometry, image: Spec, filters: Spec) -> Conv:
+        """The convolution of `image` (N,H,W,C) with `filters` (K,R,S,C); a matrix product is told as a 1x1 image each row."""
+        n, h, w, c = image.shape
+        k, r, s, _ = filters.shape
+        p, q = op.pooled_hw(h, w, r, s)
+        conv = cls(n, h, w, c, k, r, s, p, q, op.stride, op.pad[:2], op.dilation, op.pool)
+        if any(op.pad) or op.pool:
+            return conv
+        if (r, s, p, q) == (h, w, 1, 1) and op.dilation == (1, 1):
+            return replace(conv, h=1, w=1, c=h * w * c, r=1, s=1)
+        if (r, s, *op.stride) == (1, 1, 1, 1):
+            return replace(conv, n=n * h * w, h=1, w=1, p=1, q=1)
+        return conv
+
+    @property
+    def rows(self) -> int:
+        """Outputs that are computed, of one filter."""
+        return self.n * self.p * self.q * (4 if self.pool else 1)
+
+    @property
+    def taps_c(self) -> int:
+        """Elements of a filter."""
+        return self.r * self.s * self.c
+
+    def argument(self, act: str | None = None) -> Struct:
+        """`Conv` of conv_common.cuh."""
+        numbers = (
+            self.rows, self.h, self.w, self.c, self.k, self.r, self.s, self.taps_c, self.p, self.q,
+            *self.stride, *self.pad, *self.dilation, POOL_CODES[self.pool], act_code(act),
+        )  # fmt: skip
+        divisors = (self.p, self.q, self.c, self.s)
+        return Struct((*(np.int32(v) for v in numbers), *(fast_div(max(d, 1)) for d in divisors)))
+
+
+def unsupported(op: ConvGeometry, specs: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]) -> str | None:
+    """Why the fp32 kernels cannot run a convolution of these operands; None where they can."""
+    for spec in specs:
+        if spec.dtype not in ("f32", "u2"):
+            return f"the fp32 convolution kernels take f32 operands, not {spec.dtype}"
+        if spec.size >= 2**31:
+            return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"
+    span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
+    if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
+        return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"
+    return None
+
+
+class Tile(NamedTuple):
+    """Shape of a block: its outputs, the depth of a step, a thread's outputs, lanes that share them, tiles in flight."""
+
+    bm: int
+    bn: int
+    bk: int
+    tm: int
+    tn: int
+    slices: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return self.slices * (self.bm // self.tm) * (self.bn // self.tn)
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        return tuple(zip(("BM", "BN", "BK", "TM", "TN", "SLICES", "STAGES"), self, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.tm}x{self.tn}/{self.slices}/{self.stages}"
+
+
+def tile_cycles(tile: Tile, m: int, n: int, depth: int, copies: float, sm_count: int) -> float:
+    """Estimated clock cycles of an (m, n, depth) product: what the choice of a tile rests on.
+
+    The larger of two bounds. Throughput: the busiest SM's arithmetic (128 FMA a cycle), its reads of shared memory (2 cycles
+    each 16 bytes a lane) and its copies (`copies` instructions a warp for every 32 floats). Latency: what one block needs
+    alone, times the rounds of blocks that fit at once.
+    """
+    blocks = ceil(m / tile.bm) * ceil(n / tile.bn)
+    steps = ceil(depth / tile.bk)
+    warps = tile.threads / 32
+    inner = warps * tile.bk / 4 / tile.slices  # products of 4-deep fragments, by warps, in a step
+    arithmetic, reads = inner * tile.tm * tile.tn, inner * 2 * (tile.tm + tile.tn)
+    copy = 2 * copies * (tile.bm + tile.bn) * tile.bk / 32
+    work = steps * (max(arithmetic, reads) + 0.25 * min(arithmetic, reads) + copy)
+    own_pace = max(1.0, warps / 4) * tile.bk / 4 / tile.slices * (4 * tile.tm * tile.tn + 2 * (tile.tm + tile.tn))
+    alone = 1500 + steps * max(own_pace + copy + 60, 700 / (tile.stages - 1)) + 12 * tile.tm * tile.tn * tile.slices.bit_length()
+    resident = max(1, min(16, int(2048 / tile.threads * (0.25 if tile.tm * tile.tn >= 64 else 0.5))))
+    return max(ceil(blocks / sm_count) * work, ceil(blocks / (sm_count * resident)) * alone)

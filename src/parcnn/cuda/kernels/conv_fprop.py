@@ -1,0 +1,171 @@
+"""Launcher of conv_fprop.cu: convolution forward with bias, activation and 2x2 pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
+from parcnn.ops.base import ACTIVATIONS, Op, Spec
+from parcnn.ops.conv import ConvFprop
+from parcnn.ops.program import Call
+
+OPS: tuple[type[Op], ...] = (ConvFprop,)
+SOURCE = "conv_fprop.cu"
+
+# From many pixels and filters down to the small products of linear layers at a small batch.
+TILES = (
+    Tile(128, 128, 16, 8, 8, 1, 3),
+    Tile(128, 64, 16, 8, 8, 1, 3),
+    Tile(64, 64, 16, 8, 4, 1, 4),
+    Tile(128, 32, 16, 8, 4, 1, 3),
+    Tile(128, 16, 16, 4, 4, 2, 3),
+    Tile(256, 8, 16, 8, 4, 1, 3),
+    Tile(64, 16, 32, 4, 4, 4, 3),
+    Tile(32, 32, 32, 4, 4, 4, 4),
+    Tile(16, 16, 64, 4, 4, 8, 4),
+    Tile(8, 8, 128, 4, 4, 32, 4),
+)
+SCALAR_TILES = (TILES[1], TILES[2], TILES[4], TILES[6], TILES[8])  # C not a multiple of 4
+RARE_ACT_TILE = TILES[2]  # activations other than ReLU are compiled for this one alone
+DIRECT_SHARED_BYTES = 48 * 1024
+DIRECT_CHANNELS = 8
+
+
+class Direct(NamedTuple):
+    """conv_fprop_direct with `kt` filters a thread."""
+
+    kt: int
+
+    def __str__(self) -> str:
+        return f"direct {self.kt}"
+
+
+Variant = Tile | Direct
+DIRECTS = (Direct(4), Direct(6), Direct(8))
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if not isinstance(op, ConvFprop):
+        return f"{op.name} is not a forward convolution"
+    x, w = inputs[:2]
+    return unsupported(op, (*inputs, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
+
+
+def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
+    """None is needed."""
+    return 0
+
+
+def candidates(call: Call, device: Device) -> list[Variant]:
+    """Variants that can run the call, best estimate first.
+
+    A tile's estimate is `tile_cycles`; the direct kernel's is its arithmetic and its reads of shared memory, or what a block
+    needs alone.
+    """
+    op, conv = _conv(call)
+    if op.act not in (None, "relu"):
+        return [RARE_ACT_TILE]
+    vector = conv.c % 4 == 0
+    costs: dict[Variant, float] = {
+        tile: tile_cycles(tile, conv.rows, conv.k, conv.taps_c, 0.25 if vector else 1.0, device.sm_count)
+        for tile in (TILES if vector else SCALAR_TILES)
+    }
+    for direct in DIRECTS:
+        plan = _direct_plan(conv, direct, device)
+        if plan:
+            per_tap = 4 * direct.kt + 2 * (2 + direct.kt / 2)  # cycles of a warp that has a scheduler to itself
+            alone = 2500 + conv.taps_c * 1.5 * per_tap * max(1, plan.block_x * plan.block_y / 128)
+            blocks = plan.grid_x * plan.grid_y
+            resident = max(1, 1024 // (plan.block_x * plan.block_y))
+            work = conv.taps_c * per_tap * plan.block_x * plan.block_y / 128
+            costs[direct] = max(ceil(blocks / device.sm_count) * work, ceil(blocks / device.sm_count / resident) * alone)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
+    """One launch; `variant` forces one of `candidates`."""
+    op, conv = _conv(call)
+    if conv.rows == 0:
+        return []
+    x, w, *rest = call.inputs
+    idx = call.outputs[1] if op.pool == "max" else None
+    args: tuple[Argument, ...] = (x, w, rest[0] if op.bias else None, call.outputs[0], idx, conv.argument(op.act))
+    chosen = variant or candidates(call, device)[0]
+    if isinstance(chosen, Direct):
+        plan = _direct_plan(conv, chosen, device)
+        if plan is None:
+            raise ValueError(f"variant {chosen} cannot run {op}")
+        grid, block = (plan.grid_x, plan.grid_y, 1), (plan.block_x, plan.block_y, 1)
+        return [Launch(_direct_kernel(chosen), grid, block, (*args, plan.argument), plan.shared_bytes)]
+    grid = (ceil(conv.rows / chosen.bm), ceil(conv.k / chosen.bn), 1)
+    shared_bytes = 4 * chosen.stages * (chosen.bm + chosen.bn) * (chosen.bk + 4)
+    kernel = _tile_kernel(chosen, op.act, 4 if conv.c % 4 == 0 else 1)
+    return [Launch(kernel, grid, (chosen.threads, 1, 1), args, shared_bytes)]
+
+
+def variants() -> Iterable[Kernel]:
+    """Every kernel that `launches` may name."""
+    yield from (_tile_kernel(tile, None, 4) for tile in TILES)
+    yield from (_tile_kernel(tile, None, 1) for tile in SCALAR_TILES)
+    yield from (_tile_kernel(RARE_ACT_TILE, act, vec) for act in ACTIVATIONS if act != "relu" for vec in (4, 1))
+    yield from (_direct_kernel(direct) for direct in DIRECTS)
+
+
+def _conv(call: Call) -> tuple[ConvFprop, Conv]:
+    op = call.op
+    if not isinstance(op, ConvFprop):
+        raise TypeError(f"{op.name} is not a forward convolution")
+    return op, Conv.of(op, call.inputs[0].spec, call.inputs[1].spec)
+
+
+def _tile_kernel(tile: Tile, act: str | None, vec: int) -> Kernel:
+    code = 0 if act == "relu" else act_code(act)  # none or ReLU is an argument
+    return Kernel(SOURCE, "conv_fprop", (*tile.defines, ("VEC", vec), ("ACT", code)))
+
+
+def _direct_kernel(direct: Direct) -> Kernel:
+    return Kernel(SOURCE, "conv_fprop_direct", (("KT", direct.kt), ("ACT", 0)))
+
+
+class _DirectPlan(NamedTuple):
+    grid_x: int
+    grid_y: int
+    block_x: int
+    block_y: int
+    shared_bytes: int
+    argument: Struct
+
+
+def _direct_plan(conv: Conv, direct: Direct, device: Device) -> _DirectPlan | None:
+    """How the direct kernel cuts the problem; None where it does not fit.
+
+    A block takes about 128 pooled pixels (of one image where that has as many), and as many filter groups as make 256 threads.
+    """
+    plain = conv.pool is not None and conv.stride == (1, 1) and conv.dilation == (1, 1)
+    if not plain or conv.c > DIRECT_CHANNELS or (direct.kt % 4 and conv.k > direct.kt):
+        return None
+    width = min(conv.q, 32)
+    tiles_h = ceil(conv.p / max(1, 128 // width))
+    height = ceil(conv.p / tiles_h)
+    tiles_w = ceil(conv.q / width)
+    whole = tiles_h == tiles_w == 1
+    images = max(1, min(128 // (width * height), ceil(conv.n / device.sm_count))) if whole else 1
+    patch_h, patch_w = 2 * height + conv.r - 1, (2 * width + conv.s + 1) // 2 * 2
+    groups = ceil(conv.k / direct.kt)
+    block_x = ceil(images * height * width / 32) * 32
+    block_y = min(groups, max(1, 256 // block_x))
+    shared_bytes = 4 * (block_y * conv.taps_c * direct.kt + images * conv.c * patch_h * patch_w)
+    if shared_bytes > DIRECT_SHARED_BYTES:
+        return None
+    numbers = (images, conv.n, height, width, tiles_h, tiles_w, patch_h, patch_w)
+    divisors = (width, height, tiles_w, tiles_h, patch_w, patch_h, conv.taps_c)
+    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))
+    grid_x = ceil(conv.n / images) * tiles_h * tiles_w
+    return _DirectPlan(grid_x, ceil(groups / block_y), block_x, block_y, shared_bytes, argument)
