@@ -1,0 +1,124 @@
+// The borders of a step. state is int32[8] (parcnn.ops.feed): [0] step in this pass, [1] step since training began,
+// [2] first sample of the batch in `order`, [3], [4] random key.
+//   gather_batch   x[i] = images[order[state[2] + i]] * scale[c] + shift[c], augmented; targets[i] likewise, unscaled
+//   end_step       losses[state[0]] = loss; corrects[state[0]] = correct; state[0] += 1; state[1] += train; state[2] += batch
+//   write_output   out[state[2] + i] = y[i]
+//
+// gather_batch: grid (batch, chunks of a sample); a block does 4 * 256 groups of VEC neighbouring elements of one sample,
+//   so that a thread draws its sample's random words once. The first chunk also copies the sample's targets.
+// write_output: a block of 256 threads does 1024 elements.
+// Bytes: every element read once and written once.
+// Preconditions: order's entries are samples of `images`; x starts on 16 bytes; VEC = 4 only without augmentation and with
+// a sample of a multiple of 4 elements. Product and sum round apart (no fused multiply-add), as NumPy rounds them.
+// Macros: IMAGE (u8 or float), VEC, AUGMENT (0 or 1): gather_batch only.
+#include "common.cuh"
+
+#define THREADS 256
+#define GROUPS 4
+
+#ifdef IMAGE
+#define MAX_ENTRIES 16
+#define AUGMENT_STREAM 0x41554721u  // parcnn.ops.philox.AUGMENT
+
+struct Normalise {
+    int entries;  // one a channel, or one for all
+    float scale[MAX_ENTRIES], shift[MAX_ENTRIES];
+};
+
+struct Image {
+    int height, width, channels;
+    FastDiv by_width, by_channels;
+};
+
+template <int V> __device__ __forceinline__ Floats<V> load_pixels(const u8 *p) {
+    Floats<V> r;
+    if constexpr (V == 4) {
+        uchar4 t = *reinterpret_cast<const uchar4 *>(p);
+        r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+    } else {
+        r.v[0] = *p;
+    }
+    return r;
+}
+
+template <int V> __device__ __forceinline__ Floats<V> load_pixels(const float *p) { return load<V>(p); }
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, const int *__restrict__ order,
+             const int *__restrict__ state, float *__restrict__ x, u32 *__restrict__ batch_targets, Image image,
+             int target_words, int flip, int shift_px, const __grid_constant__ Normalise normalise) {
+    int place = state[2] + blockIdx.x;
+    size_t sample = order[place];
+    int elements = image.height * image.width * image.channels;
+    const IMAGE *source = images + sample * elements;
+    float *result = x + (size_t)blockIdx.x * elements;
+
+    if (blockIdx.y == 0)
+        for (int i = threadIdx.x; i < target_words; i += THREADS)
+            batch_targets[(size_t)blockIdx.x * target_words + i] = targets[sample * target_words + i];
+
+    bool mirrored = false;
+    int down = 0, right = 0;
+    if (AUGMENT) {
+        uint4 word = philox4x32(make_uint4((u32)place, AUGMENT_STREAM, (u32)state[1], 0u),
+                                make_uint2((u32)state[3], (u32)state[4]));
+        u32 span = 2 * shift_px + 1;
+        mirrored = flip && (word.x & 1u);
+        down = (int)(word.y % span) - shift_px;
+        right = (int)(word.z % span) - shift_px;
+    }
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        int i = VEC * ((blockIdx.y * GROUPS + j) * THREADS + threadIdx.x);
+        if (i >= elements) break;
+        int c, pixel = divide(i, image.by_channels, c);
+        Floats<VEC> value;
+        bool inside = true;
+        if (AUGMENT) {
+            // Mirrored first, then moved: where the moved image does not reach, the result is zero.
+            int w, h = divide(pixel, image.by_width, w);
+            h -= down, w -= right;
+            inside = h >= 0 && h < image.height && w >= 0 && w < image.width;
+            if (mirrored) w = image.width - 1 - w;
+            value.v[0] = inside ? (float)source[(h * image.width + w) * image.channels + c] : 0.0f;
+        } else {
+            value = load_pixels<VEC>(source + i);
+        }
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            int entry = normalise.entries == 1 ? 0 : c;
+            float scaled = __fadd_rn(__fmul_rn(value.v[e], normalise.scale[entry]), normalise.shift[entry]);
+            value.v[e] = inside ? scaled : 0.0f;
+            if (++c == image.channels) c = 0;
+        }
+        store<VEC>(result + i, value);
+    }
+}
+#else
+// Null logs are not kept.
+extern "C" __global__ void end_step(int *state, float *losses, const float *loss, int *corrects, const int *correct, int batch,
+                                    int train) {
+    int step = state[0];
+    if (losses) losses[step] = *loss;
+    if (corrects) corrects[step] = *correct;
+    state[0] = step + 1;
+    state[1] += train;
+    state[2] += batch;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+write_output(const float *__restrict__ y, const int *__restrict__ state, float *__restrict__ out, long long n, int row) {
+    float *target = out + (size_t)state[2] * row;
+    long long first = (long long)blockIdx.x * (GROUPS * THREADS);
+    if (row % 4 == 0) {
+        long long i = first + 4 * threadIdx.x;
+        if (i < n) store<4>(target + i, load<4>(y + i));
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        long long i = first + j * THREADS + threadIdx.x;
+        if (i < n) target[i] = y[i];
+    }
+}
+#endif

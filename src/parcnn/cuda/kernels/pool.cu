@@ -1,0 +1,264 @@
+// Pooling of x (N,H,W,C) into y (N,P,Q,C), and the way back.
+//   max        y = largest element of the window, idx = its position (row-major, the first of equals; the first NaN wins)
+//   avg        y = sum of the window / divisor; divisor given, or the window's overlap with the (padded) image
+//   adaptive   y = mean of rows floor(p*H/P) .. ceil((p+1)*H/P), columns likewise
+//   dgrad      dx[pixel] = sum over the windows that cover it of dy (max: where idx says so; else dy / divisor)
+//
+// pool_fprop: a thread makes VEC neighbouring channels of one output; threads run along channels, then pixels.
+// pool_fprop_shared: a block of 256 threads makes 2^lanes_log2 vectors of one output, its other threads share the window
+//   out; their results are merged in a fixed order. For few outputs with large windows (global pools).
+// pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
+// Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
+// Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; every count below 2^31.
+// Macros: KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC.
+#include "common.cuh"
+
+#define THREADS 256
+#define MAX 0
+#define AVG 1
+#define ADAPTIVE 2
+#define BATCHED 4  // taps loaded before the first is used
+
+struct Axis {
+    int in, out, kernel, stride, pad, dilation;
+    FastDiv by_stride, by_dilation;
+};
+
+struct Window {
+    Axis h, w;
+    int divisor;      // 0: count elements
+    int include_pad;  // of the padding too
+};
+
+// Taps of one output along one axis: those in first .. last-1 lie inside the image, tap t at start + t * step.
+struct Taps {
+    int start, step, first, last;
+};
+
+__device__ __forceinline__ Taps taps_of(int o, const Axis &a) {
+    if (KIND == ADAPTIVE) {
+        int start = (int)((long long)o * a.in / a.out), end = (int)(((long long)(o + 1) * a.in + a.out - 1) / a.out);
+        return {start, 1, 0, end - start};
+    }
+    int start = o * a.stride - a.pad;
+    int first = start < 0 ? quotient(-start + a.dilation - 1, a.by_dilation) : 0;
+    int last = start < a.in ? min(a.kernel, quotient(a.in - start + a.dilation - 1, a.by_dilation)) : 0;
+    return {start, a.dilation, first, max(first, last)};
+}
+
+// Elements of the window that the divisor counts along one axis.
+__device__ __forceinline__ int counted(const Taps &taps, const Axis &a, int include_pad) {
+    if (KIND == ADAPTIVE || !include_pad) return taps.last - taps.first;
+    return min(a.kernel, quotient(a.in + a.pad - taps.start + a.dilation - 1, a.by_dilation));
+}
+
+__device__ __forceinline__ float divisor_of(const Taps &h, const Taps &w, const Window &window) {
+    if (window.divisor) return (float)window.divisor;
+    return (float)counted(h, window.h, window.include_pad) * (float)counted(w, window.w, window.include_pad);
+}
+
+struct Result {
+    Floats<VEC> value;
+    int position[VEC];
+};
+
+// Whether (v, at) takes the place of (best, best_at) when two parts of a window are merged.
+__device__ __forceinline__ bool takes_over(float v, int at, float best, int best_at) {
+    return beats(v, best) || (at < best_at && !beats(best, v));
+}
+
+// Taps part, part + parts, ... of the window, in that order. x points at the image's channels of this thread.
+__device__ __forceinline__ Result reduce_taps(const float *x, Taps h, Taps w, const Window &window, int channels, int part,
+                                              int parts) {
+    Result r;
+    r.value = splat<VEC>(KIND == MAX ? __int_as_float(0xff800000) : 0.0f);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) r.position[e] = h.first * window.w.kernel + w.first;
+    int width = w.last - w.first, count = (h.last - h.first) * width;
+    if (count == 0) return r;
+    int step_h = parts / width, step_w = parts - step_h * width;
+    int th = part / width, tw = part - th * width;
+    for (int t = part; t < count; t += BATCHED * parts) {
+        Floats<VEC> v[BATCHED];
+        int position[BATCHED];
+#pragma unroll
+        for (int j = 0; j < BATCHED; ++j) {
+            int a = h.first + th, b = w.first + tw;
+            position[j] = a * window.w.kernel + b;
+            if (t + j * parts < count)
+                v[j] = load<VEC>(x + ((size_t)(h.start + a * h.step) * window.w.in + w.start + b * w.step) * channels);
+            th += step_h, tw += step_w;
+            if (tw >= width) tw -= width, ++th;
+        }
+#pragma unroll
+        for (int j = 0; j < BATCHED; ++j) {
+            if (t + j * parts >= count) break;
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                if (KIND != MAX) {
+                    r.value.v[e] += v[j].v[e];
+                } else if (beats(v[j].v[e], r.value.v[e])) {
+                    r.value.v[e] = v[j].v[e];
+                    r.position[e] = position[j];
+                }
+            }
+        }
+    }
+    return r;
+}
+
+#if KIND == MAX
+__device__ __forceinline__ void store_index(u8 *p, const int (&at)[VEC]) {
+    if constexpr (VEC == 4)
+        *reinterpret_cast<uchar4 *>(p) = make_uchar4((u8)at[0], (u8)at[1], (u8)at[2], (u8)at[3]);
+    else
+        *p = (u8)at[0];
+}
+
+__device__ __forceinline__ void store_index(int *p, const int (&at)[VEC]) {
+    if constexpr (VEC == 4)
+        *reinterpret_cast<int4 *>(p) = make_int4(at[0], at[1], at[2], at[3]);
+    else
+        *p = at[0];
+}
+
+__device__ __forceinline__ void load_index(const u8 *p, int (&at)[VEC]) {
+    if constexpr (VEC == 4) {
+        uchar4 t = *reinterpret_cast<const uchar4 *>(p);
+        at[0] = t.x, at[1] = t.y, at[2] = t.z, at[3] = t.w;
+    } else {
+        at[0] = *p;
+    }
+}
+
+__device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
+    if constexpr (VEC == 4) {
+        int4 t = *reinterpret_cast<const int4 *>(p);
+        at[0] = t.x, at[1] = t.y, at[2] = t.z, at[3] = t.w;
+    } else {
+        at[0] = *p;
+    }
+}
+#else
+#define INDEX u8  // idx is null
+#endif
+
+__device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, float *y, INDEX *idx, size_t at) {
+#if KIND == MAX
+    store_index(idx + at, r.position);
+#else
+    float divisor = divisor_of(h, w, window);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) r.value.v[e] /= divisor;
+#endif
+    store<VEC>(y + at, r.value);
+}
+
+// count: outputs times vectors of channels.
+extern "C" __global__ void __launch_bounds__(THREADS)
+pool_fprop(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
+           FastDiv by_vectors, FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    int vector, q, p;
+    int n = divide(divide(divide(i, by_vectors, vector), by_q, q), by_p, p);
+    Taps h = taps_of(p, window.h), w = taps_of(q, window.w);
+    const float *image = x + (size_t)n * window.h.in * window.w.in * channels + vector * VEC;
+    finish(reduce_taps(image, h, w, window, channels, 0, 1), h, w, window, y, idx, (size_t)i * VEC);
+}
+
+// grid: (outputs, groups of vectors)
+extern "C" __global__ void __launch_bounds__(THREADS)
+pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
+                  FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
+    __shared__ float values[THREADS][VEC];
+    __shared__ int positions[KIND == MAX ? THREADS : 1][VEC];
+    int lanes = 1 << lanes_log2, parts = THREADS >> lanes_log2;
+    int lane = threadIdx.x & (lanes - 1), part = threadIdx.x >> lanes_log2;
+    int c = (blockIdx.y * lanes + lane) * VEC;
+    bool live = c < channels;
+    int q, p, n = divide(divide(blockIdx.x, by_q, q), by_p, p);
+    Taps h = taps_of(p, window.h), w = taps_of(q, window.w);
+    Result r;
+    r.value = splat<VEC>(0.0f);
+    if (live) r = reduce_taps(x + (size_t)n * window.h.in * window.w.in * channels + c, h, w, window, channels, part, parts);
+    for (int half = parts / 2; half > 0; half /= 2) {
+        // The upper half of the parts hands over to the lower half.
+        if (live && part >= half && part < 2 * half) {
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                values[threadIdx.x][e] = r.value.v[e];
+                if (KIND == MAX) positions[threadIdx.x][e] = r.position[e];
+            }
+        }
+        __syncthreads();
+        if (live && part < half) {
+            int other = threadIdx.x + half * lanes;
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                float v = values[other][e];
+                if (KIND != MAX) {
+                    r.value.v[e] += v;
+                } else if (takes_over(v, positions[other][e], r.value.v[e], r.position[e])) {
+                    r.value.v[e] = v;
+                    r.position[e] = positions[other][e];
+                }
+            }
+        }
+    }
+    if (live && part == 0) finish(r, h, w, window, y, idx, (size_t)blockIdx.x * channels + c);
+}
+
+// Outputs lo .. hi whose windows may cover position i of the image.
+__device__ __forceinline__ void covering(int i, const Axis &a, int &lo, int &hi) {
+    if (KIND == ADAPTIVE) {
+        lo = (int)((long long)i * a.out / a.in);
+        hi = (int)(((long long)(i + 1) * a.out + a.in - 1) / a.in) - 1;
+        return;
+    }
+    int above = i + a.pad - (a.kernel - 1) * a.dilation;
+    lo = above <= 0 ? 0 : quotient(above + a.stride - 1, a.by_stride);
+    hi = min(quotient(i + a.pad, a.by_stride), a.out - 1);
+}
+
+// Which tap of output o lies at position i of the image; -1: none (a dilated window steps over it).
+__device__ __forceinline__ int tap_at(int i, int o, const Axis &a) {
+    int rest, tap = divide(i + a.pad - o * a.stride, a.by_dilation, rest);
+    return rest ? -1 : tap;
+}
+
+// count: pixels times vectors of channels.
+extern "C" __global__ void __launch_bounds__(THREADS)
+pool_dgrad(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *__restrict__ dx, int count, int channels,
+           FastDiv by_vectors, FastDiv by_width, FastDiv by_height, const __grid_constant__ Window window) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    int vector, x, y;
+    int n = divide(divide(divide(i, by_vectors, vector), by_width, x), by_height, y);
+    int p_lo, p_hi, q_lo, q_hi;
+    covering(y, window.h, p_lo, p_hi);
+    covering(x, window.w, q_lo, q_hi);
+    Floats<VEC> sum = splat<VEC>(0.0f);
+    for (int p = p_lo; p <= p_hi; ++p) {
+        int r = KIND == ADAPTIVE ? 0 : tap_at(y, p, window.h);
+        if (r < 0) continue;
+        for (int q = q_lo; q <= q_hi; ++q) {
+            int s = KIND == ADAPTIVE ? 0 : tap_at(x, q, window.w);
+            if (s < 0) continue;
+            size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
+            Floats<VEC> error = load<VEC>(dy + at);
+#if KIND == MAX
+            int winner[VEC];
+            load_index(idx + at, winner);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e)
+                if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
+#else
+            float divisor = divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) sum.v[e] += error.v[e] / divisor;
+#endif
+        }
+    }
+    store<VEC>(dx + (size_t)i * VEC, sum);
+}
