@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 BENCH ?= speedup
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 ifdef PYTHON
 # An interpreter that already has the packages: used as it is, nothing is installed, the user's PYTHONPATH is kept.
@@ -27,7 +27,7 @@ help:
 	@echo
 	@echo "VENV=DIR          where the environment is (.venv); one that you made with the Python of your choice is used"
 	@echo "PYTHON=PROGRAM    no environment: this Python with the packages it has, for machines without a network"
-	@echo "PYTEST_ARGS=...   further arguments for pytest, such as PYTEST_ARGS='-k conv -x'"
+	@echo "PYTEST_ARGS=...   pytest's arguments instead of -n auto (all cores), such as PYTEST_ARGS='-k conv -x'"
 
 setup:
 	$(SETUP) --retry plots images test
@@ -56,7 +56,7 @@ gpu-check:
 	$(SETUP) test
 	@$(PY) tools/gpu_record.py require
 	@mkdir -p runs/gpu-check
-	$(PY) -m pytest -m gpu --junitxml=runs/gpu-check/junit.xml $(PYTEST_ARGS)
+	$(PY) -m pytest -m gpu --junitxml=runs/gpu-check/junit.xml
 	$(PY) -m parcnn bench gpu-check --json runs/gpu-check/figures.json
 	$(PY) tools/gpu_record.py write --junit runs/gpu-check/junit.xml --figures runs/gpu-check/figures.json
 

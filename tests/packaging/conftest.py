@@ -39,3 +39,8 @@ def no_network() -> Callable[[str], None]:
         pytest.skip(f"needs a network for packages: {output.strip().splitlines()[-1]}")
 
     return stop
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the builds first: they take minutes on one core, while other workers run the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("packaging") is None)
