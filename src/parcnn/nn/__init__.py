@@ -2,6 +2,7 @@
 
 from parcnn.nn import functional
 from parcnn.nn.layers import (
+    GELU,
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
     AvgPool2d,
@@ -11,7 +12,6 @@ from parcnn.nn.layers import (
     CrossEntropyLoss,
     Dropout,
     Flatten,
-    GELU,
     Identity,
     Linear,
     MaxPool2d,
@@ -24,7 +24,28 @@ from parcnn.nn.layers import (
 from parcnn.nn.module import Buffer, Module, ModuleList, Parameter, Sequential
 
 __all__ = [
-    "AdaptiveAvgPool2d", "AdaptiveMaxPool2d", "AvgPool2d", "BatchNorm1d", "BatchNorm2d", "Buffer", "Conv2d",
-    "CrossEntropyLoss", "Dropout", "Flatten", "GELU", "Identity", "Linear", "MSELoss", "MaxPool2d", "Module",
-    "ModuleList", "Parameter", "ReLU", "Sequential", "SiLU", "Sigmoid", "Tanh", "functional",
+    "GELU",
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AvgPool2d",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "Buffer",
+    "Conv2d",
+    "CrossEntropyLoss",
+    "Dropout",
+    "Flatten",
+    "Identity",
+    "Linear",
+    "MSELoss",
+    "MaxPool2d",
+    "Module",
+    "ModuleList",
+    "Parameter",
+    "ReLU",
+    "Sequential",
+    "SiLU",
+    "Sigmoid",
+    "Tanh",
+    "functional",
 ]  # fmt: skip

@@ -99,8 +99,9 @@ def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
     out_features, in_features = weight.shape
     if x.ndim != 2 or x.shape[1] != in_features:
         remedy = f"in_features={x.shape[1]} fits this input" if x.ndim == 2 else "flatten the image first: x.flatten(1)"
+        expected = (x.shape[0], in_features)
         raise ShapeError(
-            "the input does not fit the weight", where=x.trace.layer, expected=(x.shape[0], in_features), got=x.shape, remedy=remedy
+            "the input does not fit the weight", where=x.trace.layer, expected=expected, got=x.shape, remedy=remedy
         )
     image = x.image
     n, h, w, c = image.shape
@@ -273,7 +274,9 @@ def cross_entropy(x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Lo
             remedy="flatten the output, or use MSELoss for float targets",
         )
     if not 0 <= label_smoothing < 1:
-        raise ArgumentError("label_smoothing", where=trace.layer, expected="0 <= label_smoothing < 1", got=label_smoothing)
+        raise ArgumentError(
+            "label_smoothing", where=trace.layer, expected="0 <= label_smoothing < 1", got=label_smoothing
+        )
     op = CrossEntropy(label_smoothing, trace.training)
     loss, correct, *_ = trace.emit(op, x.in_user_order(), target.value)
     return Loss(loss, correct)

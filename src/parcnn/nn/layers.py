@@ -290,7 +290,9 @@ class CrossEntropyLoss(Module):
         super().__init__()
         if weight is not None or ignore_index != -100 or reduction != "mean":
             raise UnsupportedError(
-                "class weights, ignore_index and other reductions", where="CrossEntropyLoss", expected="reduction='mean'"
+                "class weights, ignore_index and other reductions",
+                where="CrossEntropyLoss",
+                expected="reduction='mean'",
             )
         self.label_smoothing = label_smoothing
 

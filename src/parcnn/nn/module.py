@@ -166,7 +166,9 @@ class Module:
         arrays = {name: _as_array(state_dict[name]) for name in own if name in state_dict}
         for name, array in arrays.items():
             if array.shape != own[name].shape:
-                raise CheckpointError("a tensor of another shape", where=name, expected=own[name].shape, got=array.shape)
+                raise CheckpointError(
+                    "a tensor of another shape", where=name, expected=own[name].shape, got=array.shape
+                )
         for name, array in arrays.items():
             own[name].assign(array)
 

@@ -37,7 +37,7 @@ class ConvGeometry(Op):
 
     def conv_flops(self, dy: Spec, w: Spec) -> int:
         """2*N*P*Q*K*R*S*C over the outputs that are computed (those that the pool's floor drops are not)."""
-        k, r, s, c = w.shape
+        _, r, s, c = w.shape
         return 2 * dy.size * r * s * c * (4 if self.pool else 1)
 
 
@@ -90,7 +90,9 @@ class ConvDgrad(ConvGeometry):
 
     def operands(self, inputs: tuple[object, ...]) -> dict[str, object]:
         """The inputs by name: dy, w, and idx, saved, addend where the op has them."""
-        names = ["dy", "w"] + ["idx"] * (self.pool == "max") + ["saved"] * (self.act is not None) + ["addend"] * self.add
+        names = (
+            ["dy", "w"] + ["idx"] * (self.pool == "max") + ["saved"] * (self.act is not None) + ["addend"] * self.add
+        )
         return dict(zip(names, inputs, strict=True))
 
     def inplace(self) -> tuple[tuple[int, int], ...]:

@@ -60,9 +60,7 @@ class BatchNormInfer(Op):
         """With frozen statistics the layer is an affine map of its input."""
         if dys[0] is None:
             return (None,) * 5
-        dx, dgamma, dbeta = emit(
-            BatchNormInferDgrad(eps=self.eps, act=self.act), dys[0], inputs[0], *inputs[1:5]
-        )
+        dx, dgamma, dbeta = emit(BatchNormInferDgrad(eps=self.eps, act=self.act), dys[0], inputs[0], *inputs[1:5])
         return dx, dgamma, dbeta, None, None
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
@@ -87,7 +85,10 @@ class BatchNormDgrad(Op):
         return inputs[0], stat, stat
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
-        return ((0, 0), (0, 1))  # the sums are complete before dx is written; each dx element reads only its own dy and x
+        return (
+            (0, 0),
+            (0, 1),
+        )  # the sums are complete before dx is written; each dx element reads only its own dy and x
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return 10 * inputs[0].size

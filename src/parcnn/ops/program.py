@@ -83,6 +83,9 @@ class Region(Protocol):
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
         """A copy of the tensor at `offset`, after all steps submitted so far (u2 indices come as packed bytes, uint8)."""
 
+    def free(self) -> None:
+        """Give the memory back, after all steps submitted so far; the region is of no use afterwards."""
+
 
 class LoadedProgram(Protocol):
     """A program bound to regions."""

@@ -55,7 +55,9 @@ class Adam:
     def __post_init__(self) -> None:
         name = type(self).__name__
         _check(self.lr >= 0, f"{name}.lr", ">= 0", self.lr)
-        _check(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"{name}.betas", "two in [0, 1)", self.betas)
+        _check(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"{name}.betas", "two in [0, 1)", self.betas
+        )
         _check(self.eps > 0, f"{name}.eps", "> 0", self.eps)
         _check(self.weight_decay >= 0, f"{name}.weight_decay", ">= 0", self.weight_decay)
 

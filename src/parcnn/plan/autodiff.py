@@ -15,7 +15,7 @@ def differentiate(graph: Graph, loss: Node, wanted: set[Value], ready: Callable[
     The error signal's op comes first at each layer, then the weight gradients: the chain is what everything waits for.
     """
     forward = list(graph.nodes)
-    uses = {v: 0 for v in wanted}
+    uses = dict.fromkeys(wanted, 0)
     for node in forward:
         for v in node.inputs:
             if v in uses:
@@ -39,9 +39,7 @@ def differentiate(graph: Graph, loss: Node, wanted: set[Value], ready: Callable[
                     uses[v] -= 1
             continue
         graph.layer = node.layer
-        for value, grad in zip(
-            node.inputs, node.op.grad(graph.emit, node.inputs, node.outputs, dys), strict=True
-        ):
+        for value, grad in zip(node.inputs, node.op.grad(graph.emit, node.inputs, node.outputs, dys), strict=True):
             if grad is not None and value in relevant:
                 contribute(value, grad)
         for v in node.inputs:

@@ -60,6 +60,7 @@ class Plan:
 
     mode: str
     batch: int
+    feed: Feed
     program: Program
     layout: Layout
     output_shape: tuple[int, ...]  # logical, of the model's result
@@ -113,7 +114,7 @@ def build(
         _save_memory_of_large_layers(graph, options)
     _end_step(graph, batch, feed)
     program, alive = _program(graph, executor, options, f"{type(model).__name__} {mode} {batch}")
-    return Plan(mode, batch, program, layout, output.shape, output.value.shape, alive)
+    return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive)
 
 
 def _forward(
@@ -139,16 +140,14 @@ def _forward(
     graph.phase = "forward"
     output = model(input_tensor(trace, x, feed.sample))
     if not isinstance(output, Tensor):
-        raise ShapeError(
-            "forward() must return one tensor", where=type(model).__name__, got=type(output).__name__
-        )
+        raise ShapeError("forward() must return one tensor", where=type(model).__name__, got=type(output).__name__)
     graph.layer = "loss" if graph.mode != "predict" else "output"
     if graph.mode == "predict":
         value = output.value if output.ndim == 4 else output.in_user_order()
         out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")
         graph.emit(WriteOutput(), value, trace.state, out)
         return output.with_value(value)
-    if loss is None or graph.mode == "train" and optimizer is None:
+    if loss is None or (graph.mode == "train" and optimizer is None):
         raise ArgumentError(f"mode {graph.mode!r} needs a loss" + " and an optimizer" * (graph.mode == "train"))
     loss(output, Tensor(trace, target, target.shape))
     return output
@@ -228,8 +227,7 @@ def _program(graph: Graph, executor: Executor, options: Options, name: str) -> t
     root = _roots(graph)
     nodes = [node for node in graph.nodes if not isinstance(node.op, View)]
     scratch = [
-        executor.workspace_bytes(n.op, tuple(v.spec for v in n.inputs), tuple(v.spec for v in n.outputs))
-        for n in nodes
+        executor.workspace_bytes(n.op, tuple(v.spec for v in n.inputs), tuple(v.spec for v in n.outputs)) for n in nodes
     ]
     blocks, home, own_scratch = _blocks(graph, nodes, root, scratch, options)
     arena = memory.place(blocks, options.reuse)

@@ -82,7 +82,7 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
         if isinstance(second, Act) and first.act is None:
             # In training the derivative must follow from what is kept: the output. After a pool the activation must
             # commute with it, which these (monotone) do with a maximum.
-            if second.kind in FROM_OUTPUT and first.pool != "avg" or not training and first.pool is None:
+            if (second.kind in FROM_OUTPUT and first.pool != "avg") or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
         if isinstance(second, PoolFprop) and first.pool is None and _is_2x2(second):
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)

@@ -32,9 +32,7 @@ def dependences(calls: Sequence[Call]) -> list[tuple[int, ...]]:
         ancestors.append(before)
         result.append(tuple(sorted(direct)))
         for slot in written:  # what this call overwrites wholly, later calls need not look at: they wait for this one
-            accesses[slot.region] = [
-                a for a in accesses.get(slot.region, []) if a[0] < slot.offset or a[1] > slot.end
-            ]
+            accesses[slot.region] = [a for a in accesses.get(slot.region, []) if a[0] < slot.offset or a[1] > slot.end]
         for slot in call.inputs:
             accesses.setdefault(slot.region, []).append((slot.offset, slot.end, i, False))
         for slot in written:

@@ -198,9 +198,7 @@ def add(a: Tensor, b: object) -> Tensor:
     if not isinstance(b, Tensor):
         raise UnsupportedError("a sum of a tensor and something else", where=a.trace.layer, got=type(b).__name__)
     if a.shape != b.shape:
-        raise ShapeError(
-            "the two sides of + have different shapes", where=a.trace.layer, expected=a.shape, got=b.shape
-        )
+        raise ShapeError("the two sides of + have different shapes", where=a.trace.layer, expected=a.shape, got=b.shape)
     left, right = a.value, b.value
     if left.shape != right.shape:
         left, right = a.in_user_order(), b.in_user_order()
@@ -239,4 +237,3 @@ def input_tensor(trace: Trace, value: Value, sample: tuple[int, ...]) -> Tensor:
 def physical(sample: tuple[int, ...]) -> tuple[int, ...]:
     """A sample's shape (C,H,W) or (F,) as it lies in memory: (H,W,C) or (F,)."""
     return (sample[1], sample[2], sample[0]) if len(sample) == 3 else sample
-

@@ -1,0 +1,81 @@
+"""Checkpoints: one safetensors file with weights, optimizer state and where training stood, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from parcnn.errors import CheckpointError
+
+FORMAT = "parcnn-1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """weights: the model's state_dict; optimizer: its tensors; info: JSON (epoch, step, seed, classes, ...)."""
+
+    weights: dict[str, np.ndarray]
+    optimizer: dict[str, np.ndarray] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint: the file at `path` is the old one or the whole new one, never half of one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{k}": v for k, v in checkpoint.weights.items()}
+    tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
+    metadata = {"format": FORMAT, "info": json.dumps(checkpoint.info)}
+    blob = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(blob)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint. Raises CheckpointError, naming the file, when it is missing, corrupt or not one of ours."""
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except FileNotFoundError:
+        raise CheckpointError("no such file", where=str(path), remedy="check the path") from None
+    except (SafetensorError, OSError) as fault:
+        raise CheckpointError(
+            "the file is not a whole safetensors file",
+            where=str(path),
+            got=str(fault),
+            remedy="use an older checkpoint",
+        ) from fault
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            "not a parcnn checkpoint", where=str(path), expected=f"format {FORMAT!r}", got=metadata.get("format", "none"),
+            remedy="load plain weights with model.load_state_dict(safetensors.numpy.load_file(path))",
+        )  # fmt: skip
+    try:
+        info = json.loads(metadata["info"])
+    except (KeyError, ValueError) as fault:
+        raise CheckpointError("the checkpoint's description is damaged", where=str(path), got=str(fault)) from fault
+    parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
+    for name, tensor in tensors.items():
+        kind, _, key = name.partition(".")
+        if kind not in parts:
+            raise CheckpointError("an unknown tensor", where=str(path), got=name)
+        parts[kind][key] = tensor
+    return Checkpoint(parts["model"], parts["optimizer"], info)

@@ -1,0 +1,152 @@
+"""A model on an executor: its weights and optimizer state there, the arena that its plans share, its loaded programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from parcnn.errors import ArgumentError
+from parcnn.nn import Module
+from parcnn.ops.program import Executor, LoadedProgram, Region
+from parcnn.plan.build import FLOAT_OF, Feed, Optimizer, Plan, build, check_memory
+from parcnn.plan.options import Options
+from parcnn.plan.variable import Layout, Variable
+
+
+class Session:
+    """Owns the memory of one model on one executor.
+
+    Plans are made once for each (mode, batch, feed). The arena is as large as the largest plan needs. Weights live on the
+    device while they are trained; `pull` brings them home, `push` takes host changes (load_state_dict) there.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        executor: Executor,
+        *,
+        loss: Callable[..., Any] | None = None,
+        optimizer: Optimizer | None = None,
+        precision: str = "fp32",
+        options: Options | None = None,
+    ) -> None:
+        if precision not in FLOAT_OF or (precision == "fp64" and executor.name != "cpu"):
+            raise ArgumentError("unknown precision", expected="'fp32', or 'fp64' on the CPU", got=precision)
+        self.model, self.executor, self.loss, self.optimizer = model, executor, loss, optimizer
+        self.options = options or Options()
+        self.layout = Layout.of(model.named_variables(), FLOAT_OF[precision])
+        if optimizer is not None:
+            self.layout.add_state(optimizer.slots)
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._loaded: dict[tuple[Any, ...], LoadedProgram] = {}
+        self._regions: dict[str, Region] = {}
+        self._versions: dict[Variable, int] = {}
+
+    def plan(self, mode: str, batch: int, feed: Feed) -> Plan:
+        """The plan for a mode, a batch size and a feed, made at the first call."""
+        trainable = tuple(v.requires_grad for v in self.layout.offsets)
+        training = tuple(m.training for m in self.model.modules())
+        key = (mode, batch, feed, trainable, training)
+        if key not in self._plans:
+            self._plans[key] = self._build(mode, batch, feed)
+        return self._plans[key]
+
+    def _build(self, mode: str, batch: int, feed: Feed) -> Plan:
+        return build(
+            self.model,
+            mode=mode,
+            batch=batch,
+            feed=feed,
+            executor=self.executor,
+            layout=self.layout,
+            loss=self.loss,
+            optimizer=self.optimizer if mode == "train" else None,
+            options=self.options,
+        )
+
+    def load(self, plans: Mapping[str, Plan], feeds: Mapping[str, Region]) -> dict[str, LoadedProgram]:
+        """Bind plans to memory: the session's own, and the feeds given. All are bound to one arena, large enough for each.
+
+        Raises OutOfMemoryError, before anything is allocated, when they do not fit.
+        """
+        for plan in plans.values():
+            free = self.executor.available_bytes()
+            if free is not None:
+                held = sum(r.nbytes for r in self._regions.values())
+                check_memory(plan, free + held, partial(self._rebatch, plan))
+        self._need("weights", self.layout.weights_bytes)
+        if any(plan.mode == "train" for plan in plans.values()):
+            self._need("optimizer", self.layout.optimizer_bytes)
+        self._need("arena", max(plan.arena_bytes for plan in plans.values()))
+        self.push()
+        loaded = {}
+        for name, plan in plans.items():
+            key = (id(plan), *sorted((k, id(r)) for k, r in feeds.items()))
+            if key not in self._loaded:
+                self._loaded[key] = self.executor.load(plan.program, {**self._regions, **feeds})
+            loaded[name] = self._loaded[key]
+        return loaded
+
+    def _rebatch(self, plan: Plan, batch: int) -> Plan:
+        return self._build(plan.mode, batch, plan.feed)
+
+    def _need(self, name: str, nbytes: int) -> None:
+        """Make a region of at least `nbytes`; programs bound to a smaller one are bound anew."""
+        old = self._regions.get(name)
+        if old is not None and old.nbytes >= nbytes:
+            return
+        self.executor.synchronize()
+        self._loaded.clear()
+        if old is not None:
+            old.free()
+        self._regions[name] = self.executor.region(name, nbytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the regions that the session holds: weights, optimizer state, arena."""
+        return sum(r.nbytes for r in self._regions.values())
+
+    def push(self) -> None:
+        """Copy to the device what has changed on the host since the last push."""
+        for variable, offset in self.layout.offsets.items():
+            if self._versions.get(variable) == variable.version:
+                continue
+            packing = self.layout.packings.get(variable)
+            if packing is None:  # forward() does not use it
+                continue
+            dtype = np.float64 if self.layout.dtype == "f64" else np.float32
+            self._regions["weights"].write(packing.pack(variable.data).astype(dtype), offset)
+            self._versions[variable] = variable.version
+
+    def pull(self) -> None:
+        """Copy weights and running statistics from the device into the model."""
+        for variable, offset in self.layout.offsets.items():
+            packing = self.layout.packings.get(variable)
+            if packing is not None and variable in self._versions:
+                array = self._regions["weights"].read(packing.spec(variable, self.layout.dtype), offset)
+                variable.assign(packing.unpack(array, variable.shape))
+                self._versions[variable] = variable.version
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """The optimizer's tensors in torch's layout, keyed by parameter name and number; empty before training."""
+        if "optimizer" not in self._regions:
+            return {}
+        state = {}
+        for variable, offsets in self.layout.state_offsets.items():
+            packing = self.layout.packings.get(variable)
+            for i, offset in enumerate(offsets if packing else ()):
+                array = self._regions["optimizer"].read(packing.spec(variable, self.layout.dtype), offset)  # type: ignore[union-attr]
+                state[f"{self.layout.names[variable]}.{i}"] = packing.unpack(array, variable.shape)  # type: ignore[union-attr]
+        return state
+
+    def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Put back what `optimizer_state` gave; the training plan must have been loaded."""
+        for variable, offsets in self.layout.state_offsets.items():
+            packing = self.layout.packings.get(variable)
+            for i, offset in enumerate(offsets if packing else ()):
+                array = state[f"{self.layout.names[variable]}.{i}"]
+                dtype = np.float64 if self.layout.dtype == "f64" else np.float32
+                self._regions["optimizer"].write(packing.pack(array).astype(dtype), offset)  # type: ignore[union-attr]

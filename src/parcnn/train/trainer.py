@@ -1,0 +1,402 @@
+"""The Trainer: fit, evaluate, predict; checkpoints that a run can be resumed from, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from parcnn.data import Dataset
+from parcnn.errors import CheckpointError, LabelError, NonFiniteLossError, ShapeError
+from parcnn.nn import CrossEntropyLoss, Module
+from parcnn.ops.base import Spec
+from parcnn.ops.philox import permutation
+from parcnn.ops.program import Executor
+from parcnn.optim import SGD, ConstantLR, Schedule
+from parcnn.plan.build import Feed, Plan
+from parcnn.plan.options import Options
+from parcnn.train.batches import DeviceData
+from parcnn.train.callbacks import Callback
+from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from parcnn.train.device import resolve_executor
+from parcnn.train.passes import Pass
+from parcnn.train.session import Session
+
+REPORT_SECONDS = 0.25  # between two looks at the loss
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes of training images: mirrored left-right, moved by up to shift_px pixels each way."""
+
+    flip: bool = False
+    shift_px: int = 0
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch: means over its samples; accuracy is None where the loss counts no right answers."""
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    val_loss: float | None
+    val_accuracy: float | None
+    seconds: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over a data set."""
+
+    loss: float
+    accuracy: float | None
+    count: int
+
+
+@dataclass
+class History:
+    """Every epoch, and the loss of every step."""
+
+    epochs: list[EpochResult] = field(default_factory=list)
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+class Trainer:
+    """Trains a model on one executor.
+
+    model: a `parcnn.nn.Module`; optimizer: of `parcnn.optim`; loss: CrossEntropyLoss or MSELoss; schedule: factors on
+    the learning rate; device: 'auto', 'cpu', 'cuda' or an executor; seed: of shuffling, dropout and augmentation
+    (initial weights are the model's own: `parcnn.manual_seed`). Two runs with one seed give the same bits.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        optimizer: Any = None,
+        loss: Callable[..., Any] | None = None,
+        schedule: Schedule | None = None,
+        *,
+        batch_size: int = 64,
+        device: str | Executor = "auto",
+        seed: int = 0,
+        precision: str = "fp32",
+        options: Options | None = None,
+        augment: Augment | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer or SGD(0.01, momentum=0.9)
+        self.schedule = schedule or ConstantLR()
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.augment = augment or Augment()
+        self.executor = resolve_executor(device)
+        self.session = Session(
+            model,
+            self.executor,
+            loss=loss or CrossEntropyLoss(),
+            optimizer=self.optimizer,
+            precision=precision,
+            options=options,
+        )
+        self.classes: tuple[str, ...] = ()
+        self.normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean, std of the training data
+        self.epoch, self.step, self.trained = 0, 0, 0  # finished epochs, steps of the current one, steps in all
+        self._passes: dict[tuple[Any, ...], Pass] = {}
+        self._pending_state: dict[str, np.ndarray] = {}  # of a checkpoint, until the training plan is loaded
+        self._plan: Plan | None = None
+
+    # -- what users call ----------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train: Dataset,
+        epochs: int = 10,
+        validation: Dataset | None = None,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: str | Path | None = None,
+    ) -> History:
+        """Train until `epochs` epochs are done in all (a loaded checkpoint's count); evaluate after each.
+
+        Writes `checkpoint` after each epoch. Ctrl-C ends the run after the step in flight, writes the checkpoint and
+        raises KeyboardInterrupt. Raises ShapeError, LabelError, OutOfMemoryError before the first step, and
+        NonFiniteLossError when the loss is NaN or infinite (the model keeps the weights of the last epoch's end).
+        """
+        self.classes, self.normalization = train.classes, (train.mean, train.std)
+        run = self.ready_pass("train", train)
+        if self._pending_state:
+            self.session.load_optimizer_state(self._pending_state)
+            self._pending_state = {}
+        history = History()
+        losses: list[np.ndarray] = []
+        for callback in callbacks:
+            callback.on_start(self, epochs, run.steps)
+        try:
+            with _interruptible() as interrupted:
+                while self.epoch < epochs:
+                    began, first = time.perf_counter(), self.step
+                    for _ in self._train_steps(run, epochs, callbacks):
+                        if interrupted():
+                            raise KeyboardInterrupt
+                    seconds = time.perf_counter() - began
+                    losses.append(run.results(first, run.steps)[0])
+                    loss, accuracy = run.means(first, run.steps)
+                    self.epoch, self.step = self.epoch + 1, 0
+                    self._pull()
+                    scores = self.evaluate(validation) if validation is not None else None
+                    rate = int(run.sizes(first, run.steps).sum()) / seconds
+                    result = EpochResult(
+                        self.epoch - 1,
+                        loss,
+                        accuracy,
+                        scores.loss if scores else None,
+                        scores.accuracy if scores else None,
+                        seconds,
+                        rate,
+                    )
+                    history.epochs.append(result)
+                    if checkpoint is not None:
+                        self.save(checkpoint)
+                    for callback in callbacks:
+                        callback.on_epoch(result)
+        except KeyboardInterrupt:
+            self._pull()
+            if checkpoint is not None:
+                self.save(checkpoint)
+            raise
+        finally:
+            history.losses = np.concatenate(losses) if losses else np.zeros(0)
+            for callback in callbacks:
+                callback.on_end(history)
+        return history
+
+    def evaluate(self, data: Dataset) -> EvalResult:
+        """Mean loss and accuracy of the model on a data set, in inference mode."""
+        run = self.ready_pass("eval", data)
+        order = np.arange(len(data), dtype=np.int32)
+        run.start(order, 0, self.trained, self.seed)
+        for _ in run.run(order, 0, 3600.0):
+            pass
+        loss, accuracy = run.means(0, run.steps)
+        return EvalResult(loss, accuracy, len(data))
+
+    def predict(self, images: np.ndarray) -> np.ndarray:
+        """The model's output (N, ...) float32 for images (N,C,H,W) uint8 or float, normalised as in training."""
+        images = np.asarray(images)
+        mean, std = self.normalization or ((0.0,), (1.0,))
+        if images.dtype != np.uint8:
+            mean, std = (0.0,), (1.0,)
+        data = DeviceData(
+            self.executor, images, np.zeros(len(images), np.int32), self.batch_size, None, self.session.layout.dtype
+        )
+        run = self._prepare("predict", data, data.feed(*_per_channel(mean, std, images.shape[1]), len(images)))
+        order = np.arange(len(images), dtype=np.int32)
+        run.start(order, 0, self.trained, self.seed)
+        for _ in run.run(order, 0, 3600.0):
+            pass
+        spec = Spec((len(images), *run.plan.output_physical[1:]), self.session.layout.dtype)
+        out = run.regions["out"].read(spec)
+        out = out.transpose(0, 3, 1, 2) if len(run.plan.output_shape) == 4 else out
+        for region in (*run.regions.values(), *data.regions.values()):
+            region.free()
+        return np.ascontiguousarray(out).reshape(len(images), *run.plan.output_shape[1:])
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint, atomically."""
+        mean, std = self.normalization or ((), ())
+        info = {
+            "model": type(self.model).__name__,
+            "optimizer": repr(self.optimizer),
+            "epoch": self.epoch,
+            "step": self.step,
+            "trained": self.trained,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "classes": list(self.classes),
+            "mean": list(mean),
+            "std": list(std),
+        }
+        state = self._pending_state or self.session.optimizer_state()
+        save_checkpoint(path, Checkpoint(self.model.state_dict(), state, info))
+
+    def load(self, path: str | Path) -> None:
+        """Take weights, optimizer state and position from a checkpoint; `fit` goes on from there.
+
+        Raises CheckpointError, changing nothing, when it is corrupt or belongs to another model, optimizer, batch size
+        or seed.
+        """
+        checkpoint = load_checkpoint(path)
+        info = checkpoint.info
+        for key, own in (("optimizer", repr(self.optimizer)), ("batch_size", self.batch_size), ("seed", self.seed)):
+            if info.get("trained") and info.get(key) != own:
+                raise CheckpointError(
+                    f"the checkpoint was trained with another {key}",
+                    where=str(path),
+                    expected=own,
+                    got=info.get(key),
+                    remedy=f"give the same {key}; or take the weights only, from load_checkpoint(path).weights",
+                )
+        self.model.load_state_dict(checkpoint.weights)
+        self.epoch, self.step, self.trained = info["epoch"], info["step"], info["trained"]
+        self.classes = tuple(info["classes"])
+        self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
+        self._pending_state = checkpoint.optimizer
+
+    def plan(self, mode: str, data: Dataset, batch: int | None = None) -> Plan:
+        """The plan of a mode for a data set's shape, without running anything."""
+        return self.session.plan(mode, batch or self.batch_size, _sketch(data, batch or self.batch_size, self.session))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory of weights, optimizer state and arena on the device, the data set apart; 0 before anything ran."""
+        return self.session.held_bytes
+
+    # -- how it is done -----------------------------------------------------------------------------------------
+
+    def _train_steps(self, run: Pass, epochs: int, callbacks: Sequence[Callback]) -> Iterator[None]:
+        """The steps of the current epoch that are left, a slice at a time."""
+        count, first = run.count, self.step
+        order = permutation(count, self.seed, self.epoch) if self.shuffle else np.arange(count, dtype=np.int32)
+        steps = np.arange(run.steps) + self.epoch * run.steps
+        rates = self.optimizer.lr * self.schedule.factor(steps, epochs * run.steps)
+        hyper = self.optimizer.hyper(rates, self.epoch * run.steps)
+        run.start(order, first, self.trained, self.seed, hyper)
+        began = time.perf_counter()
+        for done in run.run(order, first, REPORT_SECONDS):
+            losses, corrects = run.results(first, done)
+            bad = np.flatnonzero(~np.isfinite(losses))
+            if bad.size:
+                step = first + int(bad[0])
+                raise NonFiniteLossError(
+                    f"the loss became {losses[bad[0]]} at step {step} of epoch {self.epoch + 1}",
+                    where=type(self.model).__name__,
+                    got=f"learning rate {rates[step]:g}",
+                    remedy="lower the learning rate, add warm-up, or look for NaN in the data",
+                )
+            self.trained += done - self.step
+            self.step = done
+            seen = int(run.sizes(first, done).sum())
+            rate = seen / (time.perf_counter() - began)
+            accuracy = None if corrects is None else float(corrects.sum()) / seen
+            for callback in callbacks:
+                callback.on_progress(self.epoch, done, run.steps, float(losses.mean()), accuracy, rate)
+            yield
+
+    def _pull(self) -> None:
+        """Bring the weights home."""
+        self.session.pull()
+        for name, variable in self.model.named_variables():
+            if name.rpartition(".")[2] == "num_batches_tracked":
+                variable.assign(np.array(self.trained, np.int64))
+
+    def ready_pass(self, mode: str, data: Dataset) -> Pass:
+        """A pass over a data set, made at the first call: its data and programs in place."""
+        key = (mode, id(data), self.batch_size)
+        if key in self._passes:
+            self.session.push()
+            return self._passes[key]
+        if not len(data):
+            raise ShapeError("an empty data set", where=data.name, remedy="give at least one sample")
+        sketch = self.plan(mode, data, min(self.batch_size, len(data)))
+        self._check_labels(sketch, data)
+        limit = self._room_for_data(sketch)
+        batch = min(self.batch_size, len(data))
+        device_data = DeviceData(self.executor, data.images, data.labels, batch, limit, self.session.layout.dtype)
+        mean, std = self.normalization or (data.mean, data.std)
+        augment = self.augment if mode == "train" else Augment()
+        channels = data.images.shape[1]
+        feed = device_data.feed(*_per_channel(mean, std, channels), len(data), augment.flip, augment.shift_px)
+        self._passes[key] = self._prepare(mode, device_data, feed)
+        return self._passes[key]
+
+    def _prepare(self, mode: str, data: DeviceData, feed: Feed) -> Pass:
+        """Plans for whole batches and for the smaller last one, bound to memory."""
+        whole, rest = divmod(feed.order, data.batch)
+        plans = {"full": self.session.plan(mode, data.batch, feed)} if whole else {}
+        if rest:
+            plans["tail"] = self.session.plan(mode, rest, feed)
+        sizes: dict[str, int] = {}
+        for plan in plans.values():
+            for name, nbytes in plan.program.region_bytes.items():
+                if name not in ("arena", "weights", "optimizer", "images", "targets"):
+                    sizes[name] = max(sizes.get(name, 0), nbytes)
+        regions = {name: self.executor.region(name, nbytes) for name, nbytes in sizes.items()}
+        loaded = self.session.load(plans, {**regions, **data.regions})
+        plan = plans.get("full") or plans["tail"]
+        return Pass(data, regions, loaded.get("full"), loaded.get("tail"), plan, feed.order)
+
+    def _room_for_data(self, plan: Plan) -> int | None:
+        """Bytes that a data set may take beside the plan; None: no limit known."""
+        free = self.executor.available_bytes()
+        if free is None:
+            return None
+        return max(0, int(0.95 * (free + self.session.held_bytes - plan.peak_bytes)))
+
+    def _check_labels(self, plan: Plan, data: Dataset) -> None:
+        if plan.mode == "predict" or data.labels.dtype.kind not in "iu":
+            return
+        outputs = plan.output_shape[1]
+        if int(data.labels.max()) >= outputs or int(data.labels.min()) < 0:
+            raise LabelError(
+                "a label outside the model's classes",
+                where=data.name,
+                expected=f"0..{outputs - 1}, the model has {outputs} outputs",
+                got=f"{int(data.labels.min())}..{int(data.labels.max())}",
+                remedy=f"make the last layer {int(data.labels.max()) + 1} wide, or mend the labels",
+            )
+
+
+def predict(model: Module, images: np.ndarray, *, device: str | Executor = "auto", batch_size: int = 256) -> np.ndarray:
+    """The output of `model` for images (N,C,H,W) as they are: floats unchanged, uint8 as 0..255/255. No training state.
+
+    Raises ShapeError when the images do not fit the model.
+    """
+    return Trainer(model, device=device, batch_size=batch_size).predict(images)
+
+
+def _sketch(data: Dataset, batch: int, session: Session) -> Feed:
+    """A feed of the data's shapes for plans that are only looked at."""
+    shape = data.images.shape[1:]
+    physical = (*shape[1:], shape[0]) if len(shape) == 3 else tuple(shape)
+    dtype = session.layout.dtype
+    images = Spec((batch, *physical), "u8" if data.images.dtype == np.uint8 else dtype)
+    targets = Spec((batch, *data.labels.shape[1:]), "i32" if data.labels.dtype.kind in "iu" else dtype)
+    ones = (1.0,) * shape[0]
+    return Feed(tuple(shape), images, targets, batch, 1, ones, ones)
+
+
+def _per_channel(
+    mean: tuple[float, ...], std: tuple[float, ...], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """One entry a channel from one for all or one for each."""
+    return (mean * channels if len(mean) == 1 else mean), (std * channels if len(std) == 1 else std)
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """While it lasts, the first Ctrl-C only sets a flag: the step in flight ends whole. The second is as usual."""
+    hit = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: hit
+    finally:
+        signal.signal(signal.SIGINT, previous)
