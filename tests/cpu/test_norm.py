@@ -1,0 +1,98 @@
+"""Batch normalisation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from parcnn.cpu import CpuExecutor
+from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
+from tests import reference
+from tests.op_runner import run_op
+
+SHAPES = [(2, 3, 1, 1), (3, 5, 7, 24), (7, 65), (2, 64, 50, 24)]  # the last is larger than one piece of work
+shapes = pytest.mark.parametrize("shape", SHAPES)
+acts = pytest.mark.parametrize("act", [None, "relu"])
+
+
+def tensors(random: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
+    x = 3 * random.standard_normal(shape) + 5
+    gamma, beta, mean = (random.standard_normal(shape[-1]) for _ in range(3))
+    return [x, gamma, beta, mean, random.random(shape[-1]) + 0.5]
+
+
+@shapes
+@acts
+def test_train(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, ...], act: str | None) -> None:
+    x, gamma, beta, running_mean, running_var = tensors(random, shape)
+    op = BatchNormTrain(eps=1e-3, momentum=0.3, act=act)
+    y, mean, rstd, new_mean, new_var = run_op(cpu, op, [x, gamma, beta, running_mean, running_var])
+    expected, expected_mean, expected_rstd, unbiased = reference.batch_norm(x, gamma, beta, 1e-3)
+    np.testing.assert_allclose(y, reference.act(act, expected), rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-12)
+    np.testing.assert_allclose(rstd, expected_rstd, rtol=1e-12)
+    np.testing.assert_allclose(new_mean, 0.7 * running_mean + 0.3 * expected_mean, rtol=1e-12)
+    np.testing.assert_allclose(new_var, 0.7 * running_var + 0.3 * unbiased, rtol=1e-12)
+
+
+@shapes
+@acts
+def test_infer(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, ...], act: str | None) -> None:
+    x, gamma, beta, mean, var = arrays = tensors(random, shape)
+    expected = reference.act(act, (x - mean) / np.sqrt(var + 1e-5) * gamma + beta)
+    for alias in ((), ((0, 0),)):
+        (y,) = run_op(cpu, BatchNormInfer(act=act), arrays, alias=alias)
+        np.testing.assert_allclose(y, expected, rtol=1e-11, atol=1e-12)
+
+
+@acts
+@pytest.mark.parametrize("alias", [(), ((0, 0),), ((0, 1),)])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_train_dgrad(
+    cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, alias: tuple
+) -> None:
+    x, gamma, beta, *_ = tensors(random, shape)
+    dy = random.standard_normal(shape)
+    _, mean, rstd, _ = reference.batch_norm(x, gamma, beta, 1e-5)
+    dx, dgamma, dbeta = run_op(cpu, BatchNormDgrad(act), [dy, x, gamma, beta, mean, rstd], alias=alias)
+
+    def forward(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+        return reference.act(act, reference.batch_norm(x, gamma, beta, 1e-5)[0])
+
+    for actual, f, v in (
+        (dx, lambda v: forward(v, gamma, beta), x),
+        (dgamma, lambda v: forward(x, v, beta), gamma),
+        (dbeta, lambda v: forward(x, gamma, v), beta),
+    ):
+        np.testing.assert_allclose(actual, reference.numeric_gradient(f, v, dy), rtol=1e-6, atol=1e-7)
+
+
+@acts
+@pytest.mark.parametrize("alias", [(), ((0, 0),), ((0, 1),)])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_infer_dgrad(
+    cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, alias: tuple
+) -> None:
+    x, gamma, beta, mean, var = tensors(random, shape)
+    dy = random.standard_normal(shape)
+    op = BatchNormInferDgrad(act=act)
+    dx, dgamma, dbeta = run_op(cpu, op, [dy, x, gamma, beta, mean, var], alias=alias)
+
+    def forward(x: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> np.ndarray:
+        return reference.act(act, (x - mean) / np.sqrt(var + 1e-5) * gamma + beta)
+
+    for actual, f, v in (
+        (dx, lambda v: forward(v, gamma, beta), x),
+        (dgamma, lambda v: forward(x, v, beta), gamma),
+        (dbeta, lambda v: forward(x, gamma, v), beta),
+    ):
+        np.testing.assert_allclose(actual, reference.numeric_gradient(f, v, dy), rtol=1e-6, atol=1e-7)
+
+
+def test_float32_statistics_of_many_pixels_far_from_zero(cpu: CpuExecutor, random: np.random.Generator) -> None:
+    x = (random.standard_normal((16, 64, 64, 3)) + 100).astype(np.float32)
+    gamma, beta = np.ones(3, np.float32), np.zeros(3, np.float32)
+    _, mean, rstd, *_ = run_op(cpu, BatchNormTrain(), [x, gamma, beta, beta, gamma])
+    _, expected_mean, expected_rstd, _ = reference.batch_norm(x, gamma, beta, 1e-5)
+    np.testing.assert_allclose(mean, expected_mean, rtol=2e-7)
+    np.testing.assert_allclose(rstd, expected_rstd, rtol=1e-5)
