@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,6 +28,17 @@ SCRATCH: dict[type[Op], Callable[..., ScratchSize]] = {
 DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8, "u2": np.uint8}
 
 
+@dataclass(frozen=True)
+class Copied:
+    """A copy that is complete."""
+
+    array: np.ndarray
+
+    def wait(self) -> np.ndarray:
+        """The array."""
+        return self.array
+
+
 class CpuRegion:
     """Memory of the CPU executor: a zeroed byte buffer at a multiple of 64 bytes."""
 
@@ -44,6 +56,16 @@ class CpuRegion:
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
         """A copy of the tensor at `offset` (u2 indices: packed bytes (..., ceil(C/4)) uint8)."""
         return self.view(spec, offset).copy()
+
+    def write_async(self, array: np.ndarray, offset: int = 0) -> Copied:
+        """The same as `write`: run() returns when its steps are complete, so there is nothing to run beside."""
+        self.write(array, offset)
+        return Copied(array)
+
+    def free(self) -> None:
+        """Let go of the memory; it is returned when the last program bound to it goes."""
+        self.nbytes = 0
+        self.memory = np.empty(0, np.uint8)
 
     def view(self, spec: Spec, offset: int = 0) -> np.ndarray:
         """The tensor at `offset` itself."""
@@ -107,6 +129,10 @@ class CpuExecutor:
     def region(self, name: str, nbytes: int) -> CpuRegion:
         """New zeroed memory."""
         return CpuRegion(nbytes)
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Plain memory."""
+        return np.empty(shape, dtype)
 
     def load(self, program: Program, regions: Mapping[str, Region]) -> CpuProgram:
         """Bind a program to memory.

@@ -72,6 +72,13 @@ class Program:
     outputs: Mapping[str, Slot] = field(default_factory=dict)
 
 
+class Transfer(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> np.ndarray:
+        """Block until it is complete: of a read, the tensor; of a write, its array, which may now be changed."""
+
+
 class Region(Protocol):
     """Memory of an executor, zero when made."""
 
@@ -82,6 +89,10 @@ class Region(Protocol):
 
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
         """A copy of the tensor at `offset`, after all steps submitted so far (u2 indices come as packed bytes, uint8)."""
+
+    def write_async(self, array: np.ndarray, offset: int = 0) -> Transfer:
+        """Start to copy pinned memory to byte `offset`, after the steps submitted so far by programs bound to this region;
+        steps that they submit later wait for it. Programs bound to other regions run beside it."""
 
     def free(self) -> None:
         """Give the memory back, after all steps submitted so far; the region is of no use afterwards."""
@@ -113,6 +124,9 @@ class Executor(Protocol):
 
     def region(self, name: str, nbytes: int) -> Region:
         """New zeroed memory."""
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Host memory that `Region.write_async` copies from beside running steps."""
 
     def load(self, program: Program, regions: Mapping[str, Region]) -> LoadedProgram:
         """Bind a program to memory; regions must be at least `program.region_bytes`."""

@@ -72,8 +72,11 @@ def _pass(graph: Graph, rule: Rule, can_fuse: CanFuse) -> bool:
 def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> tuple[Value, ...]:
     """The fused op's outputs: the reader's, followed by those that only the producer had (statistics)."""
     specs = op.infer(*(v.spec for v in inputs))
-    known = [*node.outputs, *producer.outputs[1:]]
-    return tuple(known[: len(specs)])
+    outputs = (*node.outputs, *producer.outputs[1:])[: len(specs)]
+    for value, spec in zip(outputs, specs, strict=True):
+        value.spec = spec  # a fused pool packs its indices more tightly than a pool alone
+        value.label = value.label.replace(node.op.name, op.name)
+    return outputs
 
 
 def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple[Value, ...]] | None:

@@ -1,4 +1,4 @@
-"""A data set within an executor's reach: put there once, or streamed through a ring of two halves where it does not fit."""
+"""A data set within an executor's reach: put there once, or streamed through two banks where it does not fit."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ import numpy as np
 from parcnn.ops.base import Spec
 from parcnn.ops.feed import STATE
 from parcnn.ops.philox import split_seed
-from parcnn.ops.program import Executor, Region
+from parcnn.ops.program import Executor, Region, Transfer
 from parcnn.plan.build import Feed
+
+PIECE = 4096  # samples turned to NHWC and sent at a time
+STREAMED_BATCHES = 64  # most batches in one of two banks: enough to hide the copy's start, little memory
 
 
 class DeviceData:
     """Images and targets of a data set on a device.
 
     images: (N,C,H,W) or (N,F), uint8 or float; targets: (N) int or (N,F) float. `limit_bytes`: what it may take there
-    (None: everything). Resident data is sent once; otherwise batches go through a ring, one half being filled while the
-    other is read.
+    (None: everything). Resident data is sent once and is one bank of memory. Otherwise there are two banks: while steps
+    read one, the samples of the next steps are copied to the other from pinned memory.
     """
 
     def __init__(
@@ -37,29 +40,38 @@ class DeviceData:
         self.count = len(images)
         sample_bytes = (self.images.nbytes + self.targets.nbytes) // max(self.count, 1)
         self.resident = limit_bytes is None or sample_bytes * self.count <= limit_bytes
-        if self.resident:
+        if limit_bytes is None or self.resident:
             self.rows = self.count
-        else:  # two halves of whole batches
-            half = max(1, min(64, int(limit_bytes or 0) // (2 * sample_bytes * batch))) * batch
-            self.rows = 2 * half
-        image_shape = self.images.shape[1:]
-        physical = (*image_shape[1:], image_shape[0]) if len(image_shape) == 3 else image_shape
+        else:
+            self.rows = batch * max(1, min(STREAMED_BATCHES, limit_bytes // (2 * sample_bytes * batch)))
+        shape = self.images.shape[1:]
+        physical = (*shape[1:], shape[0]) if len(shape) == 3 else shape
         image_type = "u8" if self.images.dtype == np.uint8 else dtype
+        target_type = "i32" if self.targets.dtype == np.int32 else dtype
         self.image_spec = Spec((self.rows, *physical), image_type)
-        self.target_spec = Spec(
-            (self.rows, *self.targets.shape[1:]), "i32" if self.targets.dtype == np.int32 else dtype
-        )
-        self.regions: dict[str, Region] = {
-            "images": executor.region("images", self.image_spec.nbytes),
-            "targets": executor.region("targets", self.target_spec.nbytes),
-        }
+        self.target_spec = Spec((self.rows, *self.targets.shape[1:]), target_type)
+        specs = {"images": self.image_spec, "targets": self.target_spec}
+        self.banks: list[dict[str, Region]] = [
+            {name: executor.region(name, spec.nbytes) for name, spec in specs.items()}
+            for _ in range(1 if self.resident else 2)
+        ]
         if self.resident:
-            self._write(np.arange(self.count), 0)
+            for begin in range(0, self.count, PIECE):
+                self._send(np.arange(begin, min(begin + PIECE, self.count)), begin)
+        else:
+            self._staging = [
+                (
+                    executor.pinned(self.image_spec.shape, self.images.dtype),
+                    executor.pinned(self.target_spec.shape, self.targets.dtype),
+                )
+                for _ in self.banks
+            ]
+            self._transfers: dict[int, tuple[Transfer, Transfer]] = {}
 
     def feed(
         self, mean: tuple[float, ...], std: tuple[float, ...], order: int, flip: bool = False, shift_px: int = 0
     ) -> Feed:
-        """How batches are made of this data: normalised by mean and std (of pixels in 0..1, or of the floats as they are)."""
+        """How batches are made of this data: normalised by mean and std (of pixels in 0..1; of floats as they are)."""
         unit = 255.0 if self.image_spec.dtype == "u8" else 1.0
         return Feed(
             sample=tuple(self.images.shape[1:]),
@@ -74,43 +86,50 @@ class DeviceData:
         )
 
     def positions(self, order: np.ndarray) -> np.ndarray:
-        """Rows of the device's images, in the order in which samples are visited."""
+        """Rows of the bank in which the samples are, in the order in which they are visited."""
         return order.astype(np.int32) if self.resident else (np.arange(len(order)) % self.rows).astype(np.int32)
 
-    def stretches(self, order: np.ndarray, first: int) -> Iterator[int]:
-        """Steps that may be submitted before the next stretch, from step `first` on, with their samples in place."""
+    def stretches(self, order: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
+        """From step `first` on: (bank, steps) that can run on what lies in the bank. The next bank is filled meanwhile."""
         steps = -(-len(order) // self.batch)
         if self.resident:
-            yield steps - first
+            yield 0, steps - first
             return
-        half = self.rows // 2
-        per_half = half // self.batch
-        step = first
-        while step < steps:
-            start = step // per_half * half
-            if step == first or step % per_half == 0:
-                self._write(order[start : start + half], start % self.rows)
-            stop = min(steps, (step // per_half + 1) * per_half)
-            yield stop - step
-            step = stop
+        per_bank = self.rows // self.batch
+        chunk = first // per_bank
+        self._stage(order, chunk)
+        while chunk * per_bank < steps:
+            self._stage(order, chunk + 1)
+            yield chunk % 2, min(steps, (chunk + 1) * per_bank) - max(first, chunk * per_bank)
+            chunk += 1
 
-    def _write(self, samples: np.ndarray, row: int) -> None:
-        """Send samples to rows `row`, `row` + 1, ... in pieces, NHWC."""
-        image_bytes = self.image_spec.nbytes // self.rows
-        target_bytes = self.target_spec.nbytes // self.rows
-        for begin in range(0, len(samples), 4096):
-            piece = samples[begin : begin + 4096]
-            images = self.images[piece]
-            if images.ndim == 4:
-                images = images.transpose(0, 2, 3, 1)
-            at = row + begin
-            self.regions["images"].write(np.ascontiguousarray(images), at * image_bytes)
-            self.regions["targets"].write(np.ascontiguousarray(self.targets[piece]), at * target_bytes)
+    def _stage(self, order: np.ndarray, chunk: int) -> None:
+        """Start the copy of a chunk's samples to its bank, behind the steps that still read it."""
+        samples = order[chunk * self.rows : (chunk + 1) * self.rows]
+        images, targets = self._staging[chunk % 2]
+        for transfer in self._transfers.pop(chunk % 2, ()):
+            transfer.wait()  # the pinned memory is free again
+        if len(samples):
+            np.take(_channels_last(self.images), samples, axis=0, out=images[: len(samples)])
+            np.take(self.targets, samples, axis=0, out=targets[: len(samples)])
+            bank = self.banks[chunk % 2]
+            self._transfers[chunk % 2] = (bank["images"].write_async(images), bank["targets"].write_async(targets))
+
+    def _send(self, samples: np.ndarray, row: int) -> None:
+        """Copy samples to rows `row`, `row` + 1, ... of the resident bank."""
+        images, targets = _channels_last(self.images[samples]), self.targets[samples]
+        self.banks[0]["images"].write(np.ascontiguousarray(images), row * (self.image_spec.nbytes // self.rows))
+        self.banks[0]["targets"].write(np.ascontiguousarray(targets), row * (self.target_spec.nbytes // self.rows))
 
     def free(self) -> None:
         """Give the memory back."""
-        for region in self.regions.values():
-            region.free()
+        for bank in self.banks:
+            for region in bank.values():
+                region.free()
+
+
+def _channels_last(images: np.ndarray) -> np.ndarray:
+    return images.transpose(0, 2, 3, 1) if images.ndim == 4 else images
 
 
 def state_words(step: int, trained: int, batch: int, seed: int) -> np.ndarray:

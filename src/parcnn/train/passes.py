@@ -20,10 +20,11 @@ class Pass:
 
     data: DeviceData
     regions: dict[str, Region]
-    full: LoadedProgram | None
-    tail: LoadedProgram | None
+    full: list[LoadedProgram]  # for each bank of the data; empty when no batch is whole
+    tail: list[LoadedProgram]  # empty when every batch is whole
     plan: Plan
     count: int
+    generation: int  # of the session's memory that the programs are bound to
 
     @property
     def steps(self) -> int:
@@ -34,15 +35,14 @@ class Pass:
         """Submit steps `first`, `first` + 1, ... in slices of about `seconds`; give the number done after each."""
         done, slice_steps = first, 1
         whole = self.count // self.data.batch
-        for stretch in self.data.stretches(order, first):
+        for bank, stretch in self.data.stretches(order, first):
             end = done + stretch
             while done < end:
                 began = time.perf_counter()
                 steps = min(slice_steps, end - done, max(whole - done, 0))
-                program = self.full if steps else self.tail
+                programs = self.full if steps else self.tail
                 steps = steps or 1
-                if program is not None:
-                    program.run(steps)
+                programs[bank].run(steps)
                 done += steps
                 yield done  # the consumer reads results, which waits for the device
                 slice_steps = max(1, int(steps * seconds / max(time.perf_counter() - began, 1e-6)))
@@ -75,3 +75,9 @@ class Pass:
         total = max(int(sizes.sum()), 1)
         accuracy = None if corrects is None else float(corrects.sum()) / total
         return float((losses.astype(np.float64) * sizes).sum() / total), accuracy
+
+    def free(self) -> None:
+        """Give the memory of data and feeds back."""
+        self.data.free()
+        for region in self.regions.values():
+            region.free()

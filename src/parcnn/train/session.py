@@ -41,7 +41,7 @@ class Session:
         if optimizer is not None:
             self.layout.add_state(optimizer.slots)
         self._plans: dict[tuple[Any, ...], Plan] = {}
-        self._loaded: dict[tuple[Any, ...], LoadedProgram] = {}
+        self.generation = 0  # counts regions that were replaced: programs loaded before are void
         self._regions: dict[str, Region] = {}
         self._versions: dict[Variable, int] = {}
 
@@ -82,25 +82,19 @@ class Session:
             self._need("optimizer", self.layout.optimizer_bytes)
         self._need("arena", max(plan.arena_bytes for plan in plans.values()))
         self.push()
-        loaded = {}
-        for name, plan in plans.items():
-            key = (id(plan), *sorted((k, id(r)) for k, r in feeds.items()))
-            if key not in self._loaded:
-                self._loaded[key] = self.executor.load(plan.program, {**self._regions, **feeds})
-            loaded[name] = self._loaded[key]
-        return loaded
+        regions = {**self._regions, **feeds}
+        return {name: self.executor.load(plan.program, regions) for name, plan in plans.items()}
 
     def _rebatch(self, plan: Plan, batch: int) -> Plan:
         return self._build(plan.mode, batch, plan.feed)
 
     def _need(self, name: str, nbytes: int) -> None:
-        """Make a region of at least `nbytes`; programs bound to a smaller one are bound anew."""
+        """Make a region of at least `nbytes`; programs bound to a smaller one must be loaded anew."""
         old = self._regions.get(name)
         if old is not None and old.nbytes >= nbytes:
             return
-        self.executor.synchronize()
-        self._loaded.clear()
         if old is not None:
+            self.generation += 1
             old.free()
         self._regions[name] = self.executor.region(name, nbytes)
 

@@ -19,7 +19,7 @@ from parcnn.errors import CheckpointError, LabelError, NonFiniteLossError, Shape
 from parcnn.nn import CrossEntropyLoss, Module
 from parcnn.ops.base import Spec
 from parcnn.ops.philox import permutation
-from parcnn.ops.program import Executor
+from parcnn.ops.program import Executor, Region
 from parcnn.optim import SGD, ConstantLR, Schedule
 from parcnn.plan.build import Feed, Plan
 from parcnn.plan.options import Options
@@ -206,8 +206,7 @@ class Trainer:
         spec = Spec((len(images), *run.plan.output_physical[1:]), self.session.layout.dtype)
         out = run.regions["out"].read(spec)
         out = out.transpose(0, 3, 1, 2) if len(run.plan.output_shape) == 4 else out
-        for region in (*run.regions.values(), *data.regions.values()):
-            region.free()
+        run.free()
         return np.ascontiguousarray(out).reshape(len(images), *run.plan.output_shape[1:])
 
     def save(self, path: str | Path) -> None:
@@ -301,7 +300,10 @@ class Trainer:
     def ready_pass(self, mode: str, data: Dataset) -> Pass:
         """A pass over a data set, made at the first call: its data and programs in place."""
         key = (mode, id(data), self.batch_size)
-        if key in self._passes:
+        known = self._passes.get(key)
+        if known is not None:
+            if known.generation != self.session.generation:
+                self._passes[key] = self._bind(mode, known.data, known.plan.feed, known.regions)
             self.session.push()
             return self._passes[key]
         if not len(data):
@@ -319,20 +321,30 @@ class Trainer:
         return self._passes[key]
 
     def _prepare(self, mode: str, data: DeviceData, feed: Feed) -> Pass:
-        """Plans for whole batches and for the smaller last one, bound to memory."""
-        whole, rest = divmod(feed.order, data.batch)
-        plans = {"full": self.session.plan(mode, data.batch, feed)} if whole else {}
-        if rest:
-            plans["tail"] = self.session.plan(mode, rest, feed)
-        sizes: dict[str, int] = {}
-        for plan in plans.values():
+        """A new pass: memory for what feeds its steps, and its programs."""
+        regions: dict[str, Region] = {}
+        for plan in self._plans(mode, data.batch, feed).values():
             for name, nbytes in plan.program.region_bytes.items():
-                if name not in ("arena", "weights", "optimizer", "images", "targets"):
-                    sizes[name] = max(sizes.get(name, 0), nbytes)
-        regions = {name: self.executor.region(name, nbytes) for name, nbytes in sizes.items()}
-        loaded = self.session.load(plans, {**regions, **data.regions})
+                if name not in ("arena", "weights", "optimizer", "images", "targets") and name not in regions:
+                    regions[name] = self.executor.region(name, nbytes)
+        return self._bind(mode, data, feed, regions)
+
+    def _plans(self, mode: str, batch: int, feed: Feed) -> dict[str, Plan]:
+        """Plans for whole batches and for the smaller last one, where there are such."""
+        whole, rest = divmod(feed.order, batch)
+        sizes = {"full": batch} if whole else {}
+        if rest:
+            sizes["tail"] = rest
+        return {name: self.session.plan(mode, size, feed) for name, size in sizes.items()}
+
+    def _bind(self, mode: str, data: DeviceData, feed: Feed, regions: dict[str, Region]) -> Pass:
+        """A pass with its programs bound to memory."""
+        plans = self._plans(mode, data.batch, feed)
+        loaded = [self.session.load(plans, {**regions, **bank}) for bank in data.banks]
+        programs = {name: [bank[name] for bank in loaded] for name in plans}
         plan = plans.get("full") or plans["tail"]
-        return Pass(data, regions, loaded.get("full"), loaded.get("tail"), plan, feed.order)
+        full, tail = programs.get("full", []), programs.get("tail", [])
+        return Pass(data, regions, full, tail, plan, feed.order, self.session.generation)
 
     def _room_for_data(self, plan: Plan) -> int | None:
         """Bytes that a data set may take beside the plan; None: no limit known."""
