@@ -95,6 +95,13 @@ def test_floats_are_taken_as_they_are(dtype: type) -> None:
     np.testing.assert_array_equal(made.images, values.astype(np.float32))
 
 
+def test_float_rows_are_the_targets_of_a_regression() -> None:
+    made = from_arrays(PIXELS, np.linspace(0, 1, 22).reshape(11, 2))
+    assert made.labels.dtype == np.float32
+    assert made.labels.shape == (11, 2)
+    assert made.classes == ()
+
+
 def test_lists_and_transposed_arrays_are_taken() -> None:
     nhwc = PIXELS.transpose(0, 2, 3, 1)
     made = from_arrays(nhwc.transpose(0, 3, 1, 2), LABELS.tolist())
@@ -107,7 +114,8 @@ def test_lists_and_transposed_arrays_are_taken() -> None:
     [
         (PIXELS, LABELS[:9], DataError, "11 labels, as there are images"),
         (PIXELS, LABELS.astype(np.float32), DataError, "labels are not integers"),
-        (PIXELS, np.eye(3)[LABELS], ShapeError, "argmax"),
+        (PIXELS, np.eye(3, dtype=int)[LABELS], ShapeError, "argmax"),
+        (PIXELS, np.full((11, 2), np.nan), DataError, "regression"),
         (PIXELS, LABELS - 1, LabelError, "label -1"),
         (PIXELS.astype(np.int64), LABELS, DataError, "int64"),
         (PIXELS[0, 0], LABELS, ShapeError, r"\(5, 4\)"),

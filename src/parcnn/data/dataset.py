@@ -21,8 +21,8 @@ class Dataset:
         name: the name of the data set.
         split: 'train' or 'test'.
         images: (N, C, H, W), uint8 pixels, or float32 values.
-        labels: (N,) int32, each in 0..len(classes)-1.
-        classes: the name of each class.
+        labels: (N,) int32, each in 0..len(classes)-1; or float32 targets (N, F) of a regression (MSELoss).
+        classes: the name of each class; none for a regression.
         mean, std: per channel, of the pixels of the *training* split scaled to 0..1; 0 and 1 for float images.
         source: where the images came from: a folder, 'embedded' or 'memory'.
 
@@ -36,7 +36,7 @@ class Dataset:
     name: str
     split: str
     images: NDArray[np.uint8] | NDArray[np.float32]
-    labels: NDArray[np.int32]
+    labels: NDArray[np.int32] | NDArray[np.float32]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -45,7 +45,10 @@ class Dataset:
     def __post_init__(self) -> None:
         check_split(self.split)
         _check_images(self.images, self.name)
-        _check_labels(self.labels, len(self.images), len(self.classes), self.name)
+        if self.labels.dtype.kind == "f":
+            _check_targets(self.labels, len(self.images), self.name)
+        else:
+            _check_labels(self.labels, len(self.images), len(self.classes), self.name)
         for field, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != self.images.shape[1]:
                 raise ShapeError(
@@ -99,8 +102,8 @@ def from_arrays(
 
     Args:
         images: (N, C, H, W), or (N, H, W) for one channel; uint8 pixels, or floats that are taken as they are.
-        labels: (N,) integers.
-        classes: names; '0', '1', ... up to the largest label when left out.
+        labels: (N,) integers, or floats (N, F), the targets of a regression.
+        classes: names of classes; '0', '1', ... up to the largest label when left out.
         name, split: as in `Dataset`.
         mean, std: per channel; for a test split give those of the training split. Left out: computed from these
             images when uint8, 0 and 1 when float.
@@ -115,7 +118,9 @@ def from_arrays(
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     _check_images(pixels, name)
-    if targets.ndim == 2:
+    if targets.ndim == 2 and targets.dtype.kind == "f":
+        classes = ()
+    elif targets.ndim == 2:
         raise ShapeError(
             "labels have two axes",
             where=name,
@@ -123,14 +128,15 @@ def from_arrays(
             got=targets.shape,
             remedy="of one-hot labels take labels.argmax(axis=1)",
         )
-    if targets.dtype.kind not in "iu":
+    elif targets.dtype.kind not in "iu":
         raise DataError(
             "labels are not integers", where=name, expected="an integer type", got=targets.dtype,
             remedy="labels.astype(np.int32), if they are class numbers",
         )  # fmt: skip
     if classes is None:
         classes = [str(i) for i in range(int(targets.max(initial=0)) + 1)]
-    _check_labels(targets, len(pixels), len(classes), name)
+    if targets.dtype.kind != "f":  # before the cast: int64 labels may not fit
+        _check_labels(targets, len(pixels), len(classes), name)
     if pixels.dtype == np.uint8:
         own_mean, own_std = pixel_statistics(pixels)
     else:
@@ -139,7 +145,7 @@ def from_arrays(
         name=name,
         split=split,
         images=np.ascontiguousarray(pixels),
-        labels=np.ascontiguousarray(targets, dtype=np.int32),
+        labels=np.ascontiguousarray(targets, dtype=np.float32 if targets.dtype.kind == "f" else np.int32),
         classes=tuple(classes),
         mean=own_mean if mean is None else tuple(mean),
         std=own_std if std is None else tuple(std),
@@ -212,6 +218,17 @@ def _check_labels(labels: NDArray[np.integer], images: int, classes: int, name: 
             got=f"{len(labels)} labels",
         )  # fmt: skip
     check_label_range(labels, classes, name)
+
+
+def _check_targets(targets: NDArray[np.floating], images: int, name: str) -> None:
+    if targets.ndim != 2 or len(targets) != images or not np.isfinite(targets).all():
+        raise DataError(
+            "targets of a regression do not fit",
+            where=name,
+            expected=f"finite floats ({images}, F)",
+            got=f"{targets.dtype} {targets.shape}",
+            remedy="class numbers are integers; float targets have one row an image",
+        )
 
 
 def check_label_range(labels: NDArray[np.integer], classes: int, where: str) -> None:
