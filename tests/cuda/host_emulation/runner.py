@@ -1,0 +1,236 @@
+"""An executor that runs the CUDA kernels' own source on the host, block by block: tests of the kernels without a GPU.
+
+A kernel is compiled by g++ behind `cuda_emulation.h`. Every tensor that a launch names lies between guard zones: a
+write outside it, or to a tensor that the call does not own, is an error, and a read outside it gives NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+import parcnn.cuda.kernels
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Program, Slot
+
+KERNELS = Path(parcnn.cuda.kernels.__file__).parent
+HEADER = Path(__file__).with_name("cuda_emulation.h")
+GUARD = 4096  # bytes before and after each tensor
+POISON = 0xFF  # a float of these bytes is NaN
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
+
+
+class EmulationError(AssertionError):
+    """A launch that would have failed on a GPU, or that touched memory that is not its own."""
+
+
+def available() -> bool:
+    """Whether there is a compiler."""
+    return shutil.which("g++") is not None
+
+
+@functools.cache
+def compiled(kernel: Kernel) -> ctypes.CDLL:
+    """The kernel as a host library, from the temporary folder's cache where it was built before."""
+    source = KERNELS / kernel.source
+    text = f'#include "{HEADER}"\n' + "".join(f"#define {k} {v}\n" for k, v in kernel.defines)
+    text += f'#include "{source}"\nEMULATE({kernel.entry})\n'
+    parts = [text, *FLAGS, HEADER.read_text(), source.read_text()]
+    parts += [h.read_text() for h in sorted(KERNELS.glob("*.cuh"))]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir()) / f"parcnn-emulation-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library = folder / f"{kernel.entry}-{digest}.so"
+    if not library.exists():
+        code, built = (library.with_suffix(f".{os.getpid()}{end}") for end in (".cpp", ".so"))
+        code.write_text(text)
+        command = ["g++", *FLAGS, "-I", str(KERNELS), "-o", str(built), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        code.unlink()
+        if done.returncode:
+            raise EmulationError(f"g++ refused {kernel.label}:\n{done.stderr[:4000]}")
+        built.replace(library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.emulate.restype = ctypes.c_char_p
+    return loaded
+
+
+class Guarded:
+    """Copies of the memory that a launch names, each run of overlapping slots between two guard zones of its own."""
+
+    def __init__(self, slots: Iterable[Slot], regions: Mapping[str, np.ndarray]) -> None:
+        self.spans: list[tuple[str, int, int, np.ndarray]] = []
+        for slot in sorted(set(slots), key=lambda s: (s.region, s.offset)):
+            if self.spans and self.spans[-1][0] == slot.region and slot.offset < self.spans[-1][2]:
+                region, start, end, _ = self.spans.pop()
+                self.spans.append((region, start, max(end, slot.end), np.empty(0)))
+            else:
+                self.spans.append((slot.region, slot.offset, slot.end, np.empty(0)))
+        for i, (region, start, end, _) in enumerate(self.spans):
+            padded = np.full(end - start + 2 * GUARD + 256, POISON, np.uint8)
+            lead = (start - padded.ctypes.data - GUARD) % 256  # addresses keep their alignment
+            memory = padded[lead : lead + end - start + 2 * GUARD]
+            memory[GUARD : GUARD + end - start] = regions[region][start:end]
+            self.spans[i] = (region, start, end, memory)
+
+    def address(self, slot: Slot) -> int:
+        for region, start, end, memory in self.spans:
+            if region == slot.region and start <= slot.offset < max(end, start + 1):
+                return memory.ctypes.data + GUARD + slot.offset - start
+        raise EmulationError(f"slot {slot} is in no span")
+
+    def write_back(self, regions: Mapping[str, np.ndarray], written: Sequence[Slot], label: str) -> None:
+        for region, start, end, memory in self.spans:
+            if not ((memory[:GUARD] == POISON).all() and (memory[end - start + GUARD :] == POISON).all()):
+                raise EmulationError(f"{label} wrote outside the tensor at {region}[{start}:{end}]")
+            before, after = regions[region][start:end], memory[GUARD : GUARD + end - start]
+            foreign = before != after
+            for slot in written:
+                if slot.region == region:
+                    foreign[max(slot.offset - start, 0) : max(slot.end - start, 0)] = False
+            if foreign.any():
+                raise EmulationError(f"{label} wrote to an input, byte {start + int(foreign.argmax())} of {region}")
+            before[...] = after
+
+
+def named_slots(args: Iterable[Argument]) -> Iterable[Slot]:
+    """Every slot that the arguments name."""
+    for arg in args:
+        if isinstance(arg, Struct):
+            yield from named_slots(arg.fields)
+        elif isinstance(arg, Pointer):
+            yield arg.slot
+        elif isinstance(arg, Slot):
+            yield arg
+
+
+def pack(args: Iterable[Argument], memory: Guarded, data: bytearray) -> int:
+    """Append arguments as C lays out a struct; returns the alignment."""
+    alignment = 1
+    for arg in args:
+        if isinstance(arg, Struct):
+            inner = bytearray()
+            own = pack(arg.fields, memory, inner)
+            inner.extend(bytes(-len(inner) % own))
+            raw = bytes(inner)
+        elif isinstance(arg, np.generic):
+            raw, own = arg.tobytes(), arg.nbytes
+        else:
+            pointer = Pointer(arg) if isinstance(arg, Slot) else arg
+            address = memory.address(pointer.slot) + pointer.offset if pointer else 0
+            raw, own = address.to_bytes(8, "little"), 8
+        data.extend(bytes(-len(data) % own) + raw)
+        alignment = max(alignment, own)
+    return alignment
+
+
+def run_launch(
+    launch: Launch, regions: Mapping[str, np.ndarray], written: Sequence[Slot], *, descending: bool = False
+) -> None:
+    """Run one launch on regions of bytes; `written` are the slots that it may change."""
+    memory = Guarded(named_slots(launch.args), regions)
+    args = bytearray()
+    pack(launch.args, memory, args)
+    emulate = compiled(launch.kernel).emulate
+    u32x3 = ctypes.c_uint * 3
+    fault = emulate(
+        u32x3(*launch.grid), u32x3(*launch.block), ctypes.c_size_t(launch.shared_bytes), bytes(args),
+        ctypes.c_size_t(len(args)), int(descending),
+    )  # fmt: skip
+    if fault:
+        raise EmulationError(f"{launch.kernel.label}: {fault.decode()}")
+    memory.write_back(regions, written, launch.kernel.label)
+
+
+class HostRegion:
+    """A region as bytes of the host."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        padded = np.zeros(nbytes + 256, np.uint8)
+        lead = -padded.ctypes.data % 256
+        self.bytes = padded[lead : lead + nbytes]
+
+    def write(self, array: np.ndarray, offset: int = 0) -> None:
+        self.bytes[offset : offset + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
+        raw = self.bytes[offset : offset + spec.nbytes].copy()
+        if spec.dtype == "u2":
+            return raw.reshape(*spec.shape[:-1], -1)
+        kinds = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8}
+        return raw.view(kinds[spec.dtype]).reshape(spec.shape)
+
+
+class LoadedOnHost:
+    def __init__(self, executor: EmulationExecutor, program: Program, regions: Mapping[str, HostRegion]) -> None:
+        self.executor, self.program = executor, program
+        self.regions = {name: region.bytes for name, region in regions.items()}
+
+    def run(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            for call in self.program.calls:
+                for launch in self.executor.launches(call):
+                    run_launch(launch, self.regions, call.written, descending=self.executor.descending)
+
+
+class EmulationExecutor:
+    """`parcnn.ops.program.Executor` on the host, with the launchers of the given kernel families.
+
+    `descending` runs the threads of a block in descending order. `variant` is passed to launchers that take one.
+    """
+
+    name = "emulation"
+
+    def __init__(
+        self, families: Sequence[ModuleType], *, descending: bool = False, sm_count: int = 4, variant: object = None
+    ) -> None:
+        self.families, self.descending, self.variant = families, descending, variant
+        self.device = Device("host emulation", "sm_90a", sm_count)
+
+    def family(self, op: Op) -> ModuleType:
+        return next(f for f in self.families if isinstance(op, f.OPS))
+
+    def launches(self, call: Call) -> list[Launch]:
+        family = self.family(call.op)
+        if self.variant is None:
+            return family.launches(call, self.device)
+        return family.launches(call, self.device, variant=self.variant)
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        return self.family(op).supports(op, inputs) is None
+
+    def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        family = self.family(op)
+        if self.variant is None:
+            return family.workspace_bytes(op, inputs, outputs, self.device)
+        return family.workspace_bytes(op, inputs, outputs, self.device, variant=self.variant)
+
+    def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
+        return self.family(op).__name__.rsplit(".", 1)[-1]
+
+    def available_bytes(self) -> int | None:
+        return None
+
+    def region(self, name: str, nbytes: int) -> HostRegion:
+        return HostRegion(nbytes)
+
+    def load(self, program: Program, regions: Mapping[str, HostRegion]) -> LoadedOnHost:
+        return LoadedOnHost(self, program, regions)
+
+    def synchronize(self) -> None:
+        """Every run is complete on return."""
+
+    def close(self) -> None:
+        """Nothing is held."""
