@@ -38,7 +38,7 @@ class Conv:
 
     @classmethod
     def of(cls, op: ConvGeometry, image: Spec, filters: Spec) -> Conv:
-        """The convolution of `image` (N,H,W,C) with `filters` (K,R,S,C); a matrix product is told as a 1x1 image each row."""
+        """The convolution of `image` (N,H,W,C) with `filters` (K,R,S,C); of a matrix product, each row is a 1x1 image."""
         n, h, w, c = image.shape
         k, r, s, _ = filters.shape
         p, q = op.pooled_hw(h, w, r, s)
@@ -71,7 +71,9 @@ class Conv:
         return Struct((*(np.int32(v) for v in numbers), *(fast_div(max(d, 1)) for d in divisors)))
 
 
-def unsupported(op: ConvGeometry, specs: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]) -> str | None:
+def unsupported(
+    op: ConvGeometry, specs: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
+) -> str | None:
     """Why the fp32 kernels cannot run a convolution of these operands; None where they can."""
     for spec in specs:
         if spec.dtype not in ("f32", "u2"):
@@ -85,7 +87,7 @@ def unsupported(op: ConvGeometry, specs: Sequence[Spec], image: tuple[int, int],
 
 
 class Tile(NamedTuple):
-    """Shape of a block: its outputs, the depth of a step, a thread's outputs, lanes that share them, tiles in flight."""
+    """Shape of a block: its outputs, depth of a step, a thread's outputs, lanes that share them, tiles in flight."""
 
     bm: int
     bn: int
@@ -94,6 +96,10 @@ class Tile(NamedTuple):
     tn: int
     slices: int
     stages: int
+
+    def blocks(self, m: int, n: int) -> int:
+        """Blocks that cover m x n outputs."""
+        return ceil(m / self.bm) * ceil(n / self.bn)
 
     @property
     def threads(self) -> int:
@@ -107,14 +113,13 @@ class Tile(NamedTuple):
         return f"{self.bm}x{self.bn}x{self.bk}/{self.tm}x{self.tn}/{self.slices}/{self.stages}"
 
 
-def tile_cycles(tile: Tile, m: int, n: int, depth: int, copies: float, sm_count: int) -> float:
-    """Estimated clock cycles of an (m, n, depth) product: what the choice of a tile rests on.
+def tile_cycles(tile: Tile, blocks: int, depth: int, copies: float, sm_count: int) -> float:
+    """Estimated clock cycles of `blocks` blocks that each reduce over `depth`: what the choice of a tile rests on.
 
-    The larger of two bounds. Throughput: the busiest SM's arithmetic (128 FMA a cycle), its reads of shared memory (2 cycles
-    each 16 bytes a lane) and its copies (`copies` instructions a warp for every 32 floats). Latency: what one block needs
-    alone, times the rounds of blocks that fit at once.
+    The larger of two bounds. Throughput: the busiest SM's arithmetic (128 FMA a cycle), its reads of shared memory
+    (2 cycles each 16 bytes a lane) and its copies (`copies` instructions a warp for every 32 floats). Latency: what one
+    block needs alone, times the rounds of blocks that fit at once.
     """
-    blocks = ceil(m / tile.bm) * ceil(n / tile.bn)
     steps = ceil(depth / tile.bk)
     warps = tile.threads / 32
     inner = warps * tile.bk / 4 / tile.slices  # products of 4-deep fragments, by warps, in a step
@@ -122,6 +127,7 @@ def tile_cycles(tile: Tile, m: int, n: int, depth: int, copies: float, sm_count:
     copy = 2 * copies * (tile.bm + tile.bn) * tile.bk / 32
     work = steps * (max(arithmetic, reads) + 0.25 * min(arithmetic, reads) + copy)
     own_pace = max(1.0, warps / 4) * tile.bk / 4 / tile.slices * (4 * tile.tm * tile.tn + 2 * (tile.tm + tile.tn))
-    alone = 1500 + steps * max(own_pace + copy + 60, 700 / (tile.stages - 1)) + 12 * tile.tm * tile.tn * tile.slices.bit_length()
+    start_and_end = 1500 + 12 * tile.tm * tile.tn * tile.slices.bit_length()
+    alone = start_and_end + steps * max(own_pace + copy + 60, 700 / (tile.stages - 1))
     resident = max(1, min(16, int(2048 / tile.threads * (0.25 if tile.tm * tile.tn >= 64 else 0.5))))
     return max(ceil(blocks / sm_count) * work, ceil(blocks / (sm_count * resident)) * alone)

@@ -32,7 +32,7 @@ TILES = (
     Tile(8, 8, 128, 4, 4, 32, 4),
 )
 SCALAR_TILES = (TILES[1], TILES[2], TILES[4], TILES[6], TILES[8])  # C not a multiple of 4
-RARE_ACT_TILE = TILES[2]  # activations other than ReLU are compiled for this one alone
+RARE_ACT_TILE = TILES[2]  # activations other than ReLU are compiled for this one alone, for any C
 DIRECT_SHARED_BYTES = 48 * 1024
 DIRECT_CHANNELS = 8
 
@@ -58,7 +58,9 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     return unsupported(op, (*inputs, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
 
 
-def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
+def workspace_bytes(
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+) -> int:
     """None is needed."""
     return 0
 
@@ -66,15 +68,16 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best estimate first.
 
-    A tile's estimate is `tile_cycles`; the direct kernel's is its arithmetic and its reads of shared memory, or what a block
-    needs alone.
+    A tile's estimate is `tile_cycles`; the direct kernel's is its arithmetic and its reads of shared memory, or what a
+    block needs alone.
     """
     op, conv = _conv(call)
     if op.act not in (None, "relu"):
         return [RARE_ACT_TILE]
     vector = conv.c % 4 == 0
+    copies = 0.25 if vector else 1.0
     costs: dict[Variant, float] = {
-        tile: tile_cycles(tile, conv.rows, conv.k, conv.taps_c, 0.25 if vector else 1.0, device.sm_count)
+        tile: tile_cycles(tile, tile.blocks(conv.rows, conv.k), conv.taps_c, copies, device.sm_count)
         for tile in (TILES if vector else SCALAR_TILES)
     }
     for direct in DIRECTS:
@@ -82,10 +85,10 @@ def candidates(call: Call, device: Device) -> list[Variant]:
         if plan:
             per_tap = 4 * direct.kt + 2 * (2 + direct.kt / 2)  # cycles of a warp that has a scheduler to itself
             alone = 2500 + conv.taps_c * 1.5 * per_tap * max(1, plan.block_x * plan.block_y / 128)
-            blocks = plan.grid_x * plan.grid_y
+            rounds = plan.grid_x * plan.grid_y / device.sm_count
             resident = max(1, 1024 // (plan.block_x * plan.block_y))
             work = conv.taps_c * per_tap * plan.block_x * plan.block_y / 128
-            costs[direct] = max(ceil(blocks / device.sm_count) * work, ceil(blocks / device.sm_count / resident) * alone)
+            costs[direct] = max(ceil(rounds) * work, ceil(rounds / resident) * alone)
     return sorted(costs, key=costs.__getitem__)
 
 
@@ -106,7 +109,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         return [Launch(_direct_kernel(chosen), grid, block, (*args, plan.argument), plan.shared_bytes)]
     grid = (ceil(conv.rows / chosen.bm), ceil(conv.k / chosen.bn), 1)
     shared_bytes = 4 * chosen.stages * (chosen.bm + chosen.bn) * (chosen.bk + 4)
-    kernel = _tile_kernel(chosen, op.act, 4 if conv.c % 4 == 0 else 1)
+    kernel = _tile_kernel(chosen, op.act, 4 if conv.c % 4 == 0 and op.act in (None, "relu") else 1)
     return [Launch(kernel, grid, (chosen.threads, 1, 1), args, shared_bytes)]
 
 
@@ -114,7 +117,7 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     yield from (_tile_kernel(tile, None, 4) for tile in TILES)
     yield from (_tile_kernel(tile, None, 1) for tile in SCALAR_TILES)
-    yield from (_tile_kernel(RARE_ACT_TILE, act, vec) for act in ACTIVATIONS if act != "relu" for vec in (4, 1))
+    yield from (_tile_kernel(RARE_ACT_TILE, act, 1) for act in ACTIVATIONS if act != "relu")
     yield from (_direct_kernel(direct) for direct in DIRECTS)
 
 
@@ -146,7 +149,8 @@ class _DirectPlan(NamedTuple):
 def _direct_plan(conv: Conv, direct: Direct, device: Device) -> _DirectPlan | None:
     """How the direct kernel cuts the problem; None where it does not fit.
 
-    A block takes about 128 pooled pixels (of one image where that has as many), and as many filter groups as make 256 threads.
+    A block takes about 128 pooled pixels (of one image where that has as many), and as many filter groups as make 256
+    threads.
     """
     plain = conv.pool is not None and conv.stride == (1, 1) and conv.dilation == (1, 1)
     if not plain or conv.c > DIRECT_CHANNELS or (direct.kt % 4 and conv.k > direct.kt):

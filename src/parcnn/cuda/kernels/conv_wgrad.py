@@ -1,0 +1,146 @@
+"""Launcher of conv_wgrad.cu: gradient of a convolution with respect to its filters and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvWgrad
+from parcnn.ops.program import Call
+
+OPS: tuple[type[Op], ...] = (ConvWgrad,)
+SOURCE = "conv_wgrad.cu"
+PARTS = 8
+SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sum", (("PARTS", PARTS),))
+
+# Filters x filter elements x pixels: from large filter banks down to LeNet-5's 6 filters of 25 elements.
+TILES = (
+    Tile(128, 128, 16, 8, 8, 1, 3),
+    Tile(64, 128, 16, 8, 8, 1, 3),
+    Tile(64, 64, 16, 8, 4, 1, 4),
+    Tile(64, 32, 32, 4, 4, 2, 3),
+    Tile(16, 64, 32, 4, 4, 4, 3),
+    Tile(16, 32, 64, 4, 4, 4, 2),
+    Tile(16, 16, 64, 4, 4, 8, 2),
+    Tile(8, 32, 64, 4, 4, 16, 3),
+)
+# (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
+TILES_OF = {
+    (0, 4, 4): (*TILES[:3], *TILES[4:7]),
+    (0, 4, 1): (TILES[2], TILES[3]),
+    (0, 1, 1): (TILES[2], TILES[6], TILES[7]),
+    (1, 4, 4): (TILES[1], TILES[2], TILES[4]),
+    (1, 4, 1): (TILES[3], TILES[4]),
+    (1, 1, 1): (TILES[2], TILES[7]),
+}
+
+
+class Variant(NamedTuple):
+    """A tile, and into how many runs of pixels the reduction is cut."""
+
+    tile: Tile
+    splits: int
+
+    def __str__(self) -> str:
+        return f"{self.tile} in {self.splits}"
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if not isinstance(op, ConvWgrad):
+        return f"{op.name} is not a convolution's filter gradient"
+    x = inputs[0]
+    return unsupported(op, (*inputs, *op.infer(*inputs)), (x.shape[1], x.shape[2]), op.filter)
+
+
+def workspace_bytes(
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+) -> int:
+    """The splits' partial sums; nothing where there is one split."""
+    op, conv = _conv(op, inputs[0], outputs[0])
+    splits = (variant or _ranked(op, conv, device)[0]).splits
+    return 4 * splits * _row_size(op, conv) if splits > 1 else 0
+
+
+def candidates(call: Call, device: Device) -> list[Variant]:
+    """Tiles that can run the call, each with its best number of splits, best estimate first.
+
+    The estimate is `tile_cycles`, and for several splits the second kernel: its start and its reads at 1 KiB a cycle.
+    """
+    return _ranked(*_conv(call.op, call.inputs[0].spec, call.outputs[0].spec), device)
+
+
+def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
+    """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
+    op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
+    tile, splits = variant or _ranked(op, conv, device)[0]
+    x, dy = call.inputs[:2]
+    idx = call.inputs[2] if op.pool == "max" else None
+    dw, db = call.outputs[0], call.outputs[1] if op.bias else None
+    partial = call.workspace if splits > 1 else None
+    chunk = _chunk(conv, tile, splits)
+    args: tuple[Argument, ...] = (x, dy, idx, dw, db, partial, conv.argument(), np.int32(chunk))
+    grid = (ceil(conv.k / tile.bm), ceil(conv.taps_c / tile.bn), splits)
+    shared_bytes = tile.stages * tile.bk * (4 * (tile.bm + tile.bn + 8) + 8)
+    result = [Launch(_kernel(tile, _key(op, conv)), grid, (tile.threads, 1, 1), args, shared_bytes)]
+    if splits > 1:
+        row_size = _row_size(op, conv)
+        sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
+        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+    return result
+
+
+def variants() -> Iterable[Kernel]:
+    """Every kernel that `launches` may name."""
+    yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield SUM_KERNEL
+
+
+def _conv(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Conv]:
+    if not isinstance(op, ConvWgrad):
+        raise TypeError(f"{op.name} is not a convolution's filter gradient")
+    return op, Conv.of(op, x, dw)
+
+
+def _key(op: ConvWgrad, conv: Conv) -> tuple[int, int, int]:
+    vec_k = 4 if conv.k % 4 == 0 else 1
+    return int(op.pool is not None), vec_k, 4 if vec_k == 4 and conv.c % 4 == 0 else 1
+
+
+def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:
+    flags = tuple(zip(("ROUTED", "VEC_K", "VEC_C"), key, strict=True))
+    return Kernel(SOURCE, "conv_wgrad", (*tile.defines, *flags))
+
+
+def _row_size(op: ConvWgrad, conv: Conv) -> int:
+    return conv.k * (conv.taps_c + op.bias)
+
+
+def _chunk(conv: Conv, tile: Tile, splits: int) -> int:
+    """Pixels of a split: a multiple of the tile's depth."""
+    return max(1, ceil(conv.rows / tile.bk / splits)) * tile.bk
+
+
+def _ranked(op: ConvWgrad, conv: Conv, device: Device) -> list[Variant]:
+    _, vec_k, vec_c = key = _key(op, conv)
+    copies = 1.0 if vec_k == 1 or vec_c == 1 else 0.25
+    costs: dict[Variant, float] = {}
+    for tile in TILES_OF[key]:
+        blocks = tile.blocks(conv.k, conv.taps_c)
+        steps = max(1, ceil(conv.rows / tile.bk))
+        choices = {1, *(max(1, min(steps, waves * device.sm_count // blocks)) for waves in (1, 2, 3, 4, 6, 8))}
+        costs_of: dict[int, float] = {}
+        for asked in choices:
+            each = ceil(steps / asked)
+            splits = ceil(steps / each)  # none is empty
+            adding = 2500 + 4 * splits * _row_size(op, conv) / 1024 if splits > 1 else 0
+            costs_of[splits] = adding + tile_cycles(tile, blocks * splits, each * tile.bk, copies, device.sm_count)
+        best = min(costs_of, key=lambda splits: (costs_of[splits], splits))
+        costs[Variant(tile, best)] = costs_of[best]
+    return sorted(costs, key=costs.__getitem__)
