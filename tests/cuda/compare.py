@@ -1,0 +1,105 @@
+"""Holds kernels to the float64 CPU executor, on the host's emulation and, with the marker `gpu`, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from parcnn.cpu import CpuExecutor
+from parcnn.cuda.launch import Launch
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Executor
+from tests.cuda.host_emulation import runner
+from tests.op_runner import DTYPE_NAMES, run_op
+
+EPS = float(np.finfo(np.float32).eps)
+WHERE = ("ascending", "descending", pytest.param("gpu", marks=pytest.mark.gpu))
+
+
+class CheckedEmulation(runner.EmulationExecutor):
+    """The emulation, which also holds every launch to a device's limits and to the family's list of variants."""
+
+    def launches(self, call: Call) -> list[Launch]:
+        launches = super().launches(call)
+        variants = set(self.family(call.op).variants())
+        for launch in launches:
+            assert launch.kernel in variants, f"{launch.kernel} is not among the family's variants"
+            assert 0 < launch.grid[0] < 2**31
+            assert all(0 < extent < 2**16 for extent in launch.grid[1:]), launch.grid
+            assert 0 < np.prod(launch.block) <= 1024
+        return launches
+
+
+def executors(family: ModuleType) -> Callable[..., Executor]:
+    """A fixture: the emulation with threads in either order, and the device."""
+
+    @pytest.fixture(params=WHERE, name="executor")
+    def fixture(request: pytest.FixtureRequest) -> Executor:
+        if request.param == "gpu":
+            return request.getfixturevalue("cuda")
+        if not runner.available():
+            pytest.skip("the emulation needs g++")
+        return CheckedEmulation([family], descending=request.param == "descending")
+
+    return fixture
+
+
+@pytest.fixture(name="random")
+def random_fixture(request: pytest.FixtureRequest) -> np.random.Generator:
+    """The same numbers wherever a case runs: the seed is the test's name without its executor."""
+    return np.random.default_rng(sum(map(ord, request.function.__name__)))
+
+
+def on_cpu(op: Op, arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """What the CPU executor makes of it, in the precision of the arrays."""
+    executor = CpuExecutor(threads=1)
+    results = run_op(executor, op, arrays)
+    executor.close()
+    return results
+
+
+def check(
+    executor: Executor,
+    op: Op,
+    arrays: Sequence[np.ndarray],
+    *,
+    alias: Sequence[tuple[int, int]] = (),
+    ulps: float = 4.0,
+) -> tuple[np.ndarray, ...]:
+    """Run op; its floats may err at most twice as much as the float32 CPU executor's, and `ulps` of the largest element.
+
+    Integers must be equal, and NaN and infinities where they are in float64. Returns what the kernels gave.
+    """
+    assert not isinstance(executor, runner.EmulationExecutor) or executor.can_fuse(op, specs_of(arrays))
+    wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays]
+    exact, single = on_cpu(op, wide), on_cpu(op, arrays)
+    got = run_op(executor, op, arrays, alias=alias)
+    assert len(got) == len(exact)
+    for i, (result, true, cpu) in enumerate(zip(got, exact, single, strict=True)):
+        where = f"{op} output {i}"
+        assert result.shape == true.shape
+        if result.dtype.kind != "f":
+            np.testing.assert_array_equal(result, true, err_msg=where)
+            continue
+        finite = np.isfinite(true)
+        np.testing.assert_array_equal(result[~finite], true[~finite].astype(np.float32), err_msg=where)
+        assert np.isfinite(result[finite]).all(), f"{where}: not finite"
+        if finite.any():
+            error, allowed = (np.abs(v[finite] - true[finite]).max() for v in (result, cpu))
+            allowed = 2 * allowed + ulps * EPS * np.abs(true[finite]).max()
+            assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+    return got
+
+
+def specs_of(arrays: Sequence[np.ndarray]) -> tuple[Spec, ...]:
+    """Specs of plain arrays."""
+
+    return tuple(Spec(a.shape, DTYPE_NAMES[a.dtype]) for a in arrays)
+
+
+def normal(random: np.random.Generator, *shape: int) -> np.ndarray:
+    """Standard normal float32."""
+    return random.standard_normal(shape).astype(np.float32)

@@ -1,0 +1,91 @@
+"""Losses and their gradients, by one block and by many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from parcnn.cuda.kernels import loss
+from parcnn.ops.base import Spec
+from parcnn.ops.loss import CrossEntropy, MeanSquaredError
+from parcnn.ops.program import Executor
+from tests.cuda.compare import check, executors, normal, random_fixture  # noqa: F401
+from tests.op_runner import run_op
+
+executor = executors(loss)
+
+# (rows, classes): one block, one block in turns, many blocks, many blocks in turns, rows longer than a warp
+PROBLEMS = [(1, 1), (1, 2), (64, 10), (70, 17), (1100, 10), (1031, 16), (2500, 10), (5, 1000), (37, 517)]
+
+
+@pytest.mark.parametrize("rows_classes", PROBLEMS, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("train", [True, False])
+def test_cross_entropy(
+    executor: Executor, random: np.random.Generator, rows_classes: tuple[int, int], smoothing: float, train: bool
+) -> None:
+    rows, classes = rows_classes
+    logits, labels = 3 * normal(random, rows, classes), random.integers(0, classes, rows).astype(np.int32)
+    op = CrossEntropy(smoothing, train)
+    check(executor, op, [logits, labels])
+    if train:
+        check(executor, op, [logits, labels], alias=[(2, 0)])
+
+
+def test_first_largest_logit_counts(executor: Executor, random: np.random.Generator) -> None:
+    logits = random.integers(0, 30, (500, 40)).astype(np.float32)  # the largest is shared by one to four
+    labels = logits.argmax(1).astype(np.int32)
+    labels[::2] = 39 - logits[::2, ::-1].argmax(1)  # the last largest
+    hits = int((logits.argmax(1) == labels).sum())
+    assert 250 < hits < 500
+    assert check(executor, CrossEntropy(), [logits, labels])[1][0] == hits
+
+
+def test_large_logits_do_not_overflow(executor: Executor, random: np.random.Generator) -> None:
+    logits, labels = 1e4 * normal(random, 64, 10), random.integers(0, 10, 64).astype(np.int32)
+    value, _, gradient = check(executor, CrossEntropy(), [logits, labels])
+    assert np.isfinite(value).all()
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("rows", [64, 2500])
+@pytest.mark.parametrize("label", [-1, 10, 2**31 - 1])
+def test_label_out_of_range_makes_the_loss_nan(
+    executor: Executor, random: np.random.Generator, label: int, rows: int
+) -> None:
+    logits, labels = normal(random, rows, 10), random.integers(0, 10, rows).astype(np.int32)
+    labels[rows // 2] = label
+    assert np.isnan(check(executor, CrossEntropy(), [logits, labels])[0][0])
+
+
+def test_nan_and_infinite_logits(executor: Executor, random: np.random.Generator) -> None:
+    labels = random.integers(0, 10, 6).astype(np.int32)
+    for row in (np.nan, np.inf, -np.inf):
+        logits = normal(random, 6, 10)
+        logits[4, 3] = row
+        check(executor, CrossEntropy(), [logits, labels])
+        logits[4] = row
+        check(executor, CrossEntropy(), [logits, labels])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 10), (127, 129), (129, 129), (700, 96)], ids=str)
+@pytest.mark.parametrize("train", [True, False])
+def test_mean_squared_error(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, int], train: bool
+) -> None:
+    pred, target = normal(random, *shape), normal(random, *shape)
+    check(executor, MeanSquaredError(train), [pred, target])
+    if train:
+        check(executor, MeanSquaredError(), [pred, target], alias=[(1, 0)])
+
+
+def test_the_same_bits_every_time(executor: Executor, random: np.random.Generator) -> None:
+    inputs = [normal(random, 2500, 10), random.integers(0, 10, 2500).astype(np.int32)]
+    first, again = (run_op(executor, CrossEntropy(), inputs) for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_refuses() -> None:
+    assert "u8" in (loss.supports(CrossEntropy(), (Spec((4, 2)), Spec((4,), "u8"))) or "")
+    assert "f64" in (loss.supports(MeanSquaredError(), (Spec((4, 2), "f64"), Spec((4, 2), "f64"))) or "")

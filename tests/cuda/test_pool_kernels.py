@@ -1,0 +1,104 @@
+"""Pools on their own."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from parcnn.cuda.kernels import pool
+from parcnn.cuda.launch import Device
+from parcnn.ops.base import Spec
+from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
+from parcnn.ops.program import Call, Executor, Slot
+from tests.cuda.compare import check, executors, normal, random_fixture  # noqa: F401
+
+executor = executors(pool)
+
+WINDOWS = {
+    "2x2": {},
+    "3x3 stride 2 padded": {"kernel": (3, 3), "stride": (2, 2), "pad": (1, 1)},
+    "overlapping": {"kernel": (3, 2), "stride": (1, 1)},
+    "gaps": {"kernel": (2, 1), "stride": (3, 4)},
+    "ceil": {"kernel": (3, 3), "stride": (2, 2), "ceil_mode": True},
+    "ceil padded": {"kernel": (2, 3), "stride": (3, 2), "pad": (1, 1), "ceil_mode": True},
+    "dilated": {"kernel": (3, 2), "stride": (1, 2), "pad": (1, 1), "dilation": (2, 3)},
+    "large": {"kernel": (5, 4), "stride": (2, 1), "pad": (2, 1)},
+    "whole image": {"kernel": (9, 7), "stride": (9, 7)},
+}
+windows = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+CHANNELS = [1, 3, 8, 130]  # one, not a vector, vectors, more than a warp's lanes and a part of one
+
+
+@windows
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_max(executor: Executor, random: np.random.Generator, window: dict[str, object], channels: int) -> None:
+    x = random.integers(-2, 3, (2, 9, 7, channels)).astype(np.float32)  # ties
+    x[0, 2, 2, 0] = x[0, 2, 3, 0] = np.nan
+    x[1, ..., -1] = -np.inf
+    op = PoolFprop("max", **window)
+    y, index = check(executor, op, [x], ulps=0)
+    check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [normal(random, *y.shape), index])
+
+
+@windows
+@pytest.mark.parametrize(
+    "divisor", [{}, {"count_include_pad": False}, {"divisor": 5}], ids=["padded", "inside", "given"]
+)
+def test_avg(
+    executor: Executor, random: np.random.Generator, window: dict[str, object], divisor: dict[str, object]
+) -> None:
+    op = PoolFprop("avg", **window, **divisor)
+    for channels in (3, 8):
+        (y,) = check(executor, op, [normal(random, 2, 9, 7, channels)])
+        check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [normal(random, *y.shape)])
+
+
+def test_max_of_a_window_with_32_bit_indices(executor: Executor, random: np.random.Generator) -> None:
+    op = PoolFprop("max", kernel=(17, 18), stride=(2, 3), pad=(3, 4))
+    for channels in (2, 4):
+        x = random.integers(-9, 9, (1, 20, 23, channels)).astype(np.float32)
+        x += np.arange(20, dtype=np.float32)[:, None, None]  # late rows win
+        y, index = check(executor, op, [x], ulps=0)
+        assert index.dtype == np.int32
+        assert index.max() > 255
+        check(executor, PoolDgrad(**asdict(op), image=(20, 23)), [normal(random, *y.shape), index])
+
+
+def test_many_outputs_with_large_windows(executor: Executor, random: np.random.Generator) -> None:
+    """As many as fill the device: each has one thread."""
+    for kind in ("max", "avg"):
+        check(executor, PoolFprop(kind, kernel=(4, 4), stride=(1, 1)), [normal(random, 1, 69, 68, 1)])
+
+
+@pytest.mark.parametrize("out", [(1, 1), (2, 3), (4, 7), (9, 11)])
+@pytest.mark.parametrize("channels", [3, 8])
+def test_adaptive(executor: Executor, random: np.random.Generator, out: tuple[int, int], channels: int) -> None:
+    (y,) = check(executor, AdaptiveAvgFprop(out), [normal(random, 2, 9, 7, channels)])
+    check(executor, AdaptiveAvgDgrad((9, 7)), [normal(random, *y.shape)])
+
+
+def test_smallest(executor: Executor, random: np.random.Generator) -> None:
+    x = normal(random, 1, 1, 1, 1)
+    check(executor, PoolFprop("max", kernel=(3, 3), stride=(1, 1), pad=(1, 1)), [x])
+    check(executor, AdaptiveAvgFprop((1, 1)), [x])
+
+
+def test_few_outputs_share_their_windows() -> None:
+    """A global pool uses many threads an output; a small window does not."""
+    device = Device("", "sm_90a", 132)
+
+    def entry(op: PoolFprop, shape: tuple[int, ...]) -> str:
+        x = Slot(Spec(shape), "arena")
+        call = Call(op, (x,), tuple(Slot(s, "arena") for s in op.infer(x.spec)))
+        return pool.launches(call, device)[0].kernel.entry
+
+    assert entry(PoolFprop("avg", kernel=(8, 8), stride=(8, 8)), (64, 8, 8, 512)) == "pool_fprop_shared"
+    assert entry(PoolFprop("avg"), (64, 8, 8, 512)) == "pool_fprop"
+    assert entry(PoolFprop("avg", kernel=(4, 4), stride=(1, 1)), (64, 99, 99, 64)) == "pool_fprop"
+
+
+def test_refuses() -> None:
+    assert "f64" in (pool.supports(PoolFprop(), (Spec((1, 2, 2, 1), "f64"),)) or "")
+    assert "2**31" in (pool.supports(PoolFprop(), (Spec((2**15, 2**8, 2**8, 1)),)) or "")
