@@ -48,7 +48,7 @@ def conv_gradients(
     dilation: tuple[int, int] = (1, 1),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """dx, dw, db for the error dy before the pool: each product of the forward loops handed back."""
-    n_, h_, w_, _ = x.shape
+    _, h_, w_, _ = x.shape
     _, r_, s_, _ = w.shape
     dx, dw = np.zeros(x.shape), np.zeros(w.shape)
     for n, p, q in np.ndindex(dy.shape[:3]):

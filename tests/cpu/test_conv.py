@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import reference
+from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.base import ACTIVATIONS
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
-from tests import reference
-from tests.op_runner import run_op
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,9 @@ def test_gradients(cpu: CpuExecutor, random: np.random.Generator, problem: Probl
     image, size = x.shape[1:3], w.shape[1:3]
     (actual,) = run_op(cpu, ConvDgrad(**problem.geometry, pool=pool, image=image), [dy, w, *extra])
     agree(actual, dx)
-    actual_dw, actual_db = run_op(cpu, ConvWgrad(**problem.geometry, pool=pool, bias=True, filter=size), [x, dy, *extra])
+    actual_dw, actual_db = run_op(
+        cpu, ConvWgrad(**problem.geometry, pool=pool, bias=True, filter=size), [x, dy, *extra]
+    )
     agree(actual_dw, dw)
     agree(actual_db, db)
     (without_bias,) = run_op(cpu, ConvWgrad(**problem.geometry, pool=pool, filter=size), [x, dy, *extra])
@@ -141,9 +143,7 @@ def test_gradients(cpu: CpuExecutor, random: np.random.Generator, problem: Probl
 @pytest.mark.parametrize("name", ["lenet first", "linear", "primes", "many filters", "filter covers the image"])
 @pytest.mark.parametrize("act", [None, "relu", "tanh", "sigmoid"])
 @pytest.mark.parametrize("add", [False, True])
-def test_dgrad_epilogue(
-    cpu: CpuExecutor, random: np.random.Generator, name: str, act: str | None, add: bool
-) -> None:
+def test_dgrad_epilogue(cpu: CpuExecutor, random: np.random.Generator, name: str, act: str | None, add: bool) -> None:
     problem = PROBLEMS[name]
     x, w, _ = tensors(random, problem)
     dy = random.standard_normal((problem.n, *problem.pq, problem.k))

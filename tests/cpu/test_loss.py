@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests import reference
+from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
-from tests import reference
-from tests.op_runner import run_op
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 10), (7, 3), (64, 65)])
-def test_cross_entropy(
-    cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, int], smoothing: float
-) -> None:
+def test_cross_entropy(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, int], smoothing: float) -> None:
     logits = 4 * random.standard_normal(shape)
     labels = random.integers(0, shape[1], shape[0]).astype(np.int32)
     loss, correct, dlogits = run_op(cpu, CrossEntropy(smoothing), [logits, labels])

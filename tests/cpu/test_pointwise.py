@@ -6,19 +6,21 @@ import math
 
 import numpy as np
 import pytest
+from tests import reference
+from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cpu.erf import erfc
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT
 from parcnn.ops.pointwise import Act, ActDgrad, Add, Dropout
-from tests import reference
-from tests.op_runner import run_op
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 65), (1, 7), (3, 100, 113, 1)]  # the last is larger than one piece of work
 
 
 def test_erfc_to_the_last_digits() -> None:
-    x = np.concatenate([np.linspace(-7, 27, 4001), [0.0, -0.0, 0.46875, 4.0, -4.0, 1e-300, 40.0, 1e300, np.inf, -np.inf]])
+    x = np.concatenate(
+        [np.linspace(-7, 27, 4001), [0.0, -0.0, 0.46875, 4.0, -4.0, 1e-300, 40.0, 1e300, np.inf, -np.inf]]
+    )
     expected = np.array([math.erfc(v) for v in x])
     actual = erfc(x)
     normal = expected > 1e-300  # below, the result is subnormal
@@ -43,7 +45,9 @@ def test_act_of_extremes(cpu: CpuExecutor, kind: str) -> None:
     x = np.array([[np.nan, 300.0, -300.0, 30.0, -30.0]])
     (y,) = run_op(cpu, Act(kind), [x])
     assert np.isnan(y[0, 0])
-    np.testing.assert_allclose(y[0, 1:3], [1 if kind in ("tanh", "sigmoid") else 300, -1 if kind == "tanh" else 0], atol=1e-12)
+    np.testing.assert_allclose(
+        y[0, 1:3], [1 if kind in ("tanh", "sigmoid") else 300, -1 if kind == "tanh" else 0], atol=1e-12
+    )
     assert np.isfinite(y[0, 1:]).all()
 
 

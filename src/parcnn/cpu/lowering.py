@@ -4,9 +4,10 @@
 
 * *Pool as filters*: with a 2x2 pool a row sees the (R+1, S+1) pixels that the four outputs of a pool window need, and four
   shifted copies of the filters give these outputs, the pool's candidates, side by side. For few filters that is faster: the
-  copies read 4*R*S elements a window otherwise, and the product is four times as wide.
-* *Columns outermost*: with few channels the copies run along an image's row rather than over a pixel's channels; the matrices
-  are then stored transposed.
+  copies read 4*R*S elements a window otherwise, and the product is four times as wide. (The shifted filters hold zeros, so a
+  NaN pixel makes all four candidates NaN: the pooled value is the same, its index is 0.)
+* *Columns outermost*: with few channels the copies run along an image's row rather than over a pixel's channels; the matrix of
+  columns is then stored transposed. So are, for the same reason and apart from it, the products of few filters.
 * *Plain*: for 1x1 filters of stride 1, and for filters that cover the image (Linear layers), the image is the matrix.
 """
 
@@ -17,17 +18,18 @@ from functools import lru_cache
 from math import prod
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from parcnn.cpu.workers import Scratch, Shape
 from parcnn.ops.conv import ConvGeometry
 
 # Bytes of one block's columns and products: a share of the L2 cache.
-BLOCK_BYTES = 512 * 1024
+BLOCK_BYTES = 1024 * 1024
 # Copying an element into the columns takes as long as this many operations of the product (measured: 0.4 ns, 120 GFLOP/s).
 FLOPS_A_COPY = 50
 # Up to so many channels the columns are outermost (measured: 3.3 against 6.8 us an image for LeNet-5's first layer).
 FEW_CHANNELS = 4
+# Up to so many filters the products are stored transposed, so that the epilogue's loops run along pixels.
+FEW_FILTERS = 8
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Lowering:
             "pool_as_filters": pool_as_filters,
             "plain": plain,
             "columns_outermost": c <= FEW_CHANNELS and not plain,
+            "products_transposed": k <= FEW_FILTERS and not plain,
             # The filters of the product, and the pixels between its windows.
             "r": r + step - 1,
             "s": s + step - 1,
@@ -90,6 +93,7 @@ class Lowering:
     pool_as_filters: bool = False
     plain: bool = False
     columns_outermost: bool = False
+    products_transposed: bool = False
     r: int = 0
     s: int = 0
     stride: tuple[int, int] = (1, 1)
@@ -142,14 +146,14 @@ class Lowering:
         if self.plain:
             rows = slice(None) if self.p == 1 else block.rows
             return x[block.images, rows].reshape(-1, self.depth)
-        pixels = self._pixels(x, block, scratch)
+        pixels, offset = self._pixels(x, block, scratch)
         n, p, q = self.windows(block.shape)
         c = self.image[3]
         sn, sh, sw, sc = pixels.strides
         dilation = self.geometry.dilation
         shape = (n, p, q, self.r, self.s, c)
         strides = (sn, sh * self.stride[0], sw * self.stride[1], sh * dilation[0], sw * dilation[1], sc)
-        seen = as_strided(pixels, shape, strides, writeable=False)
+        seen = np.ndarray(shape, x.dtype, pixels, offset * sh, strides)
         columns = scratch.take((n * p * q * self.depth,), x.dtype)
         if self.columns_outermost:
             np.copyto(columns.reshape(self.r, self.s, c, n, p, q), seen.transpose(3, 4, 5, 0, 1, 2))
@@ -157,12 +161,12 @@ class Lowering:
         np.copyto(columns.reshape(shape), seen)
         return columns.reshape(-1, self.depth)
 
-    def _pixels(self, x: np.ndarray, block: Block, scratch: Scratch) -> np.ndarray:
-        """The padded pixels that the block's windows see; a view of x without padding."""
+    def _pixels(self, x: np.ndarray, block: Block, scratch: Scratch) -> tuple[np.ndarray, int]:
+        """The padded pixels that the block's windows see, and their first row; images of x itself without padding."""
         images = x[block.images]
         first = block.rows.start * self.windows_per_output * self.stride[0]
         if not self.padded:
-            return images[:, first:]
+            return images, first
         top, left, _, _ = self.geometry.pad
         _, h, w, _ = self.image
         pixels = scratch.take(self.padded_shape(block.shape), x.dtype)
@@ -170,7 +174,7 @@ class Lowering:
         start, stop = max(first - top, 0), min(first - top + pixels.shape[1], h)
         if start < stop:
             pixels[:, start - first + top : stop - first + top, left : left + w] = images[:, start:stop]
-        return pixels
+        return pixels, 0
 
     def filter_matrix(self, w: np.ndarray, scratch: Scratch) -> np.ndarray:
         """The filters (outputs, R*S*C)."""

@@ -11,6 +11,9 @@ from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Workspace, scratch_b
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 
+# BLAS adds a piece's rows one after the other: few enough that a float32 sum keeps its last digits.
+MOST_ROWS = 512
+
 
 def batch_norm_train(
     op: BatchNormTrain, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
@@ -44,7 +47,9 @@ def batch_norm_infer(
     x, y = _rows(inputs[0]), _rows(outputs[0])
     gamma, beta, mean, var = inputs[1:]
     scale = gamma / np.sqrt(var + op.eps)
-    workspace.each_slice(x.shape[0], lambda i, _: _normalise(x[i], mean, scale, beta, op.act, y[i]), _rows_a_piece(x))
+    workspace.each_slice(
+        x.shape[0], lambda i, _: _normalise(x[i], mean, scale, beta, op.act, y[i]), _rows_a_piece(*x.shape)
+    )
 
 
 def batch_norm_dgrad(
@@ -100,7 +105,8 @@ def _dz_xhat(
     gamma, beta, mean, rstd = parameters
     dz, xhat = scratch.take(x.shape, x.dtype), scratch.take(x.shape, x.dtype)
     if act:
-        _normalise(x, mean, rstd * gamma, beta, None, dz)  # the forward's very operations: the same elements are cut off
+        # The forward's very operations, so that the same elements are cut off.
+        _normalise(x, mean, rstd * gamma, beta, None, dz)
         route(dy, ~(dz <= 0), dz)
     else:
         np.copyto(dz, dy)
@@ -134,7 +140,7 @@ class _Sums:
     """Sums over all rows, per channel: each piece's in the tensor's type by BLAS, the pieces' in float64 and in order."""
 
     def __init__(self, x: np.ndarray, count: int, workspace: Workspace) -> None:
-        self.rows_a_piece = _rows_a_piece(x)
+        self.rows_a_piece = _rows_a_piece(*x.shape)
         self._workspace = workspace
         n, c = x.shape
         workspace.shared.rewind()
@@ -162,8 +168,8 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1])
 
 
-def _rows_a_piece(x: np.ndarray) -> int:
-    return max(1, min(PIECE // x.shape[-1], x.shape[0]))
+def _rows_a_piece(n: int, c: int) -> int:
+    return max(1, min(PIECE // c, MOST_ROWS, n))
 
 
 def _scratch(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...]], ScratchSize]:
@@ -171,7 +177,7 @@ def _scratch(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...]], S
         dtype = np.dtype(np.float64 if outputs[0].dtype == "f64" else np.float32)
         c = outputs[0].shape[-1]
         n = outputs[0].size // c
-        rows = max(1, min(PIECE // c, n))
+        rows = _rows_a_piece(n, c)
         shared = scratch_bytes([((-(-n // rows), count, c), dtype), ((rows,), dtype)])
         return ScratchSize(shared, scratch_bytes([((rows, c), dtype)] * count))
 

@@ -19,8 +19,8 @@ def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
     x, y = inputs[0], outputs[0]
     n, h, w, c = x.shape
     out_hw = y.shape[1:3]
-    divisor = _divisors(op, (h, w), out_hw, x.dtype) if op.kind == "avg" else None
-    first = _first_inside(op, (h, w), out_hw) if op.kind == "max" else None
+    divisor = _divisors(op, (h, w), out_hw, x.dtype)
+    first = _first_inside(op, (h, w), out_hw)
 
     def piece(i: slice, scratch: Scratch) -> None:
         padded = scratch.take((i.stop - i.start, *_padded_hw(op, (h, w), out_hw), c), x.dtype)
@@ -53,7 +53,7 @@ def pool_dgrad(op: PoolDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     dy, dx = inputs[0], outputs[0]
     n, h, w, c = dx.shape
     out_hw = dy.shape[1:3]
-    divisor = _divisors(op, (h, w), out_hw, dy.dtype) if op.kind == "avg" else None
+    divisor = _divisors(op, (h, w), out_hw, dy.dtype)
 
     def piece(i: slice, scratch: Scratch) -> None:
         padded = scratch.take((i.stop - i.start, *_padded_hw(op, (h, w), out_hw), c), dx.dtype)
