@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from parcnn.cpu import CpuExecutor
+
+
+@pytest.fixture(scope="session")
+def cpu() -> Iterator[CpuExecutor]:
+    executor = CpuExecutor(threads=1)
+    yield executor
+    executor.close()
