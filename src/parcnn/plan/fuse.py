@@ -55,16 +55,15 @@ def _pass(graph: Graph, rule: Rule, can_fuse: CanFuse) -> bool:
             if fused is None:
                 continue
             op, inputs = fused
+            # The merged node stands where the producer stood: later, an update might have changed its weights.
+            if any(position[id(producer_of[v])] > position[id(producer)] for v in inputs if v in producer_of):
+                continue
             if not can_fuse(op, tuple(v.spec for v in inputs)):
                 continue
             outputs = _outputs(op, inputs, producer, node)
             merged = Node(op, inputs, outputs, producer.layer, producer.phase)
-            # The merged node stands where the producer stood, or, if an operand is made later, where the reader stood.
-            made = [position[id(producer_of[v])] for v in inputs if v in producer_of]
-            early = max(made, default=0) < position[id(producer)]
-            keep, drop = (producer, node) if early else (node, producer)
-            graph.nodes[position[id(keep)]] = merged
-            del graph.nodes[position[id(drop)]]
+            graph.nodes[position[id(producer)]] = merged
+            del graph.nodes[position[id(node)]]
             return True
     return False
 
