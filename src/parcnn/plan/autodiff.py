@@ -33,15 +33,11 @@ def differentiate(graph: Graph, loss: Node, wanted: set[Value], ready: Callable[
         if not any(v in relevant for v in node.inputs):
             continue
         dys = tuple(grads.get(v) for v in node.outputs)
-        if node is not loss and all(dy is None for dy in dys):
-            for v in node.inputs:
-                if v in uses:
-                    uses[v] -= 1
-            continue
-        graph.layer = node.layer
-        for value, grad in zip(node.inputs, node.op.grad(graph.emit, node.inputs, node.outputs, dys), strict=True):
-            if grad is not None and value in relevant:
-                contribute(value, grad)
+        if node is loss or any(dy is not None for dy in dys):
+            graph.layer = node.layer
+            for value, grad in zip(node.inputs, node.op.grad(graph.emit, node.inputs, node.outputs, dys), strict=True):
+                if grad is not None and value in relevant:
+                    contribute(value, grad)
         for v in node.inputs:
             if v in uses:
                 uses[v] -= 1
