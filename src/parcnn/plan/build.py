@@ -45,6 +45,13 @@ class Feed:
     shift_px: int = 0
 
 
+class LossResult(Protocol):
+    """What a loss function returns (`parcnn.nn.functional.Loss`)."""
+
+    value: Value  # the scalar that training minimises
+    correct: Value | None  # count of right answers, where there is one
+
+
 class Optimizer(Protocol):
     """What a plan needs of an optimizer (`parcnn.optim`)."""
 
@@ -66,6 +73,7 @@ class Plan:
     output_shape: tuple[int, ...]  # logical, of the model's result
     output_physical: tuple[int, ...]
     alive_bytes: tuple[int, ...]  # arena bytes alive during each call
+    largest: tuple[str, int]  # the largest tensor alive at the peak: its label, bytes
 
     @property
     def arena_bytes(self) -> int:
@@ -91,30 +99,40 @@ def build(
     feed: Feed,
     executor: Executor,
     layout: Layout,
-    loss: Callable[[Tensor, Tensor], Any] | None = None,
+    loss: Callable[[Tensor, Tensor], LossResult] | None = None,
     optimizer: Optimizer | None = None,
     options: Options | None = None,
 ) -> Plan:
     """The plan of one step in `mode`: 'train' (needs loss and optimizer), 'eval' (needs loss) or 'predict'.
 
-    Raises ShapeError, UnsupportedError or ArgumentError, naming the layer, when the model does not fit the input.
+    Raises ShapeError, UnsupportedError or ArgumentError, naming the layer, when the model does not fit the input, and
+    ArgumentError when there is nothing to train.
     """
     if mode not in MODES:
         raise ArgumentError("unknown mode", expected=MODES, got=mode)
     options = options or Options()
     graph = Graph(mode, layout.dtype)
-    output = _forward(graph, model, batch, feed, layout, loss, optimizer)
+    output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
+    graph.drop_dead([] if result is None else [result.value])
     if options.fuse:
         fuse_forward(graph, executor.can_fuse)
+    if mode == "train" and result is not None:
+        _backward(graph, layout, result, optimizer, feed, options)
+        if not any(isinstance(node.op, Update) for node in graph.nodes):
+            raise ArgumentError(
+                "no parameter that leads to the loss is trained",
+                where=type(model).__name__,
+                expected="at least one with requires_grad",
+                remedy="call requires_grad_(True) on what is to learn, or evaluate() the model",
+            )
+    _end_step(graph, batch, feed, result)
+    graph.drop_dead()
     if mode == "train":
-        _backward(graph, layout, optimizer, feed, options)
-        graph.drop_dead()
         if options.fuse:
             fuse_backward(graph, executor.can_fuse)
         _save_memory_of_large_layers(graph, options)
-    _end_step(graph, batch, feed)
-    program, alive = _program(graph, executor, options, f"{type(model).__name__} {mode} {batch}")
-    return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive)
+    program, alive, largest = _program(graph, executor, options, f"{type(model).__name__} {mode} {batch}")
+    return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive, largest)
 
 
 def _forward(
@@ -123,10 +141,10 @@ def _forward(
     batch: int,
     feed: Feed,
     layout: Layout,
-    loss: Callable[[Tensor, Tensor], Any] | None,
+    loss: Callable[[Tensor, Tensor], LossResult] | None,
     optimizer: Optimizer | None,
-) -> Tensor:
-    """Trace batch, model and loss."""
+) -> tuple[Tensor, LossResult | None]:
+    """Trace batch, model and loss; the model's output, and the loss where the mode has one."""
     trace = Trace(graph, layout, {module: name for name, module in model.named_modules()})
     graph.phase = "feed"
     images = graph.place(feed.images, "images", 0, "images")
@@ -146,17 +164,26 @@ def _forward(
         value = output.value if output.ndim == 4 else output.in_user_order()
         out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")
         graph.emit(WriteOutput(), value, trace.state, out)
-        return output.with_value(value)
+        return output.with_value(value), None
     if loss is None or (graph.mode == "train" and optimizer is None):
         raise ArgumentError(f"mode {graph.mode!r} needs a loss" + " and an optimizer" * (graph.mode == "train"))
-    loss(output, Tensor(trace, target, target.shape))
-    return output
+    result = loss(output, Tensor(trace, target, target.shape))
+    if not any(getattr(result, "value", None) in node.outputs for node in graph.nodes if node.layer == "loss"):
+        raise ArgumentError(
+            "the loss function returned something else than a loss",
+            where=getattr(loss, "__name__", type(loss).__name__),
+            expected="the result of parcnn.nn.functional.cross_entropy or mse_loss",
+            got=type(result).__name__,
+        )
+    return output, result
 
 
-def _backward(graph: Graph, layout: Layout, optimizer: Optimizer | None, feed: Feed, options: Options) -> None:
+def _backward(
+    graph: Graph, layout: Layout, result: LossResult, optimizer: Optimizer | None, feed: Feed, options: Options
+) -> None:
     """Differentiate, and update weights in groups as their gradients come."""
     weights = {v: var for v, var in _weights(graph, layout).items() if var.requires_grad}
-    loss = _find_loss(graph)
+    loss = next(node for node in graph.nodes if result.value in node.outputs)
     state = next(v for v, place in graph.places.items() if place[0] == "state")
     hyper = graph.place(Spec((feed.steps, 4), layout.dtype), "hyper", 0, "hyper")
     waiting: list[tuple[Value, Value]] = []
@@ -204,26 +231,24 @@ def _save_memory_of_large_layers(graph: Graph, options: Options) -> None:
                 nodes[i], nodes[i + 1] = side, chain
 
 
-def _end_step(graph: Graph, batch: int, feed: Feed) -> None:
+def _end_step(graph: Graph, batch: int, feed: Feed, result: LossResult | None) -> None:
     """Append what closes a step: logs and counters."""
     graph.phase, graph.layer = "feed", "step"
     state = next(v for v, place in graph.places.items() if place[0] == "state")
     operands: list[Value] = [state]
-    results = [] if graph.mode == "predict" else list(_find_loss(graph).outputs)
-    has_correct = len(results) > 1 and results[1].dtype == "i32"
-    if results:
-        operands += [graph.place(Spec((feed.steps,), results[0].dtype), "losses", 0, "losses"), results[0]]
-    if has_correct:
-        operands += [graph.place(Spec((feed.steps,), "i32"), "corrects", 0, "corrects"), results[1]]
-    graph.emit(EndStep(batch, graph.mode == "train", bool(results), has_correct), *operands)
+    correct = result.correct if result else None
+    if result is not None:
+        losses = graph.place(Spec((feed.steps,), result.value.dtype), "losses", 0, "losses")
+        operands += [losses, result.value]
+    if correct is not None:
+        operands += [graph.place(Spec((feed.steps,), "i32"), "corrects", 0, "corrects"), correct]
+    graph.emit(EndStep(batch, graph.mode == "train", result is not None, correct is not None), *operands)
 
 
-def _find_loss(graph: Graph) -> Node:
-    return next(node for node in graph.nodes if node.layer == "loss" and not isinstance(node.op, View))
-
-
-def _program(graph: Graph, executor: Executor, options: Options, name: str) -> tuple[Program, tuple[int, ...]]:
-    """Place every value and turn nodes into calls; also the arena bytes alive during each."""
+def _program(
+    graph: Graph, executor: Executor, options: Options, name: str
+) -> tuple[Program, tuple[int, ...], tuple[str, int]]:
+    """Place every value and turn nodes into calls; also the bytes alive during each, and the largest tensor at the peak."""
     root = _roots(graph)
     nodes = [node for node in graph.nodes if not isinstance(node.op, View)]
     scratch = [
@@ -251,7 +276,10 @@ def _program(graph: Graph, executor: Executor, options: Options, name: str) -> t
             sizes[s.region] = max(sizes.get(s.region, 0), s.end)
     streams = 1 + max((c.stream for c in scheduled), default=0)
     alive = memory.live_bytes(blocks, len(calls))
-    return Program(name, scheduled, sizes, streams, options.graph), tuple(alive)
+    peak = max(range(len(calls)), key=alive.__getitem__)
+    at_peak = [b for b in blocks if b.first <= peak <= b.last]
+    largest = max(((b.label, b.nbytes) for b in at_peak), key=lambda b: b[1], default=("", 0))
+    return Program(name, scheduled, sizes, streams, options.graph), tuple(alive), largest
 
 
 def _roots(graph: Graph) -> dict[Value, Value]:
@@ -337,18 +365,11 @@ def check_memory(plan: Plan, available: int | None, smaller: Callable[[int], Pla
             low = middle
         else:
             high = middle
-    layer, size = largest_layer(plan)
+    label, nbytes = plan.largest
     raise OutOfMemoryError(
         f"a {plan.mode} step with batch {plan.batch} does not fit into memory",
-        where=layer,
+        where=label.rpartition(".")[0] or plan.program.name,
         expected=f"at most {available / 2**20:.1f} MiB",
-        got=f"{plan.peak_bytes / 2**20:.1f} MiB, the most of it while {layer} runs ({size / 2**20:.1f} MiB alive)",
+        got=f"{plan.peak_bytes / 2**20:.1f} MiB; the largest tensor, {label}, takes {nbytes / 2**20:.1f} MiB",
         remedy=f"use batch {low} or less" if low else "use smaller images or a smaller network: not even batch 1 fits",
     )
-
-
-def largest_layer(plan: Plan) -> tuple[str, int]:
-    """The layer during whose call the most transient memory is alive, and how much that is."""
-    i = max(range(len(plan.alive_bytes)), key=plan.alive_bytes.__getitem__)
-    call = plan.program.calls[i]
-    return call.layer or call.op.name, plan.alive_bytes[i]

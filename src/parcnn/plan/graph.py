@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from parcnn.ops.base import Op, Spec, Value
@@ -53,17 +53,12 @@ class Graph:
                 readers.setdefault(value, []).append(node)
         return readers
 
-    def drop_dead(self) -> None:
-        """Remove nodes whose outputs nobody reads and that overwrite nothing."""
-        wanted: set[Value] = set()
+    def drop_dead(self, results: Iterable[Value] = ()) -> None:
+        """Remove nodes that overwrite nothing and whose outputs nobody reads; `results` are still to be read."""
+        wanted = set(results)
         kept: list[Node] = []
         for node in reversed(self.nodes):
             if node.op.overwritten or any(v in wanted for v in node.outputs):
                 wanted.update(node.inputs)
                 kept.append(node)
         self.nodes = kept[::-1]
-
-
-def replace(nodes: Iterable[Node], change: Callable[[Node], Node | None]) -> list[Node]:
-    """The nodes with `change` applied; those it turns into None are left out."""
-    return [new for node in nodes if (new := change(node)) is not None]
