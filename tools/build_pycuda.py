@@ -141,10 +141,10 @@ def _driver_library() -> Path:
         )
     if driver.cuda_version < OLDEST_CUDA:
         raise MissingPrerequisiteError(
-            f"NVIDIA's driver at {driver.library} speaks CUDA {driver.cuda}; 13.0 or newer is needed: "
+            f"NVIDIA's driver at {driver.path} speaks CUDA {driver.cuda}; 13.0 or newer is needed: "
             "install driver 580 or newer"
         )
-    return driver.library
+    return driver.path
 
 
 def _stub_library(include: Path, out: Path, compiler: str) -> Path:

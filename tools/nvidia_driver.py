@@ -16,9 +16,9 @@ EXTRA_FOLDERS = (Path("/usr/local/nvidia/lib64"), Path("/usr/lib/wsl/lib"))
 
 
 class Driver(NamedTuple):
-    """A driver that loads: the library's path, and the CUDA version it speaks (13000 is 13.0)."""
+    """A driver that loads: the path of its library, and the CUDA version it speaks (13000 is 13.0)."""
 
-    library: Path
+    path: Path
     cuda_version: int
 
     @property
