@@ -74,7 +74,7 @@ def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> t
     outputs = (*node.outputs, *producer.outputs[1:])[: len(specs)]
     for value, spec in zip(outputs, specs, strict=True):
         value.spec = spec  # a fused pool packs its indices more tightly than a pool alone
-        value.label = value.label.replace(node.op.name, op.name)
+        value.label = f"{producer.layer}.{op.name}"
     return outputs
 
 

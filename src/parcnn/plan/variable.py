@@ -26,7 +26,7 @@ class Variable:
     """A named tensor of a model, in torch's layout. `data` is replaced through `assign` only."""
 
     def __init__(self, data: np.ndarray, requires_grad: bool) -> None:
-        self.data = np.ascontiguousarray(data)
+        self.data = np.asarray(data, order="C")
         self.requires_grad = requires_grad
         self.version = 0  # counts changes made on the host, so that a device copy knows when it is old
 
