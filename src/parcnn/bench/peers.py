@@ -1,0 +1,149 @@
+"""What a user would take instead: PyTorch, timed in the same run. Optional: where it is not installed, rows have no peer.
+
+Its batch lies ready on the device (ours is gathered from the data set inside the step). On a GPU three modes are timed:
+eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from parcnn.bench.machine import installed
+
+MODES = ("eager", "graph", "compile")
+WARM_UP = 15  # torch.compile's graphs are recorded by then
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed (nothing is imported)."""
+    return installed("torch") is not None
+
+
+def has_torch_on_gpu() -> bool:
+    """Whether PyTorch is installed and sees a GPU."""
+    if not has_torch():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def torch_network(name: str, classes: int = 10) -> Any:
+    """`parcnn.models`' network of that name, in PyTorch."""
+    from torch import nn
+
+    if name == "lenet5":
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes),
+        )  # fmt: skip
+    layers: list[Any] = []
+    for inputs, outputs in ((3, 64), (64, 128), (128, 256)):
+        layers += [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+        ]  # fmt: skip
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, classes))
+
+
+def time_on_cpu(network: str, shape: tuple[int, ...], batch: int, train: bool, threads: int, repeats: int) -> float:
+    """Median microseconds of a step (SGD with momentum), or of a forward pass, on `threads` CPU threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _median(_step(network, shape, batch, train, "cpu"), lambda: None, 1, repeats)
+    finally:
+        torch.set_num_threads(before)
+
+
+def time_on_gpu(network: str, shape: tuple[int, ...], batch: int, steps: int, repeats: int) -> dict[str, float]:
+    """Median microseconds of a training step (fp32 without TF32, SGD with momentum) in each of MODES."""
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    times = {}
+    for mode in MODES:
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        step = _step(network, shape, batch, True, "cuda", compiled=mode == "compile", in_place=mode == "graph")
+        if mode == "graph":
+            step = _captured(step)
+        times[mode] = _median(step, torch.cuda.synchronize, steps, repeats)
+    return times
+
+
+def _step(
+    network: str,
+    shape: tuple[int, ...],
+    batch: int,
+    train: bool,
+    device: str,
+    compiled: bool = False,
+    in_place: bool = False,
+) -> Callable[[], object]:
+    """One training step, or one forward pass, on a random batch."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    model = torch_network(network).to(device)
+    x = torch.randn(batch, *shape, device=device)
+    y = torch.randint(0, 10, (batch,), device=device)
+    if shape[0] > 1:
+        model = model.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    run = torch.compile(model, mode="reduce-overhead") if compiled else model
+    if not train:
+        model.eval()
+
+        def forward() -> None:
+            with torch.no_grad():
+                run(x)
+
+        return forward
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
+
+    def step() -> None:
+        F.cross_entropy(run(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not in_place)
+
+    return step
+
+
+def _captured(step: Callable[[], object]) -> Callable[[], object]:
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def _median(step: Callable[[], object], wait: Callable[[], object], steps: int, repeats: int) -> float:
+    """Microseconds of one step by the same clock as ours: `steps` in a row, then a wait."""
+    for _ in range(WARM_UP if steps > 1 else 2):
+        step()
+    times = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        wait()
+        times.append((time.perf_counter() - began) / steps * 1e6)
+    return float(np.median(times))
