@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, event, given, settings
-
-from parcnn.cpu import CpuExecutor
-from parcnn.plan.options import Options
 from tests.plan.networks import Problem, networks
 from tests.plan.step import Step, check_gradients, step_of
 
-CALM = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+from parcnn.cpu import CpuExecutor
+from parcnn.plan.options import Options
+
+CALM = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 PLAIN = Options(fuse=False, reuse=False, inplace=False, parallel=False, graph=False)
 # The default, each switch on its own turned round, and each threshold at its ends.
 SWITCHES = {
@@ -44,7 +41,7 @@ def test_gradients_are_the_loss_derivatives(cpu: CpuExecutor, problem: Problem) 
     check_gradients(step, problem.model)
 
 
-@CALM
+@settings(CALM, max_examples=50)
 @given(problem=networks())
 def test_switches_change_no_result(cpu: CpuExecutor, problem: Problem) -> None:
     """All that only moves memory and order gives the same bits; fusion may round otherwise."""

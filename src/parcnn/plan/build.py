@@ -326,11 +326,15 @@ def _victim(
     last_read: dict[Value, int],
     home: dict[Value, memory.Block],
 ) -> memory.Block | None:
-    """The block of an operand that this output may overwrite: one that nobody reads later."""
+    """The block of an operand that this output may overwrite: one that nobody reads later, or elsewhere in this call."""
     taken = {home[v] for v in node.outputs[:output]}
-    for o, i in node.op.inplace():
-        origin = root[node.inputs[i]]
-        if o != output or origin in graph.places or last_read[origin] != position:
+    origins = [root[v] for v in node.inputs]
+    allowed = {i for o, i in node.op.inplace() if o == output}
+    for i in sorted(allowed):
+        origin = origins[i]
+        if origin in graph.places or last_read[origin] != position:
+            continue
+        if any(other is origin and j not in allowed for j, other in enumerate(origins)):
             continue
         block = home[origin]
         if block not in taken and block.last == position and block.nbytes == node.outputs[output].spec.nbytes:
