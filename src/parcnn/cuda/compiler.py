@@ -22,11 +22,10 @@ from parcnn.cuda.device import bindings_missing
 from parcnn.cuda.launch import Kernel
 from parcnn.errors import KernelCompileError
 
-KERNELS = Path(__file__).parent / "kernels"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cubin:
     """A compiled source with its kernels by entry."""
 
@@ -41,13 +40,14 @@ def default_cache() -> Path:
 
 
 class Compiler:
-    """Compiles kernels for one architecture ('sm_90a'). `cache` None: nothing is kept on disk.
+    """Compiles the kernels of `folder` for one architecture ('sm_90a'); `cache` None: nothing is kept on disk.
 
-    Kernels of one source with the same macros share a compilation. `compiled` counts the runs of NVRTC.
+    Headers (`*.cuh`) are those of the folder; sources include them by name. Kernels of one source with the same macros
+    share a compilation. `compiled` counts the runs of NVRTC.
     """
 
-    def __init__(self, arch: str, cache: Path | None = None, folder: Path = KERNELS) -> None:
-        self.arch, self.cache, self.folder = arch, cache, folder
+    def __init__(self, arch: str, folder: Path, cache: Path | None) -> None:
+        self.arch, self.folder, self.cache = arch, folder, cache
         self.compiled = 0
         self._nvrtc = _load_nvrtc()
         self.nvrtc_version: tuple[int, int] = self._call("nvrtcVersion")

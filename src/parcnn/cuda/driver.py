@@ -5,7 +5,7 @@ Streams, events, modules, functions and graphs are opaque handles that go back t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,15 +17,24 @@ from parcnn.cuda.cubin import KernelInfo
 from parcnn.cuda.launch import Device, Launch
 from parcnn.ops.program import Call
 
+# Static and dynamic shared memory beyond this needs the kernel's opt-in (CUDA C++ Programming Guide, "Shared Memory").
+SHARED_BYTES_WITHOUT_OPT_IN = 48 * 1024
+
 
 @dataclass(frozen=True)
 class BoundLaunch:
-    """A launch with its kernel loaded and its addresses resolved, on behalf of `call`."""
+    """A launch with its kernel loaded and its addresses resolved, on behalf of `call`, the program's `position`-th."""
 
     function: Any
     launch: Launch
     arguments: Arguments
     call: Call
+    position: int
+
+    @property
+    def where(self) -> str:
+        """Layer (or op) and kernel, for messages."""
+        return f"{self.call.layer or self.call.op.name}: {self.launch.kernel.label}"
 
 
 class Allocation(Protocol):
@@ -94,11 +103,8 @@ class Driver(Protocol):
     def launch(self, bound: BoundLaunch, stream: Any) -> None:
         """Submit a kernel."""
 
-    def begin_capture(self, stream: Any) -> None:
-        """What is submitted to the stream, and to those that join it by events, becomes nodes of a graph."""
-
-    def end_capture(self, stream: Any) -> Any:
-        """The captured graph, ready for launches."""
+    def capture(self, stream: Any, submit: Callable[[], None]) -> Any:
+        """A graph of what `submit` submits to the stream and to those that join it by events; nothing of it runs."""
 
     def launch_graph(self, graph: Any, stream: Any) -> None:
         """Submit a graph."""

@@ -82,7 +82,9 @@ class Launch:
 class Launcher(Protocol):
     """What a module of `kernels/` has."""
 
-    OPS: tuple[type[Op], ...]  # the ops that it runs
+    @property
+    def OPS(self) -> tuple[type[Op], ...]:
+        """The ops that it runs."""
 
     def supports(self, op: Op, inputs: tuple[Spec, ...]) -> str | None:
         """None, or the reason why it does not run the op on these operands."""

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from parcnn.cuda.kernels import (
+    batch_norm,
+    conv_dgrad,
+    conv_fprop,
+    conv_wgrad,
+    feed,
+    loss,
+    pointwise,
+    pool,
+    shape,
+    update,
+)
 from parcnn.cuda.launch import Kernel, Launcher
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import Op, Spec
 
 
 class Registry:
-    """Launchers in the order in which they are asked."""
+    """Launchers in the order in which they are asked, and the folder of their kernels' sources."""
 
-    def __init__(self, launchers: Sequence[Launcher]) -> None:
-        self._launchers = tuple(launchers)
+    def __init__(self, launchers: Sequence[Launcher], folder: Path) -> None:
+        self._launchers, self.folder = tuple(launchers), folder
 
     def supports(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether some launcher runs the op on these operands."""
@@ -32,6 +45,7 @@ class Registry:
             where=where,
             expected="; ".join(reasons) or "an op that has a launcher",
             got=repr(op),
+            remedy="use the CPU: device='cpu', `--device cpu`",
         )
 
     def variants(self) -> tuple[Kernel, ...]:
@@ -40,3 +54,9 @@ class Registry:
 
     def _of(self, op: Op) -> list[Launcher]:
         return [launcher for launcher in self._launchers if type(op) in launcher.OPS]
+
+
+REGISTRY = Registry(
+    [conv_fprop, conv_dgrad, conv_wgrad, pool, pointwise, batch_norm, shape, loss, update, feed],
+    Path(__file__).parent,
+)

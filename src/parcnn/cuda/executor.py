@@ -1,0 +1,485 @@
+"""Runs programs on a CUDA device: memory regions, binding of calls to kernels, streams, and the replay of a step.
+
+Order of things. All steps start and end on one main stream; inside a step, calls on other streams are ordered by
+events. Asynchronous copies (`write_async`, `read_async`) have two more streams, and events order them against steps.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parcnn.cuda.arguments import pack
+from parcnn.cuda.compiler import Compiler, Cubin, default_cache
+from parcnn.cuda.driver import Allocation, BoundLaunch, Driver
+from parcnn.cuda.kernels import REGISTRY, Registry
+from parcnn.cuda.launch import Kernel, Launch, LaunchError
+from parcnn.cuda.null import NullDriver
+from parcnn.cuda.runtime import PycudaDriver
+from parcnn.errors import ArgumentError, DeviceError, OutOfMemoryError
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Program, Region, Slot
+
+# Steps in the larger of a program's two graphs: launching a graph costs the host and the device a few microseconds,
+# which a network of LeNet's size would feel at every step.
+STEPS_PER_GRAPH = 8
+_DTYPES = {
+    "f32": np.float32,
+    "f64": np.float64,
+    "i32": np.int32,
+    "u32": np.uint32,
+    "u8": np.uint8,
+    "u2": np.uint8,  # packed: four indices a byte
+}
+
+
+def _host_shape(spec: Spec) -> tuple[int, ...]:
+    return (*spec.shape[:-1], -(-spec.shape[-1] // 4)) if spec.dtype == "u2" else spec.shape
+
+
+class Transfer:
+    """A copy under way. It keeps its host array alive."""
+
+    def __init__(self, driver: Driver, event: Any, finish: Callable[[], np.ndarray]) -> None:
+        self._driver, self._event, self._finish = driver, event, finish
+        self._result: np.ndarray | None = None
+
+    def ready(self) -> bool:
+        """Whether the copy is complete; does not block."""
+        return self._result is not None or self._driver.reached(self._event)
+
+    def wait(self) -> np.ndarray:
+        """Block until the copy is complete. Of a read: the tensor. Of a write: its array, which may now be changed."""
+        if self._result is None:
+            self._driver.await_event(self._event)
+            self._result = self._finish()
+        return self._result
+
+
+class CudaRegion:
+    """Memory of the device, zero when made; freed with this object or by `free`."""
+
+    def __init__(self, executor: CudaExecutor, name: str, allocation: Allocation | None) -> None:
+        self.name = name
+        self.nbytes = allocation.nbytes if allocation else 0
+        self.address = allocation.address if allocation else 0
+        self.users: weakref.WeakSet[LoadedCudaProgram] = weakref.WeakSet()
+        self._executor = executor
+        self._written: Any = None  # event of the latest write_async that the main stream does not wait for yet
+        self._read: Any = None  # event of the latest read_async
+        self._release = weakref.finalize(self, executor.release, allocation)
+        self._release.atexit = False  # the context is gone by then
+
+    @property
+    def is_freed(self) -> bool:
+        return not self._release.alive
+
+    def free(self) -> None:
+        """Give the memory back, after the work that uses it. Programs bound to it refuse to run from now on."""
+        self._release()
+
+    def write(self, array: np.ndarray, offset: int = 0) -> None:
+        """Copy `array` to byte `offset`, after all that was submitted; complete on return."""
+        data = self._checked_bytes(array, offset)
+        if data.nbytes:
+            executor = self._executor
+            executor.synchronize()
+            executor.driver.copy_in(self.address + offset, data, executor.main_stream)
+            executor.synchronize()
+
+    def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
+        """A copy of the tensor at `offset`, after all that was submitted. u2 comes packed: (..., ceil(C/4)) uint8."""
+        result = np.empty(_host_shape(spec), _DTYPES[spec.dtype])
+        self._check_range(offset, result.nbytes)
+        if result.nbytes:
+            executor = self._executor
+            executor.synchronize()
+            executor.driver.copy_out(result, self.address + offset, executor.main_stream)
+            executor.synchronize()
+        return result
+
+    def write_async(self, array: np.ndarray, offset: int = 0) -> Transfer:
+        """Copy `array` to byte `offset` without waiting; returns when the copy is enqueued.
+
+        It starts when the steps submitted so far by programs bound to *this region* are complete, and earlier copies
+        to and from the region; steps that such programs submit later start when it is complete. Programs bound to
+        other regions run beside it: to prefetch, load the program once for each of two regions, and write one while
+        the other is in use. `array` comes from `CudaExecutor.pinned`, and must not change until the transfer is ready
+        (other memory works too, but the driver then copies it before this returns).
+        """
+        executor = self._executor
+        driver, stream = executor.driver, executor.write_stream
+        data = self._checked_bytes(array, offset)
+        for event in (*(program.done for program in self.users), self._read):
+            if event is not None:
+                driver.wait(stream, event)
+        if data.nbytes:
+            driver.copy_in(self.address + offset, data, stream)
+        self._written = driver.event()
+        driver.record(self._written, stream)
+        return Transfer(driver, self._written, lambda: array)
+
+    def read_async(self, spec: Spec, offset: int = 0) -> Transfer:
+        """Copy the tensor at `offset` to the host without waiting, after all steps submitted so far.
+
+        Steps submitted later do not wait for it: of bytes that they write, it may see either state. So read what later
+        steps leave alone: the rows of a log that are already written.
+        """
+        executor = self._executor
+        driver, stream = executor.driver, executor.read_stream
+        self._check_range(offset, spec.nbytes)
+        staging = executor.take_staging(spec.nbytes)
+        if self._written is not None:
+            driver.wait(stream, self._written)
+        driver.record(executor.submitted, executor.main_stream)
+        driver.wait(stream, executor.submitted)
+        if spec.nbytes:
+            driver.copy_out(staging, self.address + offset, stream)
+        self._read = driver.event()
+        driver.record(self._read, stream)
+
+        def finish() -> np.ndarray:
+            result = staging.view(_DTYPES[spec.dtype]).reshape(_host_shape(spec)).copy()
+            executor.return_staging(staging)
+            return result
+
+        return Transfer(driver, self._read, finish)
+
+    def order_before_steps(self) -> None:
+        """Make the main stream wait for a `write_async` that is under way."""
+        if self._written is not None:
+            self._executor.driver.wait(self._executor.main_stream, self._written)
+            self._written = None
+
+    def _checked_bytes(self, array: np.ndarray, offset: int) -> np.ndarray:
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        self._check_range(offset, data.nbytes)
+        return data
+
+    def _check_range(self, offset: int, nbytes: int) -> None:
+        if self.is_freed:
+            raise ArgumentError("the region is freed", where=f"region '{self.name}'")
+        if offset < 0 or offset + nbytes > self.nbytes:
+            raise ArgumentError(
+                "out of the region's range",
+                where=f"region '{self.name}'",
+                expected=f"bytes 0 to {self.nbytes}",
+                got=f"{offset} to {offset + nbytes}",
+            )
+
+
+@dataclass(frozen=True)
+class _BoundCall:
+    """A call ready to be submitted: what its stream waits for first, and the event that others wait for."""
+
+    stream: Any
+    waits: tuple[Any, ...]
+    launches: tuple[BoundLaunch, ...]
+    complete: Any
+
+
+class LoadedCudaProgram:
+    """A program bound to regions. Its first step is launched kernel by kernel; later ones, with `replay`, as graphs."""
+
+    def __init__(
+        self,
+        executor: CudaExecutor,
+        program: Program,
+        regions: Sequence[CudaRegion],
+        launches: Sequence[Sequence[BoundLaunch]],
+    ) -> None:
+        self.program, self._executor, self._driver = program, executor, executor.driver
+        self._regions = tuple(regions)
+        driver = self._driver
+        self.done = driver.event()  # reached when the latest submitted steps are complete
+        self._start = driver.event()
+        used = sorted({0} | {call.stream for call in program.calls})
+        self._streams = [executor.stream(i) for i in used]
+        self._joins = [(executor.stream(i), driver.event()) for i in used[1:]]
+        awaited = {j for call in program.calls for j in call.after if program.calls[j].stream != call.stream}
+        complete = {j: driver.event() for j in sorted(awaited)}
+        self._calls = [
+            _BoundCall(
+                stream=executor.stream(call.stream),
+                waits=tuple(complete[j] for j in call.after if program.calls[j].stream != call.stream),
+                launches=tuple(bound),
+                complete=complete.get(i),
+            )
+            for i, (call, bound) in enumerate(zip(program.calls, launches, strict=True))
+        ]
+        self._has_run = False
+        self._graphs: dict[int, Any] = {}
+        for region in self._regions:
+            region.users.add(self)
+
+    def run(self, steps: int = 1) -> None:
+        """Submit `steps` steps; returns before they are complete."""
+        if steps < 0:
+            raise ArgumentError("steps must not be negative", where=self.program.name, expected=">= 0", got=steps)
+        for region in self._regions:
+            if region.is_freed:
+                raise DeviceError(f"its region '{region.name}' is freed", where=self.program.name)
+            region.order_before_steps()
+        if steps and not self._has_run:
+            # Before any capture: it loads the kernels' code, and shows a refused launch where it happens.
+            self._submit()
+            self._has_run = True
+            steps -= 1
+        if self.program.replay:
+            for count in (STEPS_PER_GRAPH, 1):
+                for _ in range(steps // count):
+                    self._driver.launch_graph(self._graph(count), self._executor.main_stream)
+                steps %= count
+        else:
+            for _ in range(steps):
+                self._submit()
+        self._driver.record(self.done, self._executor.main_stream)
+
+    def _graph(self, steps: int) -> Any:
+        """The graph of so many steps, captured when first asked for."""
+        if steps not in self._graphs:
+
+            def submit() -> None:
+                for _ in range(steps):
+                    self._submit()
+
+            self._graphs[steps] = self._driver.capture(self._executor.main_stream, submit)
+        return self._graphs[steps]
+
+    def _submit(self) -> None:
+        """One step. Side streams fork from the main one when it starts and join it when it ends."""
+        driver, (main, *sides) = self._driver, self._streams
+        with driver.step(self._streams):
+            if sides:
+                driver.record(self._start, main)
+            for side in sides:
+                driver.wait(side, self._start)
+            for call in self._calls:
+                for event in call.waits:
+                    driver.wait(call.stream, event)
+                for launch in call.launches:
+                    driver.launch(launch, call.stream)
+                if call.complete is not None:
+                    driver.record(call.complete, call.stream)
+            for side, event in self._joins:
+                driver.record(event, side)
+                driver.wait(main, event)
+
+
+class CudaExecutor:
+    """Runs programs by our own kernels (`parcnn.cuda.kernels`) on the GPU number `device`.
+
+    `memory_limit` (bytes) bounds what all regions take together. `cache` is the folder of compiled kernels. `driver` and
+    `registry` are for tests. Raises DeviceError where GPU, driver, PyCUDA or NVRTC lack, each with its remedy. Belongs
+    to the main thread (see `parcnn.cuda.runtime`).
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        driver: Driver | None = None,
+        device: int = 0,
+        memory_limit: int | None = None,
+        registry: Registry | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        self.driver: Driver = driver if driver is not None else PycudaDriver(device)
+        self.device = self.driver.device
+        self.memory_limit = memory_limit
+        self.allocated_bytes = 0
+        self.registry = registry if registry is not None else REGISTRY
+        self._compiler = Compiler(self.device.arch, self.registry.folder, cache or default_cache())
+        self._regions: weakref.WeakSet[CudaRegion] = weakref.WeakSet()
+        self._modules: dict[Cubin, Any] = {}
+        self._functions: dict[Kernel, tuple[Any, int]] = {}
+        self._staging: dict[int, list[np.ndarray]] = {}
+        self._streams = [self.driver.stream()]
+        self.main_stream = self._streams[0]
+        self.read_stream, self.write_stream = self.driver.stream(), self.driver.stream()
+        self.submitted = self.driver.event()
+
+    @classmethod
+    def null(
+        cls,
+        arch: str = "sm_90a",
+        sm_count: int = 132,
+        memory_limit: int | None = None,
+        registry: Registry | None = None,
+    ) -> CudaExecutor:
+        """An executor that runs no kernel and checks every launch (`NullDriver`); it needs NVRTC but no GPU."""
+        return cls(NullDriver(arch, sm_count), memory_limit=memory_limit, registry=registry)
+
+    # What the plan asks
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """Whether a kernel family runs this form of the op on these operands."""
+        return self.registry.supports(op, inputs)
+
+    def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        """Scratch memory that the call needs. Raises UnsupportedError where no kernel runs it."""
+        return self.registry.find(op, inputs).workspace_bytes(op, inputs, outputs, self.device)
+
+    def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
+        """The call's kernels in order, each once, joined by ' + '."""
+        scratch = self.workspace_bytes(op, inputs, outputs)
+        call = Call(
+            op,
+            tuple(Slot(s, "arena") for s in inputs),
+            tuple(Slot(s, "arena") for s in outputs),
+            Slot(Spec((scratch,), "u8"), "arena") if scratch else None,
+        )
+        return " + ".join(dict.fromkeys(launch.kernel.label for launch in self._launches(call)))
+
+    def available_bytes(self) -> int:
+        """Memory that new regions may take: what is free, and within `memory_limit`."""
+        free, _ = self.driver.memory_info()
+        return free if self.memory_limit is None else max(0, min(free, self.memory_limit - self.allocated_bytes))
+
+    # Memory
+
+    def region(self, name: str, nbytes: int) -> CudaRegion:
+        """New zeroed memory. Raises OutOfMemoryError."""
+        if nbytes < 0:
+            raise ArgumentError("a size must not be negative", where=f"region '{name}'", expected=">= 0", got=nbytes)
+        allocation = self._allocate(name, nbytes) if nbytes else None
+        region = CudaRegion(self, name, allocation)
+        self._regions.add(region)
+        return region
+
+    def _allocate(self, name: str, nbytes: int) -> Allocation:
+        available = self.available_bytes()
+        try:
+            if nbytes > available:
+                raise MemoryError(nbytes)
+            allocation = self.driver.allocate(nbytes)
+        except MemoryError as fault:
+            taken = ", ".join(f"{r.name} {r.nbytes:,}" for r in self._regions if not r.is_freed)
+            limit = "" if self.memory_limit is None else f" (limit {self.memory_limit:,})"
+            raise OutOfMemoryError(
+                "the device's memory does not hold it",
+                where=f"region '{name}'",
+                expected=f"{nbytes:,} bytes",
+                got=f"{available:,} bytes available{limit}; regions so far: {taken or 'none'}",
+                remedy="a smaller batch, or another program's GPU memory given back (`nvidia-smi` shows it)",
+            ) from fault
+        self.allocated_bytes += nbytes
+        self.driver.fill(allocation.address, 0, nbytes, self.main_stream)
+        self.driver.synchronize()
+        return allocation
+
+    def release(self, allocation: Allocation | None) -> None:
+        """Free a region's memory (`CudaRegion.free` calls it, once)."""
+        if allocation is not None:
+            self.driver.free(allocation)
+            self.allocated_bytes -= allocation.nbytes
+
+    def pinned(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+        """Page-locked host memory, uninitialised: the source of a `write_async` that does not hold the host up."""
+        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return (self.driver.pinned(nbytes) if nbytes else np.empty(0, np.uint8)).view(dtype).reshape(shape)
+
+    def take_staging(self, nbytes: int) -> np.ndarray:
+        """A page-locked buffer out of those that earlier reads have given back, or a new one."""
+        free = self._staging.get(nbytes)
+        return free.pop() if free else self.pinned((nbytes,), np.uint8)
+
+    def return_staging(self, buffer: np.ndarray) -> None:
+        """Keep a buffer for the next read of its size."""
+        self._staging.setdefault(buffer.nbytes, []).append(buffer)
+
+    # Programs
+
+    def load(self, program: Program, regions: Mapping[str, Region]) -> LoadedCudaProgram:
+        """Bind a program to memory: compile its kernels, resolve their arguments, make its events.
+
+        Raises ArgumentError where a region lacks or is too small, UnsupportedError where no kernel runs a call,
+        KernelCompileError, LaunchError where arguments do not fit their kernel.
+        """
+        bound_regions = {name: self._own_region(program, name, regions) for name in program.region_bytes}
+        for i, call in enumerate(program.calls):
+            if not (0 <= call.stream < program.streams and all(0 <= j < i for j in call.after)):
+                raise LaunchError(
+                    f"call {i} is out of order",
+                    where=call.layer or call.op.name,
+                    expected=f"a stream below {program.streams}, and only earlier calls in `after`",
+                    got=f"stream {call.stream}, after {call.after}",
+                )
+        launches = [self._launches(call) for call in program.calls]
+        cubins = self._compiler.compile(launch.kernel for call in launches for launch in call)
+        for kernel, cubin in cubins.items():
+            shared = max(launch.shared_bytes for call in launches for launch in call if launch.kernel == kernel)
+            self._prepare(kernel, cubin, shared)
+
+        def address(slot: Slot) -> int:
+            region = bound_regions.get(slot.region)
+            if region is None or slot.offset < 0 or slot.end > region.nbytes:
+                raise ArgumentError(
+                    "a tensor lies outside the memory bound to the program",
+                    where=f"{program.name}: {slot.label or slot.spec}",
+                    expected=f"bytes of {', '.join(f'{r} (0 to {m.nbytes})' for r, m in bound_regions.items())}",
+                    got=f"{slot.region}, {slot.offset} to {slot.end}",
+                )
+            return region.address + slot.offset
+
+        def bind(position: int, call: Call, launch: Launch) -> BoundLaunch:
+            info = cubins[launch.kernel].kernels[launch.kernel.entry]
+            where = f"{call.layer or call.op.name}: {launch.kernel.label}"
+            arguments = pack(launch.args, info.parameters, address, where)
+            return BoundLaunch(self._functions[launch.kernel][0], launch, arguments, call, position)
+
+        bound = [
+            [bind(i, call, launch) for launch in of_call]
+            for i, (call, of_call) in enumerate(zip(program.calls, launches, strict=True))
+        ]
+        return LoadedCudaProgram(self, program, tuple(bound_regions.values()), bound)
+
+    def _own_region(self, program: Program, name: str, regions: Mapping[str, Region]) -> CudaRegion:
+        region, needed = regions.get(name), program.region_bytes[name]
+        if not isinstance(region, CudaRegion) or region not in self._regions or region.is_freed:
+            raise ArgumentError(
+                f"region '{name}' is missing", where=program.name, expected="a region of this executor", got=region
+            )
+        if region.nbytes < needed:
+            raise ArgumentError(
+                f"region '{name}' is too small",
+                where=program.name,
+                expected=f">= {needed:,} bytes",
+                got=f"{region.nbytes:,}",
+            )
+        return region
+
+    def _launches(self, call: Call) -> list[Launch]:
+        launcher = self.registry.find(call.op, call.input_specs, call.layer)
+        return launcher.launches(call, self.device)
+
+    def _prepare(self, kernel: Kernel, cubin: Cubin, dynamic_shared_bytes: int) -> None:
+        """Load the kernel, or raise its dynamic shared memory, which never sinks: older programs rely on it."""
+        known = self._functions.get(kernel)
+        if known is None or known[1] < dynamic_shared_bytes:
+            if cubin not in self._modules:
+                self._modules[cubin] = self.driver.module(cubin.data)
+            info = cubin.kernels[kernel.entry]
+            function = self.driver.function(self._modules[cubin], info, dynamic_shared_bytes)
+            self._functions[kernel] = (function, dynamic_shared_bytes)
+
+    def stream(self, index: int) -> Any:
+        """The index-th stream of programs; 0 is the main one."""
+        while len(self._streams) <= index:
+            self._streams.append(self.driver.stream())
+        return self._streams[index]
+
+    def synchronize(self) -> None:
+        """Wait for everything submitted; a fault of an earlier step is raised here, as DeviceError."""
+        self.driver.synchronize()
+
+    def close(self) -> None:
+        """Free all regions; their programs refuse to run from now on."""
+        for region in list(self._regions):
+            region.free()
+        self._staging.clear()

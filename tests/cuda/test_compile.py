@@ -1,0 +1,36 @@
+"""Every kernel of every family, compiled for every architecture that parcnn supports."""
+
+from __future__ import annotations
+
+import pytest
+
+from parcnn.cuda.compiler import Compiler, default_cache
+from parcnn.cuda.device import SHARED_BYTES
+from parcnn.cuda.kernels import REGISTRY
+from parcnn.cuda.launch import Kernel
+
+REGISTERS_PER_SM = 65536
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+def test_every_kernel_compiles(arch: str) -> None:
+    kernels = REGISTRY.variants()
+    assert kernels
+    cubins = Compiler(arch, REGISTRY.folder, default_cache()).compile(kernels)
+    for kernel in kernels:
+        info = cubins[kernel].kernels[kernel.entry]
+        assert info.static_shared_bytes <= 48 * 1024, kernel.label
+        assert info.registers * 32 <= REGISTERS_PER_SM, kernel.label
+
+
+def test_nothing_spills_on_hopper() -> None:
+    """A stack frame is registers that spilled, or an array that the compiler could not keep in registers."""
+    kernels = REGISTRY.variants()
+    cubins = Compiler("sm_90a", REGISTRY.folder, default_cache()).compile(kernels)
+    frames = {kernel.label: cubins[kernel].kernels[kernel.entry].frame_bytes for kernel in kernels}
+    assert {label: nbytes for label, nbytes in frames.items() if nbytes} == {}
+
+
+def test_variants_are_listed_once() -> None:
+    kernels: tuple[Kernel, ...] = REGISTRY.variants()
+    assert len(set(kernels)) == len(kernels)

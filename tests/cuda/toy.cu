@@ -1,0 +1,38 @@
+// Kernels for tests of the executor: small enough to know every result, with each kind of argument that there is.
+#include "toy.cuh"
+
+struct Scale {
+    const float *x;
+    int count;
+    float factor;
+};
+
+struct Pair {
+    Scale scale;
+    unsigned char *flag;  // at an offset that a struct of four bytes less would not give
+};
+
+// y[i] = x[i] * factor + add
+extern "C" __global__ void __launch_bounds__(256) scale_add(float *y, Pair pair, int n, long long add) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n && i < pair.scale.count) y[i] = twice(pair.scale.x[i]) * 0.5f * pair.scale.factor + (float)add;
+}
+
+// y[i] = x[i] + 1 after `spin_ns`, through dynamic shared memory
+extern "C" __global__ void __launch_bounds__(256) slow_increment(float *y, const float *x, int n, unsigned spin_ns) {
+    extern __shared__ float tile[];
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    tile[threadIdx.x] = i < n ? x[i] : 0.f;
+    unsigned long long start = nanoseconds();
+    while (nanoseconds() - start < spin_ns) {}
+    if (i < n) y[i] = tile[threadIdx.x] + 1.f;
+}
+
+// state[0] += 1; log[state[0]] = x[0]
+extern "C" __global__ void write_log(int *state, float *log, const float *x, int rows) {
+    int row = state[0];
+    if (row < rows) log[row] = x[0];
+    state[0] = row + 1;
+}
+
+extern "C" __global__ void no_parameters() {}
