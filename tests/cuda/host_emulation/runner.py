@@ -15,12 +15,11 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 import parcnn.cuda.kernels
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Launcher, Pointer, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Program, Slot
 
@@ -28,7 +27,8 @@ KERNELS = Path(parcnn.cuda.kernels.__file__).parent
 HEADER = Path(__file__).with_name("cuda_emulation.h")
 GUARD = 4096  # bytes before and after each tensor
 POISON = 0xFF  # a float of these bytes is NaN
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
+# Products and sums are contracted to fused ones, as nvcc does: rounding is then about what a GPU's is.
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
 
 
 class EmulationError(AssertionError):
@@ -188,37 +188,29 @@ class LoadedOnHost:
 class EmulationExecutor:
     """`parcnn.ops.program.Executor` on the host, with the launchers of the given kernel families.
 
-    `descending` runs the threads of a block in descending order. `variant` is passed to launchers that take one.
+    `descending` runs the threads of a block in descending order.
     """
 
     name = "emulation"
 
-    def __init__(
-        self, families: Sequence[ModuleType], *, descending: bool = False, sm_count: int = 4, variant: object = None
-    ) -> None:
-        self.families, self.descending, self.variant = families, descending, variant
+    def __init__(self, families: Sequence[Launcher], *, descending: bool = False, sm_count: int = 4) -> None:
+        self.families, self.descending = families, descending
         self.device = Device("host emulation", "sm_90a", sm_count)
 
-    def family(self, op: Op) -> ModuleType:
+    def family(self, op: Op) -> Launcher:
         return next(f for f in self.families if isinstance(op, f.OPS))
 
     def launches(self, call: Call) -> list[Launch]:
-        family = self.family(call.op)
-        if self.variant is None:
-            return family.launches(call, self.device)
-        return family.launches(call, self.device, variant=self.variant)
+        return self.family(call.op).launches(call, self.device)
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         return self.family(op).supports(op, inputs) is None
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        family = self.family(op)
-        if self.variant is None:
-            return family.workspace_bytes(op, inputs, outputs, self.device)
-        return family.workspace_bytes(op, inputs, outputs, self.device, variant=self.variant)
+        return self.family(op).workspace_bytes(op, inputs, outputs, self.device)
 
     def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
-        return self.family(op).__name__.rsplit(".", 1)[-1]
+        return op.name
 
     def available_bytes(self) -> int | None:
         return None

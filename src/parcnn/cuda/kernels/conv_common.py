@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.launch import Struct
-from parcnn.ops.base import Spec
+from parcnn.cuda.launch import Device, Kernel, Launch, Struct
+from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.program import Call
 
 POOL_CODES = {None: 0, "max": 1, "avg": 2}
 MAX_SIDE = 2**14
@@ -71,12 +72,32 @@ class Conv:
         return Struct((*(np.int32(v) for v in numbers), *(fast_div(max(d, 1)) for d in divisors)))
 
 
+class Forced:
+    """A convolution family held to one of its `candidates`, as a launcher: to test and to time each of them."""
+
+    def __init__(self, family: Any, variant: object) -> None:
+        self.family, self.variant = family, variant
+        self.OPS: tuple[type[Op], ...] = family.OPS
+
+    def supports(self, op: Op, inputs: tuple[Spec, ...]) -> str | None:
+        return self.family.supports(op, inputs)
+
+    def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
+        return self.family.workspace_bytes(op, inputs, outputs, device, self.variant)
+
+    def launches(self, call: Call, device: Device) -> list[Launch]:
+        return self.family.launches(call, device, self.variant)
+
+    def variants(self) -> Iterable[Kernel]:
+        return self.family.variants()
+
+
 def unsupported(
-    op: ConvGeometry, specs: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
+    op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
 ) -> str | None:
-    """Why the fp32 kernels cannot run a convolution of these operands; None where they can."""
-    for spec in specs:
-        if spec.dtype not in ("f32", "u2"):
+    """Why the fp32 kernels cannot run a convolution of these tensors of floats; None where they can."""
+    for spec in tensors:
+        if spec.dtype != "f32":
             return f"the fp32 convolution kernels take f32 operands, not {spec.dtype}"
         if spec.size >= 2**31:
             return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"

@@ -49,7 +49,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if op.act not in (None, *FROM_OUTPUT):
         return f"the derivative of {op.act} does not follow from its output"
     _, r, s, _ = inputs[1].shape
-    return unsupported(op, (*inputs, *op.infer(*inputs)), op.image, (r, s))
+    floats = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
+    return unsupported(op, (*cast("list[Spec]", floats), *op.infer(*inputs)), op.image, (r, s))
 
 
 def workspace_bytes(

@@ -56,7 +56,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if not isinstance(op, ConvWgrad):
         return f"{op.name} is not a convolution's filter gradient"
     x = inputs[0]
-    return unsupported(op, (*inputs, *op.infer(*inputs)), (x.shape[1], x.shape[2]), op.filter)
+    return unsupported(op, (*inputs[:2], *op.infer(*inputs)), (x.shape[1], x.shape[2]), op.filter)
 
 
 def workspace_bytes(
