@@ -73,6 +73,14 @@ def test_dropout_keeps_the_same_elements_everywhere(
         np.testing.assert_array_equal(y != 0, words.astype(np.float64) >= p * 2**32)
 
 
+def test_dropout_keeps_a_word_equal_to_the_threshold(executor: Executor, random: np.random.Generator) -> None:
+    words = philox4x32((np.arange(4, dtype=np.uint64), 0, 40, 0), (-7 & 0xFFFFFFFF, 9)).reshape(-1)
+    p = float(words[5]) / 2**32
+    (y,) = check(executor, Dropout(p), [np.ones(16, np.float32), STATE])
+    assert y[5] != 0
+    np.testing.assert_array_equal(y != 0, words >= words[5])
+
+
 def test_dropout_drops_nan(executor: Executor) -> None:
     x = np.full(64, np.nan, np.float32)
     (y,) = run_op(executor, Dropout(0.5), [x, STATE])

@@ -22,8 +22,8 @@ GROUPS = {
     "full": [(i + 1,) for i in range(MAX_GROUP)],
 }
 groups = pytest.mark.parametrize("shapes", GROUPS.values(), ids=GROUPS)
-STATE = np.array([2, 40, 0, 0, 0, 0, 0, 0], np.int32)
-FIRST = np.array([0, 0, 0, 0, 0, 0, 0, 0], np.int32)
+STATE = np.array([0, 40, 0, 0, 0, 0, 0, 0], np.int32)
+FIRST = np.array([3, 0, 0, 0, 0, 0, 0, 0], np.int32)
 
 
 def hyper(random: np.random.Generator) -> np.ndarray:

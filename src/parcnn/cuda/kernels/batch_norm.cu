@@ -227,13 +227,12 @@ batch_norm_train_single(const float *__restrict__ x, const float *__restrict__ g
     __shared__ Vector means[MAX_THREADS], m2s[MAX_THREADS];
     Place at = place(shape);
     Moments own = block_moments(x, at, shape, counts, means, m2s);
-    __syncthreads();  // the scratch is free: its first row takes the results
     int lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
     if (at.live && at.row == 0) {
         Vector rstd;
 #pragma unroll
         for (int e = 0; e < VEC; ++e) rstd.v[e] = keep_statistics(s, at.c + e, own.mean.v[e], own.m2.v[e], shape.rows);
-        means[lane] = own.mean;
+        means[lane] = own.mean;  // entries of row 0: the merge of the rows does not use them
         m2s[lane] = rstd;
     }
     __syncthreads();
@@ -406,12 +405,11 @@ batch_norm_dgrad_single(const float *dy, const float *x, const float *__restrict
     if (at.live) a = load_affine(gamma, beta, mean, rstd, at.c);
     Vector dgamma, dbeta;
     block_gradients(dy, x, nullptr, a, at, shape, relu, dgamma, dbeta, scratch[0], scratch[1]);
-    __syncthreads();  // the scratch is free: its first row takes the sums
     int lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
     if (at.live && at.row == 0) {
         store<VEC>(dgammas + at.c, dgamma);
         store<VEC>(dbetas + at.c, dbeta);
-        scratch[0][lane] = dgamma;
+        scratch[0][lane] = dgamma;  // entries of row 0: the sum over the rows does not use them
         scratch[1][lane] = dbeta;
     }
     __syncthreads();

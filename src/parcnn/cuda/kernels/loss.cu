@@ -11,7 +11,8 @@
 // One block: the loss is written at once. More: each writes a partial sum, and sum_partials, one block, adds them.
 // All sums run in an order that depends on the sizes alone.
 // Bytes: predictions and targets read once, the gradient written once.
-// Preconditions: tensors start on 16 bytes; the gradient may be the predictions' own memory.
+// Preconditions: tensors start on 16 bytes; the gradient may be the predictions' own memory:
+// a lane reads and writes the same elements.
 #include "common.cuh"
 
 #define THREADS 1024  // of the largest block
@@ -88,7 +89,6 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
             hits += winner == label;
         }
         if (dlogits) {
-            __syncwarp();  // the whole row is read before its place is written
             float share = 1.0f / rows, rest = smoothing / classes;
             for (int c = lane; live && c < classes; c += lanes) {
                 float target = c == label ? 1.0f - smoothing + rest : rest;
