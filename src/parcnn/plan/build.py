@@ -266,7 +266,7 @@ def _program(
 
     calls = []
     for node, block in zip(nodes, own_scratch, strict=True):
-        workspace = Slot(Spec((block.nbytes,), "u8"), "arena", block.offset, f"{node.layer} scratch") if block else None
+        workspace = Slot(Spec((block.nbytes,), "u8"), "arena", block.offset, f"{node.layer}.scratch") if block else None
         inputs, outputs = tuple(map(slot, node.inputs)), tuple(map(slot, node.outputs))
         calls.append(Call(node.op, inputs, outputs, workspace, node.layer, node.phase))
     scheduled = schedule(calls, options.side_streams if options.parallel else 0)
@@ -309,7 +309,7 @@ def _blocks(
                 continue
             home[value] = memory.Block(value.spec.nbytes, i, last, value.label)
             blocks.append(home[value])
-        own_scratch.append(memory.Block(scratch[i], i, i, f"{node.layer} scratch") if scratch[i] else None)
+        own_scratch.append(memory.Block(scratch[i], i, i, f"{node.layer}.scratch") if scratch[i] else None)
         if own_scratch[-1]:
             blocks.append(own_scratch[-1])
     if options.parallel:
@@ -362,10 +362,17 @@ def check_memory(plan: Plan, available: int | None, smaller: Callable[[int], Pla
     """
     if available is None or plan.peak_bytes <= available:
         return
+
+    def fits(batch: int) -> bool:
+        try:
+            return smaller(batch).peak_bytes <= available
+        except ShapeError:  # batch norm cannot train on a single value
+            return False
+
     low, high = 0, plan.batch
     while high - low > 1:
         middle = (low + high) // 2
-        if smaller(middle).peak_bytes <= available:
+        if fits(middle):
             low = middle
         else:
             high = middle
