@@ -38,7 +38,7 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-
 
 template <int Kind> __device__ __forceinline__ float activate(float x) {
     if (Kind == ACT_RELU) return x <= 0.0f ? 0.0f : x;
-    if (Kind == ACT_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    if (Kind == ACT_GELU) return 0.5f * x * erfcf(-x * 0.70710678118654752f);  // 1 + erf would cancel in the tail
     if (Kind == ACT_GELU_TANH) return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
     if (Kind == ACT_SILU) return x * sigmoid(x);
     if (Kind == ACT_TANH) return tanhf(x);
@@ -50,7 +50,7 @@ template <int Kind> __device__ __forceinline__ float activate(float x) {
 template <int Kind> __device__ __forceinline__ float activation_dgrad(float dy, float saved) {
     if (Kind == ACT_RELU) return saved <= 0.0f ? 0.0f : dy;
     if (Kind == ACT_GELU) {
-        float cdf = 0.5f * (1.0f + erff(saved * 0.70710678118654752f));
+        float cdf = 0.5f * erfcf(-saved * 0.70710678118654752f);
         return dy * (cdf + saved * 0.39894228040143268f * expf(-0.5f * saved * saved));
     }
     if (Kind == ACT_GELU_TANH) {
