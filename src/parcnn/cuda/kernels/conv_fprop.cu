@@ -164,7 +164,7 @@ struct DirectTile {
     FastDiv by_width, by_height, by_tiles_w, by_tiles_h, by_patch_w, by_patch_h, by_taps_c;
 };
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(256, 1)
     conv_fprop_direct(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
                       u8 *__restrict__ idx, Conv g, DirectTile t) {
     DYNAMIC_SHARED(float, shared);
