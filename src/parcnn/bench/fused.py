@@ -120,4 +120,3 @@ def _time(layer: Layer, options: Options, executor: Executor) -> list[tuple[Step
         bound.free()
         results.append((timing, plan, [call for call in plan.program.calls if is_own(call)]))
     return results
-

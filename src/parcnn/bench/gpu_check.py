@@ -11,7 +11,7 @@ import numpy as np
 
 from parcnn import data, recipes
 from parcnn.bench.speedup import AGREEMENT_STEPS
-from parcnn.bench.step import PROBLEMS, noise
+from parcnn.bench.step import PROBLEMS, REPEATS, STEPS, noise
 from parcnn.cpu import CpuExecutor
 from parcnn.data import Dataset
 from parcnn.errors import DataUnavailableError
@@ -23,9 +23,9 @@ def run(executor: Executor, say: Callable[[str], None], data_dir: Path | None = 
     """Step times; how far the losses of CPU and GPU are apart over the first steps; accuracy after one epoch."""
     figures: dict[str, Any] = {}
     for network, batch in PROBLEMS:
-        subject = noise(network, 2 * batch)
+        subject = noise(network, batch, STEPS)
         trainer = subject.trainer(executor, batch)
-        timing = time_steps(trainer, subject.train, "train", steps=2, repeats=20)
+        timing = time_steps(trainer, subject.train, "train", steps=STEPS, repeats=REPEATS)
         figures[f"{network}_batch{batch}_step_us"] = round(timing.p50_us, 2)
         say(f"  {network}, batch {batch}: {timing.p50_us:,.1f} us a step")
     train, test = _images(data_dir, say)

@@ -28,9 +28,7 @@ IMAGE = 512
 NETWORK = "cifarnet"
 
 
-def run(
-    executor: Executor, say: Callable[[str], None], cap_bytes: int = CAP_BYTES, image: int = IMAGE
-) -> list[Row]:
+def run(executor: Executor, say: Callable[[str], None], cap_bytes: int = CAP_BYTES, image: int = IMAGE) -> list[Row]:
     """Rows `memory`. Raises DeviceError where a run contradicts the plan's account."""
     machine = Machine.of(executor)
     batch, model, plan = largest_batch(executor, cap_bytes, image)
@@ -105,9 +103,7 @@ def _plan(executor: Executor, image: int, batch: int) -> tuple[nn.Module, Plan]:
     return model, plan
 
 
-def _torch_largest_batch(
-    cap_bytes: int, image: int, say: Callable[[str], None]
-) -> tuple[int | None, int | None]:
+def _torch_largest_batch(cap_bytes: int, image: int, say: Callable[[str], None]) -> tuple[int | None, int | None]:
     """PyTorch's largest batch and its peak (what its allocator reserved); None where it is not installed."""
     if not peers.has_torch_on_gpu():
         say("PyTorch with a GPU is not here: no peer")

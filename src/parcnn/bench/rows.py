@@ -71,7 +71,7 @@ def read(path: Path) -> list[Row]:
             raise DataError(
                 "not a row of results",
                 where=f"{path}, line {number}",
-                expected=f"an object with {', '.join(sorted(_REQUIRED))}, and of the others {', '.join(sorted(_FIELDS - _REQUIRED))}",
+                expected=f"an object with {', '.join(sorted(_REQUIRED))}, and no other keys than {', '.join(sorted(_FIELDS))}",
                 got=line[:200],
                 remedy="remove the line, or run the benchmark again",
             )

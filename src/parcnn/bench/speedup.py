@@ -148,7 +148,7 @@ def train_each(
         rows.append(
             machines[variant].row(
                 "agreement",
-                f"{subject.network} {name}, {epochs} epochs, batch {recipe.batch}",
+                f"{subject.network} {name}, {epochs} epoch{'s' * (epochs > 1)}, batch {recipe.batch}",
                 variant,
                 peak_bytes=trainer.peak_bytes,
                 network=subject.network,
@@ -196,7 +196,7 @@ def time_each(
     """Time a forward pass and a training step over batch sizes: rows `speedup`."""
     name, batches = subject.train.name, size.batches[subject.network]
     batches = tuple(b for b in batches if b <= len(subject.train))
-    say(f"Timing {subject.network} on {name}: batches of {', '.join(map(str, batches))}; forward, and whole training steps")
+    say(f"Timing {subject.network} on {name}: forward passes and whole training steps, in images per second")
     rows: list[Row] = []
     for batch in batches:
         for mode in ("forward", "train"):
@@ -234,7 +234,7 @@ def time_each(
                     )
                 )
                 figures.append(f"{variant} {rate:,.0f}")
-            say(f"  batch {batch:>4}, {mode:<7}: " + ", ".join(figures) + " images/s")
+            say(f"  batch {batch:>4}, {mode:<7}: " + ", ".join(figures))
     return rows
 
 
@@ -243,8 +243,9 @@ def ablations(
 ) -> list[Row]:
     """Time a training step with each of the plan's switches off, and with all: rows `ablation`."""
     say(f"What each optimization brings: {subject.network}, batch {batch}, on {variant}, each switched off in turn")
-    all_off = Options(**dict.fromkeys(SWITCHES, False))
-    choices = {"all on": Options(), **{f"{s} off": replace(Options(), **{s: False}) for s in SWITCHES}, "all off": all_off}
+    choices = {"all on": Options()}
+    choices |= {f"{switch} off": Options(**{switch: False}) for switch in SWITCHES}
+    choices["all off"] = Options(**dict.fromkeys(SWITCHES, False))
     rows = []
     for label, options in choices.items():
         trainer = subject.trainer(executor, batch, options)
@@ -277,9 +278,7 @@ def measure(trainer: Trainer, train: Dataset, mode: str, size: Size) -> StepTimi
     return time_steps(trainer, train, mode, steps=max(1, min(200, steps)), repeats=size.repeats)
 
 
-def _peer(
-    subject: Subject, batch: int, mode: str, variant: str, threads: int | None, repeats: int
-) -> dict[str, float]:
+def _peer(subject: Subject, batch: int, mode: str, variant: str, threads: int | None, repeats: int) -> dict[str, float]:
     """PyTorch's times in the same run, by what they are of; empty where it is not installed."""
     shape = subject.train.shape
     if shape != ((1, 28, 28) if subject.network == "lenet5" else (3, 32, 32)):

@@ -17,6 +17,9 @@ from parcnn.train.timing import time_steps
 
 SHAPES = {"lenet5": (1, 28, 28), "cifarnet": (3, 32, 32)}
 PROBLEMS = (("lenet5", 64), ("lenet5", 512), ("lenet5", 4096), ("cifarnet", 512))
+# Steps between two waits, for both sides: a wait costs the host ten microseconds, the smallest step takes fifty.
+STEPS = 48
+REPEATS = 9
 
 
 def run(executor: Executor, say: Callable[[str], None]) -> list[Row]:
@@ -27,12 +30,12 @@ def run(executor: Executor, say: Callable[[str], None]) -> list[Row]:
         say("PyTorch with a GPU is not here: no peer")
     rows = []
     for network, batch in PROBLEMS:
-        trainer = (subject := noise(network, 4 * batch)).trainer(executor, batch)
+        steps = STEPS if executor.name == "cuda" else 1
+        subject = noise(network, batch, steps)
+        trainer = subject.trainer(executor, batch)
         plan = trainer.plan("train", subject.train)
-        steps = 100 if executor.name == "cuda" else 1
-        timing = time_steps(trainer, subject.train, "train", steps=min(steps, 4), repeats=3)  # kernels are loaded
-        timing = time_steps(trainer, subject.train, "train", steps=steps, repeats=9)
-        modes = peers.time_on_gpu(network, SHAPES[network], batch, 30, 9) if with_torch else {}
+        timing = time_steps(trainer, subject.train, "train", steps=steps, repeats=REPEATS)
+        modes = peers.time_on_gpu(network, SHAPES[network], batch, steps, REPEATS) if with_torch else {}
         peer = min(modes, key=lambda mode: modes[mode]) if modes else None
         rows.append(
             machine.row(
@@ -55,9 +58,10 @@ def run(executor: Executor, say: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def noise(network: str, count: int) -> Subject:
-    """Random images of the network's shape and random labels."""
+def noise(network: str, batch: int, steps: int) -> Subject:
+    """Random images of the network's shape with random labels, `steps` batches of them."""
     random = np.random.default_rng(0)
+    count = batch * steps
     images = random.integers(0, 256, (count, *SHAPES[network]), np.uint8)
     classes = [str(i) for i in range(10)]
     train = data.from_arrays(images, random.integers(0, 10, count), name="noise", classes=classes)

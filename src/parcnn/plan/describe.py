@@ -18,8 +18,8 @@ from parcnn.plan.variable import Layout
 class CallRow:
     """One call of a program.
 
-    shape: of its first output (of what it overwrites, where it has none), as users see it: NCHW, filters KCRS, and
-    (N, features) where the image is 1x1. place: byte offset of that tensor in the arena, or the region that it lies in.
+    shape: of its first output, as users see it: NCHW, filters KCRS, and (N, features) where the image is 1x1; () of a call
+    that only overwrites. place: byte offset in the arena of what it writes first, or the region where that lies.
     flops: floating-point operations, a multiply-add being two. bytes: fewest that can be moved. after: calls it waits for.
     """
 
@@ -95,12 +95,12 @@ def outline(
 
 def _row(call: Call, executor: Executor) -> CallRow:
     inputs, outputs = call.input_specs, call.output_specs
-    shown = call.outputs[0] if call.outputs else call.inputs[call.op.overwritten[0]]
+    shown = call.outputs[0] if call.outputs else call.written[0]
     return CallRow(
         layer=call.layer,
         op=call.op.name,
         phase=call.phase,
-        shape=_as_users_see_it(shown.spec.shape),
+        shape=_as_users_see_it(shown.spec.shape) if call.outputs else (),
         kernel=executor.kernel_name(call.op, inputs, outputs),
         flops=call.op.flops(inputs, outputs),
         bytes=call.op.bytes(inputs, outputs),

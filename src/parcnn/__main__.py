@@ -1,0 +1,5 @@
+"""`python -m parcnn`: the command line."""
+
+from parcnn.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""`parcnn bench`: measurements, and the tables that are made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parcnn.bench import accuracy as accuracy_bench
+from parcnn.bench import fused as fused_bench
+from parcnn.bench import gpu_check as gpu_check_bench
+from parcnn.bench import memory as memory_bench
+from parcnn.bench import speedup as speedup_bench
+from parcnn.bench import step as step_bench
+from parcnn.bench.rows import Row, append, read_folder
+from parcnn.cli.console import say
+from parcnn.cli.options import DataDir, Device, Threads
+from parcnn.report import page, plots, tables
+from parcnn.train import resolve_executor
+
+RESULTS = Path("benchmarks/results")
+
+app = typer.Typer(no_args_is_help=True, help="Measure; every result is a row (JSON lines).")
+
+Out = Annotated[Path, typer.Option(help="Folder for the rows.")]
+
+
+@app.command()
+def speedup(
+    demo: Annotated[bool, typer.Option("--demo", help="A small one: two minutes on two cores.")] = False,
+    data_dir: DataDir = None,
+    out: Annotated[
+        Path | None, typer.Option(help=f"Folder for page, graphs and rows. [default: {RESULTS}; runs/demo with --demo]")
+    ] = None,
+) -> None:
+    """Sequential, all cores and GPU: speed, accuracy, what each optimization brings; rows, graphs and an HTML page."""
+    folder = out or (Path("runs/demo") if demo else RESULTS)
+    if demo:
+        say(
+            "parcnn trains convolutional networks. This demonstration trains a small one (LeNet-5, which reads handwritten\n"
+            "digits) in two ways, sequentially on one core and in parallel, and shows that both learn the same. Then it\n"
+            "measures how fast each is, on LeNet-5 and on a larger network (cifarnet), switches each optimization off in\n"
+            "turn to see what it brings, and writes a page with graphs. It takes about two minutes.\n"
+        )
+    rows = speedup_bench.run(speedup_bench.DEMO if demo else speedup_bench.FULL, data_dir, say)
+    append(folder / "speedup.jsonl", rows)
+    path = page.write(folder / "speedup.html", rows, plots.graphs(rows))
+    fault = speedup_bench.disagreement(rows)
+    say(
+        f"\nThe implementations do NOT agree: {fault}"
+        if fault
+        else "\nAll implementations reach the same accuracy (within what chance does to single runs)."
+    )
+    say("The page with all graphs (open it in a browser):")
+    say(str(path.resolve()))
+    if fault:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fused(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) -> None:
+    """Convolution + bias + ReLU + max-pool in one kernel against one kernel each: time, memory, bytes moved."""
+    _keep(out, "fused", fused_bench.run(resolve_executor(device, threads), say))
+
+
+@app.command()
+def step(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) -> None:
+    """A whole training step against PyTorch's modes in the same run."""
+    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say))
+
+
+@app.command()
+def memory(
+    device: Device = "auto",
+    cap_mib: Annotated[int, typer.Option(min=1, help="Memory that may be used.")] = memory_bench.CAP_BYTES >> 20,
+    image: Annotated[int, typer.Option(min=8, help="Height and width of an image.")] = memory_bench.IMAGE,
+    out: Out = RESULTS,
+) -> None:
+    """The largest batch of 512x512 images that cifarnet trains with under a cap of memory, ours and PyTorch's."""
+    _keep(out, "memory", memory_bench.run(resolve_executor(device), say, cap_mib << 20, image))
+
+
+@app.command()
+def accuracy(
+    seeds: Annotated[int, typer.Option(min=1, help="How many runs, with seeds 0, 1, ...")] = 5,
+    recipe: Annotated[str, typer.Option(help="A recipe's name or path.")] = accuracy_bench.RECIPE,
+    device: Device = "auto",
+    threads: Threads = None,
+    data_dir: DataDir = None,
+    out: Out = RESULTS,
+) -> None:
+    """The accuracy that a recipe reaches over seeds."""
+    executor = resolve_executor(device, threads)
+    _keep(out, "accuracy", accuracy_bench.run(executor, range(seeds), say, recipe, data_dir))
+
+
+@app.command("gpu-check")
+def gpu_check(
+    json_file: Annotated[Path, typer.Option("--json", help="File for the figures.")],
+    device: Device = "cuda",
+    data_dir: DataDir = None,
+) -> None:
+    """Figures of the GPU in less than a minute, for the record of the GPU tests."""
+    figures = gpu_check_bench.run(resolve_executor(device), say, data_dir)
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    say(f"Wrote {json_file}")
+
+
+@app.command("tables")
+def make_tables(
+    files: Annotated[list[Path], typer.Argument(help=f"Markdown files with markers {tables.MARKERS}.")],
+    results: Annotated[Path, typer.Option(help="Folder of the rows.")] = RESULTS,
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; exit code 1 where a table is stale.")] = False,
+) -> None:
+    """Make the tables in Markdown files anew from the rows."""
+    stale = tables.refresh(files, read_folder(results), write=not check)
+    for path in stale:
+        say(f"{path}: {'stale; `parcnn bench tables` renews it' if check else 'renewed'}")
+    if stale and check:
+        raise typer.Exit(1)
+
+
+def _keep(folder: Path, name: str, rows: Sequence[Row]) -> None:
+    append(folder / f"{name}.jsonl", rows)
+    say(f"{len(rows)} rows added to {folder / name}.jsonl")

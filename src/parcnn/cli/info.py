@@ -1,0 +1,59 @@
+"""`parcnn info`: what is here, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from threadpoolctl import threadpool_info
+
+import parcnn
+from parcnn.bench.machine import Machine, installed
+from parcnn.cli.console import say
+from parcnn.cuda.compiler import default_cache
+from parcnn.errors import DeviceError
+from parcnn.train import resolve_executor
+
+# Package -> what it is for and which extra brings it.
+OPTIONAL = {
+    "pycuda": ("runs the kernels on the GPU", "cuda"),
+    "cuda-bindings": ("NVRTC and CUDA graphs", "cuda"),
+    "nvidia-cuda-nvrtc": ("compiles the kernels", "cuda"),
+    "matplotlib": ("graphs of the benchmarks", "plots"),
+    "pillow": ("reads image files", "images"),
+    "torch": ("compared with in the benchmarks", ""),
+}
+
+
+def info() -> None:
+    """Versions, devices, caches; what is missing, and how to get it."""
+    machine = Machine.of()
+    blas = sorted(
+        {f"{each['internal_api']} {each['version']}" for each in threadpool_info() if each["user_api"] == "blas"}
+    )
+    facts = {
+        "parcnn": parcnn.__version__ + (f", commit {machine.commit}" if machine.commit else ""),
+        "Python, NumPy, BLAS": f"{machine.python}, {machine.numpy}, {', '.join(blas) or 'unknown'}",
+        "processor": f"{machine.cpu}, {machine.cores} cores",
+        "kernel cache": _folder(default_cache()),
+        "data cache": _folder(default_cache().parent / "data"),
+        "$PARCNN_DATA": os.environ.get("PARCNN_DATA") or "not set",
+    }
+    try:
+        gpu = Machine.of(resolve_executor("cuda"))
+        facts["GPU"] = f"{gpu.gpu}, driver {gpu.driver or 'unknown'}, CUDA {gpu.cuda}"
+        obstacle = None
+    except DeviceError as error:
+        facts["GPU"], obstacle = "none that can be used", error
+    for name, (purpose, extra) in OPTIONAL.items():
+        missing = "not installed: pip install " + (f"'parcnn[{extra}]'" if extra else name)
+        facts[name] = f"{installed(name) or missing} ({purpose})"
+    for name, value in facts.items():
+        say(f"{name:<21}{value}")
+    if obstacle is not None:
+        say(f"\nThe GPU cannot be used, the CPU is:\n{obstacle}")
+
+
+def _folder(path: Path) -> str:
+    files = [file for file in path.rglob("*") if file.is_file()]
+    return f"{path} ({len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB)"

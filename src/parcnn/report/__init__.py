@@ -1,0 +1,1 @@
+"""Tables, graphs and one self-contained HTML page, made from rows of results and from nothing else."""

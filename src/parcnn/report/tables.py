@@ -1,0 +1,267 @@
+"""Tables out of rows: for the page, and for Markdown files between markers `<!-- rows:NAME -->` and `<!-- /rows -->`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from parcnn.bench.rows import Row, latest
+from parcnn.errors import ArgumentError, DataError
+
+NONE = "–"
+MARKERS = "<!-- rows:NAME --> … <!-- /rows -->"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns and lines of text; the first `labels` columns are words, the others figures."""
+
+    columns: tuple[str, ...]
+    lines: Sequence[tuple[str, ...]]
+    labels: int = 1
+
+
+def select(rows: Iterable[Row], bench: str) -> list[Row]:
+    """The newest rows of one benchmark."""
+    return latest([row for row in rows if row.bench == bench])
+
+
+def machine_name(row: Row) -> str:
+    """The GPU where the row used one, else the processor with its cores."""
+    return row.gpu or f"{row.extra.get('cpu', 'CPU')}, {row.extra.get('cores', '?')} cores"
+
+
+def sequential_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The sequential implementation's row of the same problem on the same machine."""
+    same = (r for r in rows if r.variant == "sequential" and r.problem == row.problem and r.bench == row.bench)
+    return next((r for r in same if r.extra.get("cpu") == row.extra.get("cpu")), None)
+
+
+def speedup_over_sequential(row: Row, rows: Sequence[Row]) -> float | None:
+    """How many times as fast as the sequential implementation."""
+    base = sequential_of(row, rows)
+    return base.p50_us / row.p50_us if base and base.p50_us and row.p50_us else None
+
+
+def _speedup(rows: Sequence[Row]) -> Table:
+    own = select(rows, "speedup")
+    lines = []
+    for row in own:
+        share = row.extra.get("share_of_peak")
+        lines.append(
+            (
+                row.problem,
+                row.variant if row.gpu is None else row.gpu,
+                duration(row.p50_us),
+                f"{row.extra['images_per_second']:,.0f}",
+                times(speedup_over_sequential(row, own)),
+                f"{row.extra['gflops']:,.1f}",
+                f"{share:.0%}" if share else NONE,
+                mebibytes(row.peak_bytes),
+                f"{duration(row.peer_p50_us)} ({row.peer})" if row.peer else NONE,
+            )
+        )
+    columns = ("problem", "by", "time", "images/s", "speedup", "GFLOP/s", "of peak", "memory", "PyTorch")
+    return Table(columns, lines, labels=2)
+
+
+def _agreement(rows: Sequence[Row]) -> Table:
+    lines = [
+        (
+            row.problem,
+            row.variant if row.gpu is None else row.gpu,
+            f"{row.extra['accuracy']:.2%}",
+            f"{row.extra['seconds']:.1f} s",
+            f"{row.extra['loss_difference']:.1e}",
+        )
+        for row in select(rows, "agreement")
+    ]
+    columns = ("training", "by", "test accuracy", "training time", "losses differ by (first 100 steps)")
+    return Table(columns, lines, labels=2)
+
+
+def _ablation(rows: Sequence[Row]) -> Table:
+    own = select(rows, "ablation")
+    lines = []
+    for row in own:
+        base = base_of_ablation(row, own)
+        lines.append(
+            (
+                row.problem,
+                machine_name(row),
+                row.extra["switches"],
+                duration(row.p50_us),
+                ratio(row.p50_us, base.p50_us if base else None),
+                mebibytes(row.peak_bytes),
+                ratio(row.peak_bytes, base.peak_bytes if base else None),
+            )
+        )
+    return Table(("problem", "on", "switches", "step", "× time", "memory", "× memory"), lines, labels=3)
+
+
+def base_of_ablation(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row with all switches on, of the same problem and machine."""
+    same = (r for r in rows if r.extra["switches"] == "all on" and r.problem == row.problem)
+    return next((r for r in same if machine_name(r) == machine_name(row)), None)
+
+
+def _fused(rows: Sequence[Row]) -> Table:
+    own = select(rows, "fused")
+    lines = []
+    for row in own:
+        same = (r for r in own if r.problem == row.problem and machine_name(r) == machine_name(row))
+        other = next((r for r in same if r.variant == "unfused"), None)
+        if row.variant != "fused" or other is None:
+            continue
+        lines.append(
+            (
+                row.problem,
+                machine_name(row),
+                duration(row.p50_us),
+                duration(other.p50_us),
+                times(other.p50_us / row.p50_us if other.p50_us and row.p50_us else None),
+                f"{mebibytes(row.peak_bytes)} / {mebibytes(other.peak_bytes)}",
+                f"{row.extra['bytes_moved'] / 1e6:,.1f} / {other.extra['bytes_moved'] / 1e6:,.1f} MB",
+            )
+        )
+    columns = ("layer", "on", "fused", "unfused", "speedup", "peak memory, fused / not", "bytes moved, fused / not")
+    return Table(columns, lines, labels=2)
+
+
+def _step(rows: Sequence[Row]) -> Table:
+    lines = []
+    for row in select(rows, "step"):
+        modes = row.extra.get("peer_modes_us") or {}
+        faster = row.peer_p50_us / row.p50_us if row.peer_p50_us and row.p50_us else None
+        lines.append(
+            (
+                row.problem,
+                machine_name(row),
+                duration(row.p50_us),
+                f"{row.extra['images_per_second']:,.0f}",
+                *(duration(modes.get(mode)) for mode in ("eager", "graph", "compile")),
+                times(faster),
+            )
+        )
+    columns = (
+        "training step", "on", "parcnn", "images/s", "PyTorch eager", "CUDA graph", "torch.compile", "against the best",
+    )  # fmt: skip
+    return Table(columns, lines, labels=2)
+
+
+def _memory(rows: Sequence[Row]) -> Table:
+    lines = []
+    for row in select(rows, "memory"):
+        theirs = row.extra.get("peer_largest_batch")
+        lines.append(
+            (
+                row.problem,
+                machine_name(row),
+                str(row.extra["largest_batch"]),
+                mebibytes(row.peak_bytes),
+                str(theirs) if theirs is not None else NONE,
+                mebibytes(row.extra.get("peer_peak_bytes")),
+            )
+        )
+    columns = ("training under a cap", "on", "largest batch", "memory", "PyTorch's largest batch", "its memory")
+    return Table(columns, lines, labels=2)
+
+
+def _accuracy(rows: Sequence[Row]) -> Table:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in select(rows, "accuracy"):
+        groups.setdefault((row.extra["recipe"], machine_name(row)), []).append(row)
+    lines = []
+    for (recipe, machine), own in groups.items():
+        values = [row.extra["accuracy"] for row in own]
+        seconds = sum(row.extra["seconds"] for row in own) / len(own)
+        shares = (sum(values) / len(values), min(values), max(values))
+        lines.append((recipe, machine, str(len(own)), *(f"{share:.2%}" for share in shares), f"{seconds:.1f} s"))
+    return Table(("recipe", "on", "seeds", "mean accuracy", "lowest", "highest", "training time"), lines, labels=2)
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
+    "speedup": _speedup,
+    "agreement": _agreement,
+    "ablation": _ablation,
+    "fused": _fused,
+    "step": _step,
+    "memory": _memory,
+    "accuracy": _accuracy,
+}
+
+
+def duration(us: float | None) -> str:
+    """Microseconds for people: three figures and a unit."""
+    if us is None:
+        return NONE
+    for unit, scale in (("s", 1e6), ("ms", 1e3), ("µs", 1.0)):
+        if us >= scale or unit == "µs":
+            value = us / scale
+            decimals = 2 if value < 10 else 1 if value < 100 else 0
+            return f"{value:,.{decimals}f} {unit}"
+    return NONE
+
+
+def mebibytes(nbytes: float | None) -> str:
+    """Bytes for people."""
+    if nbytes is None:
+        return NONE
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.2f} MiB"
+
+
+def times(factor: float | None) -> str:
+    """A factor: 3.4×."""
+    if factor is None:
+        return NONE
+    return f"{factor:,.0f}×" if factor >= 100 else f"{factor:.1f}×" if factor >= 10 else f"{factor:.2f}×"
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    """value/base as a factor."""
+    return times(value / base if value is not None and base else None)
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, its figures to the right."""
+    if not table.lines:
+        return "*No measurement yet.*"
+    head = "| " + " | ".join(table.columns) + " |"
+    rule = "|" + "|".join("---" if i < table.labels else "--:" for i in range(len(table.columns))) + "|"
+    body = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in table.lines)
+    return "\n".join([head, rule, *body])
+
+
+_MARKED = re.compile(r"<!-- rows:(?P<name>[\w-]+) -->\n(?P<content>.*?)<!-- /rows -->", re.DOTALL)
+
+
+def fill(text: str, rows: Sequence[Row], where: str) -> str:
+    """`text` with the tables between its markers made anew. Raises ArgumentError for a table that is not known."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise ArgumentError("unknown table", where=where, expected=", ".join(TABLES), got=name)
+        return f"<!-- rows:{name} -->\n{markdown(TABLES[name](rows))}\n<!-- /rows -->"
+
+    if len(_MARKED.findall(text)) != text.count("<!-- rows:"):
+        raise ArgumentError("a table's markers do not match", where=where, expected=MARKERS)
+    return _MARKED.sub(table, text)
+
+
+def refresh(files: Sequence[Path], rows: Sequence[Row], write: bool) -> list[Path]:
+    """The files whose tables are not what the rows say; with `write` they are mended."""
+    stale = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as fault:
+            raise DataError("cannot be read", where=str(path), got=fault) from fault
+        fresh = fill(text, rows, str(path))
+        if fresh != text:
+            stale.append(path)
+            if write:
+                path.write_text(fresh, encoding="utf-8")
+    return stale
