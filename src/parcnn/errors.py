@@ -31,6 +31,10 @@ class UnsupportedError(ParcnnError, NotImplementedError):
     """Something that the field knows and parcnn does not do (yet): the remedy says what to use in its place."""
 
 
+class UnknownNameError(UnsupportedError, AttributeError):
+    """A layer, function or method that parcnn does not have: hasattr() sees an AttributeError."""
+
+
 class ArgumentError(ParcnnError, ValueError):
     """A value outside the range that it may have, or a name that is not known."""
 

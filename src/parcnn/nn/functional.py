@@ -17,6 +17,7 @@ from parcnn.plan.trace import Tensor, flatten
 from parcnn.plan.variable import Packing, Variable
 
 IntPair = int | tuple[int, int]
+OutputSize = int | tuple[int | None, int | None] | None
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,13 @@ def conv2d(
     padding: an int, a pair, 'valid', or 'same' (stride 1; an odd total puts one more row and column at the end).
     Raises ShapeError (channels, kernel larger than the padded image), ArgumentError, UnsupportedError (groups).
     """
-    where = x.trace.layer
     _need_image(x, "conv2d")
+    where = x.trace.layer
     k, c, r, s = weight.shape
     if groups != 1:
-        raise UnsupportedError("grouped convolution", where=where, got=f"groups={groups}", remedy="use groups=1")
+        raise UnsupportedError(
+            "grouped convolution", where=where, expected="groups=1", got=f"groups={groups}", remedy="use groups=1"
+        )
     if x.shape[1] != c:
         raise ShapeError(
             "the input has another number of channels than the filter",
@@ -54,7 +57,7 @@ def conv2d(
             got=x.shape,
             remedy=f"in_channels={x.shape[1]} fits this input",
         )
-    stride, dilation = pair(stride), pair(dilation)
+    stride, dilation = _sizes("stride", stride, 1, where), _sizes("dilation", dilation, 1, where)
     pad = _padding(padding, stride, dilation, (r, s), where)
     op = ConvFprop(stride=stride, pad=pad, dilation=dilation, bias=bias is not None)
     n, _, h, w = x.shape
@@ -82,13 +85,27 @@ def _padding(
         return (0, 0, 0, 0)
     if padding == "same":
         if stride != (1, 1):
-            raise ArgumentError("padding='same' needs stride 1 (torch's rule)", where=where, got=f"stride={stride}")
+            raise ArgumentError(
+                "padding='same' needs stride 1 (torch's rule)",
+                where=where,
+                expected="stride=1",
+                got=f"stride={stride}",
+                remedy="give the padding as numbers",
+            )
         total = [d * (n - 1) for d, n in zip(dilation, kernel, strict=True)]
         return (total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2)
     if isinstance(padding, str):
         raise ArgumentError("unknown padding", where=where, expected="an int, a pair, 'same' or 'valid'", got=padding)
-    top, left = pair(padding)
+    top, left = _sizes("padding", padding, 0, where)
     return (top, left, top, left)
+
+
+def _sizes(name: str, value: int | tuple[int, ...], least: int, where: str) -> tuple[int, int]:
+    """A pair of sizes that are at least `least`. Raises ArgumentError."""
+    sizes = pair(value, where)
+    if min(sizes) < least:
+        raise ArgumentError(f"{name} is too small", where=where, expected=f"{name} of at least {least}", got=value)
+    return sizes
 
 
 def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
@@ -96,6 +113,7 @@ def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
 
     Raises ShapeError when the features differ.
     """
+    _need_tensor(x, "linear")
     out_features, in_features = weight.shape
     if x.ndim != 2 or x.shape[1] != in_features:
         remedy = f"in_features={x.shape[1]} fits this input" if x.ndim == 2 else "flatten the image first: x.flatten(1)"
@@ -114,17 +132,20 @@ def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
 
 def _pool(x: Tensor, op: PoolFprop) -> Tensor:
     n, c, h, w = x.shape
+    where = x.trace.layer
+    if op.pad[0] * 2 > op.kernel[0] or op.pad[1] * 2 > op.kernel[1]:
+        limit = (op.kernel[0] // 2, op.kernel[1] // 2)
+        raise ArgumentError("a pool's padding is at most half its window", where=where, expected=limit, got=op.pad)
     p, q = op.output_hw(h, w)
     if p < 1 or q < 1:
+        window = [d * (k - 1) + 1 for d, k in zip(op.dilation, op.kernel, strict=True)]
         raise ShapeError(
             "the pool's window is larger than the padded image",
-            where=x.trace.layer,
-            expected=f"an image of at least {op.kernel[0] - 2 * op.pad[0]}x{op.kernel[1] - 2 * op.pad[1]}",
-            got=f"{h}x{w}",
+            where=where,
+            expected=f"an image of at least {window[0]}x{window[1]} with its padding",
+            got=f"{h + 2 * op.pad[0]}x{w + 2 * op.pad[1]}",
             remedy="use a smaller window or fewer pools before this layer",
         )
-    if op.pad[0] * 2 > op.kernel[0] or op.pad[1] * 2 > op.kernel[1]:
-        raise ArgumentError("a pool's padding is at most half its window", where=x.trace.layer, got=op.pad)
     value = x.trace.emit(op, x.image)[0]
     return Tensor(x.trace, value, (n, c, p, q))
 
@@ -141,10 +162,13 @@ def max_pool2d(
     """Maximum over windows of x (N,C,H,W). Raises ShapeError, ArgumentError, UnsupportedError (return_indices)."""
     _need_image(x, "max_pool2d")
     if return_indices:
-        raise UnsupportedError("return_indices", where=x.trace.layer)
-    kernel = pair(kernel_size)
-    op = PoolFprop("max", kernel, pair(stride or kernel), pair(padding), pair(dilation), ceil_mode)
-    return _pool(x, op)
+        raise UnsupportedError(
+            "a pool's indices are not given", where=x.trace.layer, expected="return_indices=False", got=True,
+            remedy="leave return_indices out",
+        )  # fmt: skip
+    kernel, strides, pad = _window(kernel_size, stride, padding, x.trace.layer)
+    steps = _sizes("dilation", dilation, 1, x.trace.layer)
+    return _pool(x, PoolFprop("max", kernel, strides, pad, steps, ceil_mode))
 
 
 def avg_pool2d(
@@ -158,27 +182,43 @@ def avg_pool2d(
 ) -> Tensor:
     """Mean over windows of x (N,C,H,W). Raises ShapeError, ArgumentError."""
     _need_image(x, "avg_pool2d")
-    kernel = pair(kernel_size)
-    op = PoolFprop(
-        "avg", kernel, pair(stride or kernel), pair(padding), (1, 1), ceil_mode, count_include_pad, divisor_override
-    )
+    where = x.trace.layer
+    kernel, strides, pad = _window(kernel_size, stride, padding, where)
+    if divisor_override == 0:
+        raise ArgumentError("divisor_override", where=where, expected="a number other than 0, or None", got=0)
+    op = PoolFprop("avg", kernel, strides, pad, (1, 1), ceil_mode, count_include_pad, divisor_override)
     return _pool(x, op)
 
 
-def adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int | None, int | None] | None) -> Tensor:
+def _window(
+    kernel_size: IntPair, stride: IntPair | None, padding: IntPair, where: str
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Kernel, stride (the kernel's if not given) and padding of a pool. Raises ArgumentError."""
+    kernel = _sizes("kernel_size", kernel_size, 1, where)
+    strides = kernel if stride is None else _sizes("stride", stride, 1, where)
+    return kernel, strides, _sizes("padding", padding, 0, where)
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: OutputSize) -> Tensor:
     """Mean over windows chosen so that the output is output_size (None keeps a dimension)."""
     _need_image(x, "adaptive_avg_pool2d")
-    n, c, h, w = x.shape
-    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
-    p, q = (h if size[0] is None else size[0]), (w if size[1] is None else size[1])
+    n, c = x.shape[:2]
+    p, q = _output_size(x, output_size)
     (value,) = x.trace.emit(AdaptiveAvgFprop(out=(p, q)), x.image)
     return Tensor(x.trace, value, (n, c, p, q))
 
 
-def adaptive_max_pool2d(x: Tensor, output_size: int | tuple[int, int]) -> Tensor:
+def _output_size(x: Tensor, output_size: OutputSize) -> tuple[int, int]:
+    """output_size with its Nones filled in. Raises ArgumentError."""
+    size = output_size if isinstance(output_size, Sequence) else (output_size, output_size)
+    filled = tuple(have if want is None else want for want, have in zip(size, x.shape[2:], strict=False))
+    return _sizes("output_size", filled, 1, x.trace.layer)
+
+
+def adaptive_max_pool2d(x: Tensor, output_size: OutputSize) -> Tensor:
     """Maximum over equal windows. Raises UnsupportedError when the image does not divide evenly."""
     _need_image(x, "adaptive_max_pool2d")
-    p, q = pair(output_size)
+    p, q = _output_size(x, output_size)
     h, w = x.shape[2:]
     if h % p or w % q:
         raise UnsupportedError(
@@ -186,11 +226,13 @@ def adaptive_max_pool2d(x: Tensor, output_size: int | tuple[int, int]) -> Tensor
             where=x.trace.layer,
             expected=f"an image whose sides are multiples of {(p, q)}",
             got=(h, w),
+            remedy="use output_size=1, an image size that divides evenly, or AdaptiveAvgPool2d",
         )
     return max_pool2d(x, (h // p, w // q))
 
 
 def _activation(x: Tensor, kind: str) -> Tensor:
+    _need_tensor(x, kind)
     if kind not in ACTIVATIONS:
         raise ArgumentError("unknown activation", where=x.trace.layer, expected=ACTIVATIONS, got=kind)
     (value,) = x.trace.emit(Act(kind), x.value)
@@ -224,6 +266,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Zero each element with probability p and scale the rest by 1/(1-p), in training plans (Srivastava et al. 2014)."""
+    _need_tensor(x, "dropout")
     if not 0 <= p < 1:
         raise ArgumentError("dropout's p", where=x.trace.layer, expected="0 <= p < 1", got=p)
     trace = x.trace
@@ -245,10 +288,17 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalise each channel of x (N,C,H,W) or (N,C). Raises ShapeError when the channels differ."""
+    _need_tensor(x, "batch_norm")
+    trace = x.trace
     c = weight.shape[0]
     if x.ndim not in (2, 4) or x.shape[1] != c:
-        raise ShapeError("batch norm over another number of channels", where=x.trace.layer, expected=c, got=x.shape)
-    trace = x.trace
+        raise ShapeError(
+            "batch norm over another number of channels",
+            where=trace.layer,
+            expected=f"(N, {c}, H, W) or (N, {c})",
+            got=x.shape,
+            remedy=f"num_features={x.shape[1]} fits this input",
+        )
     value = x.value if x.ndim == 4 else x.in_user_order()
     operands = [trace.variable(v) for v in (weight, bias, running_mean, running_var)]
     batch_statistics = training and trace.training
@@ -256,6 +306,7 @@ def batch_norm(
         raise ShapeError(
             "batch norm needs more than one value a channel in training",
             where=trace.layer,
+            expected="at least two values a channel",
             got=x.shape,
             remedy="use a batch of at least 2",
         )
@@ -270,6 +321,7 @@ def cross_entropy(x: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Lo
         raise ShapeError(
             "cross entropy takes logits (N, classes) and class numbers (N)",
             where=trace.layer,
+            expected=f"(N, classes) f32 and ({x.shape[0]},) i32",
             got=f"{x.shape} and {target.shape} {target.value.dtype}",
             remedy="flatten the output, or use MSELoss for float targets",
         )
@@ -288,17 +340,34 @@ def mse_loss(x: Tensor, target: Tensor) -> Loss:
         raise ShapeError(
             "MSE needs float targets of the output's shape",
             where=x.trace.layer,
-            expected=x.shape,
+            expected=f"an output (N, F) and float targets of its shape, here {x.shape}",
             got=f"{target.shape} {target.value.dtype}",
+            remedy="flatten the output, and use CrossEntropyLoss for class numbers",
         )
     return Loss(x.trace.emit(MeanSquaredError(x.trace.training), x.in_user_order(), target.value)[0])
 
 
-def _need_image(x: Any, name: str) -> None:
+def _need_tensor(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
-        raise UnsupportedError(f"{name} on {type(x).__name__}", remedy="call it inside a Module's forward()")
+        raise UnsupportedError(
+            "a function was called on something that is not a tensor of a plan",
+            where=name,
+            expected="a tensor of forward()",
+            got=type(x).__name__,
+            remedy="call it inside a Module's forward(); parcnn.predict(model, array) runs a model on a NumPy array",
+        )
+
+
+def _need_image(x: Any, name: str) -> None:
+    _need_tensor(x, name)
     if x.ndim != 4:
-        raise ShapeError(f"{name} takes images", where=x.trace.layer, expected="(N, C, H, W)", got=x.shape)
+        raise ShapeError(
+            f"{name} takes images",
+            where=x.trace.layer,
+            expected="(N, C, H, W)",
+            got=x.shape,
+            remedy="put it before flatten, or x.view(n, c, h, w) the features into an image",
+        )
 
 
 __all__ = [

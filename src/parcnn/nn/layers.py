@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from parcnn.errors import ArgumentError, UnsupportedError
+from parcnn.errors import ArgumentError, ShapeError, UnsupportedError
 from parcnn.nn import functional as F
 from parcnn.nn.functional import IntPair, Loss
 from parcnn.nn.init import fan_in_bound, uniform
@@ -36,8 +36,12 @@ class Conv2d(Module):
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = pair(kernel_size), pair(stride), pair(dilation)
-        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.kernel_size, self.stride, self.dilation = (
+            pair(kernel_size, "Conv2d"),
+            pair(stride, "Conv2d"),
+            pair(dilation, "Conv2d"),
+        )
+        self.padding = padding if isinstance(padding, str) else pair(padding, "Conv2d")
         if min(in_channels, out_channels, *self.kernel_size, *self.stride, *self.dilation) < 1:
             raise ArgumentError("sizes of a convolution are at least 1", where="Conv2d", got=self.extra_repr())
         if groups != 1 or padding_mode != "zeros":
@@ -242,6 +246,8 @@ class BatchNorm2d(Module):
     Raises UnsupportedError for affine=False, track_running_stats=False and momentum=None.
     """
 
+    ndim, takes = 4, "(N, C, H, W)"
+
     def __init__(
         self,
         num_features: int,
@@ -265,6 +271,14 @@ class BatchNorm2d(Module):
         self.register_buffer("num_batches_tracked", np.zeros((), np.int64))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != self.ndim:
+            raise ShapeError(
+                f"{type(self).__name__} takes {self.takes}",
+                where=x.trace.layer,
+                expected=self.takes,
+                got=x.shape,
+                remedy="use BatchNorm2d on images (N, C, H, W), BatchNorm1d on features (N, C)",
+            )
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
         )
@@ -275,6 +289,8 @@ class BatchNorm2d(Module):
 
 class BatchNorm1d(BatchNorm2d):
     """Batch normalisation of (N, C)."""
+
+    ndim, takes = 2, "(N, C)"
 
 
 class CrossEntropyLoss(Module):

@@ -6,10 +6,13 @@ Shapes are *physical*: images are NHWC, filters KRSC, matrices row-major. Users 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from numbers import Integral
 from typing import ClassVar
+
+from parcnn.errors import ArgumentError
 
 # Bytes of one element. `u2` is a 2-bit pool index: four channels of a pixel share a byte, and each pixel starts a byte.
 ITEM_BYTES = {"f32": 4, "f64": 8, "i32": 4, "u32": 4, "u8": 1}
@@ -102,6 +105,9 @@ class Op:
         return sum(s.nbytes for s in (*inputs, *outputs, *written))
 
 
-def pair(value: int | tuple[int, ...]) -> tuple[int, int]:
-    """An int or a pair as a pair (torch's convention for kernel, stride, padding)."""
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def pair(value: int | Sequence[int], where: str = "") -> tuple[int, int]:
+    """An int or a pair as a pair (torch's convention for kernel, stride, padding). Raises ArgumentError."""
+    sizes = (value, value) if isinstance(value, Integral) else tuple(value) if isinstance(value, Sequence) else ()
+    if len(sizes) != 2 or not all(isinstance(size, Integral) for size in sizes):
+        raise ArgumentError("not a size of an image", where=where, expected="an int or a pair of ints", got=value)
+    return int(sizes[0]), int(sizes[1])

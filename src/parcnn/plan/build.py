@@ -55,7 +55,9 @@ class LossResult(Protocol):
 class Optimizer(Protocol):
     """What a plan needs of an optimizer (`parcnn.optim`)."""
 
-    slots: int  # state tensors a parameter
+    @property
+    def slots(self) -> int:
+        """State tensors a parameter."""
 
     def update(self, count: int) -> Update:
         """The op that updates `count` parameters."""
@@ -158,7 +160,13 @@ def _forward(
     graph.phase = "forward"
     output = model(input_tensor(trace, x, feed.sample))
     if not isinstance(output, Tensor):
-        raise ShapeError("forward() must return one tensor", where=type(model).__name__, got=type(output).__name__)
+        raise ShapeError(
+            "forward() must return one tensor",
+            where=type(model).__name__,
+            expected="Tensor",
+            got=type(output).__name__,
+            remedy="return the tensor that the loss is computed from",
+        )
     graph.layer = "loss" if graph.mode != "predict" else "output"
     if graph.mode == "predict":
         value = output.value if output.ndim == 4 else output.in_user_order()
@@ -166,7 +174,12 @@ def _forward(
         graph.emit(WriteOutput(), value, trace.state, out)
         return output.with_value(value), None
     if loss is None or (graph.mode == "train" and optimizer is None):
-        raise ArgumentError(f"mode {graph.mode!r} needs a loss" + " and an optimizer" * (graph.mode == "train"))
+        raise ArgumentError(
+            f"mode {graph.mode!r} needs a loss" + " and an optimizer" * (graph.mode == "train"),
+            where=type(model).__name__,
+            expected="loss=nn.CrossEntropyLoss()" + ", optimizer=SGD()" * (graph.mode == "train"),
+            got=f"loss={loss}, optimizer={optimizer}",
+        )
     result = loss(output, Tensor(trace, target, target.shape))
     if not any(getattr(result, "value", None) in node.outputs for node in graph.nodes if node.layer == "loss"):
         raise ArgumentError(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
-from parcnn.errors import ShapeError, UnsupportedError
+from parcnn.errors import ShapeError, UnknownNameError, UnsupportedError
 from parcnn.ops.base import Value
 from parcnn.ops.pointwise import Add
 from parcnn.ops.pool import AdaptiveAvgFprop
@@ -52,7 +52,7 @@ class Trace:
 
     def variable(self, variable: Variable, packing: Packing | None = None) -> Value:
         """The value of a parameter or buffer; `packing` says which filter it is seen as."""
-        spec = self.layout.bind(variable, packing or Packing())
+        spec = self.layout.bind(variable, packing or Packing(), self.layer)
         if variable not in self.variables:
             self.variables[variable] = self.graph.place(
                 spec, "weights", self.layout.offsets[variable], self.layout.names[variable]
@@ -127,6 +127,14 @@ class Tensor:
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Tensor:
         """Join dimensions start_dim..end_dim; the batch must stay apart (start_dim=1)."""
+        if not (-self.ndim <= start_dim < self.ndim and -self.ndim <= end_dim < self.ndim):
+            raise ShapeError(
+                "flatten over dimensions that the tensor does not have",
+                where=self.trace.layer,
+                expected=f"dimensions of {self.shape}",
+                got=f"start_dim={start_dim}, end_dim={end_dim}",
+                remedy="flatten(1) joins all but the batch",
+            )
         start, end = start_dim % self.ndim, end_dim % self.ndim
         joined = prod(self.shape[start : end + 1])
         return self.reshape(*self.shape[:start], joined, *self.shape[end + 1 :])
@@ -135,7 +143,13 @@ class Tensor:
         """Mean over (2, 3), the global average pool. Raises UnsupportedError for other dimensions."""
         dims = tuple(sorted(d % self.ndim for d in (dim if isinstance(dim, Sequence) else (dim,)) if d is not None))
         if self.ndim != 4 or dims != (2, 3):
-            raise UnsupportedError("mean over other dimensions than (2, 3)", where=self.trace.layer, got=dim)
+            raise UnsupportedError(
+                "this mean is not known",
+                where=self.trace.layer,
+                expected="the mean of (N, C, H, W) over (2, 3)",
+                got=f"the mean of {self.shape} over {dim}",
+                remedy="use mean((2, 3)) on an image, or AvgPool2d",
+            )
         n, c = self.shape[:2]
         (value,) = self.trace.emit(AdaptiveAvgFprop(out=(1, 1)), self.value)
         return Tensor(self.trace, value, (n, c, 1, 1) if keepdim else (n, c))
@@ -145,6 +159,26 @@ class Tensor:
 
     __radd__ = __add__
     __iadd__ = __add__
+
+    def _no_arithmetic(self, *_: object) -> NoReturn:
+        raise UnsupportedError(
+            "arithmetic on tensors other than the sum of two",
+            where=self.trace.layer,
+            remedy="express it by layers, or by +, cat and the functions of parcnn.nn.functional",
+        )
+
+    __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __matmul__ = _no_arithmetic
+    __neg__ = __getitem__ = _no_arithmetic
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise UnknownNameError(
+            f"a tensor has no {name!r}",
+            where=self.trace.layer,
+            expected="size, shape, ndim, dim, numel, view, reshape, flatten, mean, contiguous",
+            remedy="use a layer of parcnn.nn or a function of parcnn.nn.functional",
+        )
 
     def __bool__(self) -> bool:
         raise UnsupportedError(
@@ -196,9 +230,21 @@ def _resolve(x: Tensor, shape: Sequence[Any]) -> tuple[int, ...]:
 def add(a: Tensor, b: object) -> Tensor:
     """a + b for two tensors of one shape. Raises ShapeError, UnsupportedError."""
     if not isinstance(b, Tensor):
-        raise UnsupportedError("a sum of a tensor and something else", where=a.trace.layer, got=type(b).__name__)
+        raise UnsupportedError(
+            "a sum of a tensor and something else",
+            where=a.trace.layer,
+            expected="two tensors",
+            got=type(b).__name__,
+            remedy="write a + b, and a layer with a bias to add constants",
+        )
     if a.shape != b.shape:
-        raise ShapeError("the two sides of + have different shapes", where=a.trace.layer, expected=a.shape, got=b.shape)
+        raise ShapeError(
+            "the two sides of + have different shapes",
+            where=a.trace.layer,
+            expected=a.shape,
+            got=b.shape,
+            remedy="bring both to one shape, e.g. by a 1x1 convolution with the same stride",
+        )
     left, right = a.value, b.value
     if left.shape != right.shape:
         left, right = a.in_user_order(), b.in_user_order()
@@ -208,16 +254,32 @@ def add(a: Tensor, b: object) -> Tensor:
 
 def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Concatenate along dimension 1: channels of images, features of matrices. Raises ShapeError, UnsupportedError."""
+    tensors = tuple(tensors)
+    if not tensors or not all(isinstance(t, Tensor) for t in tensors):
+        raise UnsupportedError(
+            "cat of something else than tensors",
+            where=next((t.trace.layer for t in tensors if isinstance(t, Tensor)), "cat"),
+            expected="a sequence of at least one tensor of forward()",
+            got=[type(t).__name__ for t in tensors],
+            remedy="call it inside a Module's forward(), as cat([a, b], 1)",
+        )
     first = tensors[0]
-    if dim % first.ndim != 1:
-        raise UnsupportedError("cat along another dimension than 1", where=first.trace.layer, got=dim)
+    if dim not in (1, 1 - first.ndim):
+        raise UnsupportedError(
+            "cat along another dimension than 1",
+            where=first.trace.layer,
+            expected="dim=1: channels of images, features of matrices",
+            got=f"dim={dim} of {first.shape}",
+            remedy="pass dim=1",
+        )
     for t in tensors[1:]:
         if (t.shape[0], *t.shape[2:]) != (first.shape[0], *first.shape[2:]):
             raise ShapeError(
                 "cat along 1 needs all other dimensions equal",
                 where=first.trace.layer,
-                expected=first.shape,
+                expected=(first.shape[0], "any", *first.shape[2:]),
                 got=t.shape,
+                remedy="pool or flatten all to one size first",
             )
     values = [t.value if t.ndim == 4 else t.in_user_order() for t in tensors]
     (value,) = first.trace.emit(Cat(), *values)

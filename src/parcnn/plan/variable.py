@@ -111,11 +111,15 @@ class Layout:
             self.state_offsets[variable] = tuple(self.optimizer_bytes + i * step for i in range(slots))
             self.optimizer_bytes += slots * step
 
-    def bind(self, variable: Variable, packing: Packing) -> Spec:
-        """Fix how a variable is packed, and give its spec on the device. Raises ShapeError when two uses disagree."""
+    def bind(self, variable: Variable, packing: Packing, layer: str = "") -> Spec:
+        """Fix how a variable is packed for its use in `layer`, and give its spec on the device.
+
+        Raises ShapeError when it is not the model's own, or when two uses disagree.
+        """
         if variable not in self.offsets:
             raise ShapeError(
                 "a parameter that is not the model's own was used in forward()",
+                where=layer,
                 remedy="assign it to an attribute of a Module, so that it is trained and saved",
             )
         known = self.packings.setdefault(variable, packing)
