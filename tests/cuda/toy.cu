@@ -9,7 +9,7 @@ struct Scale {
 
 struct Pair {
     Scale scale;
-    unsigned char *flag;  // at an offset that a struct of four bytes less would not give
+    unsigned char *flag;
 };
 
 // y[i] = x[i] * factor + add
@@ -18,13 +18,13 @@ extern "C" __global__ void __launch_bounds__(256) scale_add(float *y, Pair pair,
     if (i < n && i < pair.scale.count) y[i] = twice(pair.scale.x[i]) * 0.5f * pair.scale.factor + (float)add;
 }
 
-// y[i] = x[i] + 1 after `spin_ns`, through dynamic shared memory
+// y[i] = x[i] + 1, read after `spin_ns` and passed through dynamic shared memory
 extern "C" __global__ void __launch_bounds__(256) slow_increment(float *y, const float *x, int n, unsigned spin_ns) {
     extern __shared__ float tile[];
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    tile[threadIdx.x] = i < n ? x[i] : 0.f;
     unsigned long long start = nanoseconds();
     while (nanoseconds() - start < spin_ns) {}
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    tile[threadIdx.x] = i < n ? ((const volatile float *)x)[i] : 0.f;
     if (i < n) y[i] = tile[threadIdx.x] + 1.f;
 }
 
@@ -36,3 +36,5 @@ extern "C" __global__ void write_log(int *state, float *log, const float *x, int
 }
 
 extern "C" __global__ void no_parameters() {}
+
+extern "C" __global__ void fault() { *(volatile float *)8 = 1.f; }

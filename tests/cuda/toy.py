@@ -93,7 +93,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 
 def variants() -> Iterable[Kernel]:
-    return [kernel(entry) for entry in ("scale_add", "slow_increment", "write_log", "no_parameters")]
+    return [kernel(entry) for entry in ("scale_add", "slow_increment", "write_log", "no_parameters", "fault")]
 
 
 OPS = (ScaleAdd, SlowIncrement, WriteLog, Custom)

@@ -28,14 +28,14 @@ SHARED_BYTES = {
 CPU_REMEDY = "or use the CPU: device='cpu', `--device cpu`"
 
 
-def device_count(library: str = DRIVER_LIBRARY) -> int:
+def device_count() -> int:
     """Number of CUDA devices, at least 1. Raises DeviceError: no driver, a driver that does not start, no GPU."""
     try:
-        driver = ctypes.CDLL(library)
+        driver = ctypes.CDLL(DRIVER_LIBRARY)
     except OSError as fault:
         raise DeviceError(
             "there is no NVIDIA driver on this machine",
-            expected=f"the driver's library, {library}",
+            expected=f"the driver's library, {DRIVER_LIBRARY}",
             got=str(fault),
             remedy=f"install NVIDIA's driver (in a container, start it with GPU access), {CPU_REMEDY}",
         ) from fault
@@ -102,9 +102,17 @@ def arch_name(capability: tuple[int, int], where: str = "") -> str:
     return f"sm_{major}{minor}" + "a" * (capability in _ARCH_SPECIFIC)
 
 
-def driver_version(record: Path = Path("/sys/module/nvidia/version")) -> str:
-    """Version of NVIDIA's kernel driver, '580.65.06', or '' where the system does not say."""
+def driver_version(record: Path = Path("/sys/module/nvidia/version"), library: str = "libnvidia-ml.so.1") -> str:
+    """Version of NVIDIA's kernel driver, '580.65.06', as the kernel or else NVML tells it; '' where neither does."""
     try:
         return record.read_text().strip()
     except OSError:
+        pass
+    try:
+        nvml = ctypes.CDLL(library)
+    except OSError:
         return ""
+    text = ctypes.create_string_buffer(80)
+    if nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
+        return ""
+    return text.value.decode()
