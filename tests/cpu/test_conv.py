@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import reference
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.base import ACTIVATIONS
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from tests import reference
+from tests.op_runner import run_op
 
 
 @dataclass(frozen=True)

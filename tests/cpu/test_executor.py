@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.op_runner import run_op
 from threadpoolctl import threadpool_info
 
 from parcnn.cpu import CpuExecutor, peak_gflops
@@ -14,6 +13,7 @@ from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
 from parcnn.ops.pointwise import Act
 from parcnn.ops.program import Call, Program, Slot
+from tests.op_runner import run_op
 
 
 def float32(random: np.random.Generator, *shape: int) -> np.ndarray:

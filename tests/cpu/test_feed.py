@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import reference
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
 from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from tests import reference
+from tests.op_runner import run_op
 
 STATE = np.array([2, 40, 3, -7, 9, 0, 0, 0], np.int32)
 KEY = (-7 & 0xFFFFFFFF, 9)

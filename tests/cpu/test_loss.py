@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import reference
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
+from tests import reference
+from tests.op_runner import run_op
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

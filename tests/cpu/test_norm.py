@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import reference
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
+from tests import reference
+from tests.op_runner import run_op
 
 SHAPES = [(2, 3, 1, 1), (3, 5, 7, 24), (7, 65), (2, 64, 50, 24)]  # the last is larger than one piece of work
 shapes = pytest.mark.parametrize("shape", SHAPES)

@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 import pytest
-from tests import reference
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cpu.erf import erfc
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT
 from parcnn.ops.pointwise import Act, ActDgrad, Add, Dropout
+from tests import reference
+from tests.op_runner import run_op
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 65), (1, 7), (3, 100, 113, 1)]  # the last is larger than one piece of work
 

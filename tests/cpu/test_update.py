@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from tests.op_runner import run_op
 
 from parcnn.cpu import CpuExecutor
 from parcnn.ops.update import AdamUpdate, SgdUpdate
+from tests.op_runner import run_op
 
 SHAPES = [(5, 3, 3, 2), (1,), (40_000,)]  # the last is larger than one piece of work
 

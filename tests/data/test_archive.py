@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.files import tar_gz
 
 from parcnn.data.archive import unpack
 from parcnn.errors import DataError
+from tests.data.files import tar_gz
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 50_000, dtype=np.uint8).tobytes()
 MEMBERS = {"set/a.bin": len(CONTENT), "set/b.bin": 3}

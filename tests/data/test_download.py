@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.server import Server, serve
 
 from parcnn.data.download import download, fetch
 from parcnn.data.published import RemoteFile
 from parcnn.errors import DataError, DataUnavailableError
+from tests.data.server import Server, serve
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_001, dtype=np.uint8).tobytes()
 FILE = RemoteFile("images.gz", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.data.files import idx_bytes, write_idx
 
 from parcnn.data.idx import read_idx
 from parcnn.errors import DataError
+from tests.data.files import idx_bytes, write_idx
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 

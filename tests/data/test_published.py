@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.files import idx_bytes
 
 from parcnn.data import load
 from parcnn.data.idx import read_idx
 from parcnn.data.published import PUBLISHED
 from parcnn.errors import DataError
+from tests.data.files import idx_bytes
 
 REAL = os.environ.get("PARCNN_TEST_DATA")
 real_data = pytest.mark.skipif(not REAL, reason="PARCNN_TEST_DATA names no folder of the published data")

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.data.files import TINY, cifar_archive, cifar_files, random_images, write_cifar, write_idx, write_mnist
-from tests.data.server import Server, serve
 
 from parcnn.data import load, names
 from parcnn.data.published import PUBLISHED, RemoteFile
 from parcnn.errors import ArgumentError, DataError, DataUnavailableError, LabelError
+from tests.data.files import TINY, cifar_archive, cifar_files, random_images, write_cifar, write_idx, write_mnist
+from tests.data.server import Server, serve
 
 MNIST, FASHION, CIFAR10, CIFAR100 = (TINY[name] for name in ("mnist", "fashion-mnist", "cifar10", "cifar100"))
 

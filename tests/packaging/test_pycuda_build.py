@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.packaging.conftest import Tool
 
 NO_TOOLKIT: dict[str, str | None] = dict.fromkeys(

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.packaging.conftest import ROOT, Tool
 
 # Answers questions about itself as the real interpreter; writes down every pip call instead of making it.

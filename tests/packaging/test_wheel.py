@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.packaging.conftest import ROOT
 
 LARGEST_WHEEL_BYTES = 2_000_000
