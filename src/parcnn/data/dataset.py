@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,7 +37,7 @@ class Dataset:
     name: str
     split: str
     images: NDArray[np.uint8] | NDArray[np.float32]
-    labels: NDArray[np.int32] | NDArray[np.float32]
+    labels: NDArray[Any]  # int32 or float32
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -209,7 +210,7 @@ def _check_images(images: NDArray[np.generic], name: str) -> None:
             )
 
 
-def _check_labels(labels: NDArray[np.integer], images: int, classes: int, name: str) -> None:
+def _check_labels(labels: NDArray[Any], images: int, classes: int, name: str) -> None:
     if labels.ndim != 1:
         raise ShapeError("labels have the wrong number of axes", where=name, expected="(N,)", got=labels.shape)
     if len(labels) != images:
@@ -220,7 +221,7 @@ def _check_labels(labels: NDArray[np.integer], images: int, classes: int, name: 
     check_label_range(labels, classes, name)
 
 
-def _check_targets(targets: NDArray[np.floating], images: int, name: str) -> None:
+def _check_targets(targets: NDArray[Any], images: int, name: str) -> None:
     if targets.ndim != 2 or len(targets) != images or not np.isfinite(targets).all():
         raise DataError(
             "targets of a regression do not fit",
@@ -231,7 +232,7 @@ def _check_targets(targets: NDArray[np.floating], images: int, name: str) -> Non
         )
 
 
-def check_label_range(labels: NDArray[np.integer], classes: int, where: str) -> None:
+def check_label_range(labels: NDArray[Any], classes: int, where: str) -> None:
     """Raises LabelError that names the first label outside 0..classes-1."""
     outside = (labels < 0) | (labels >= classes)
     if outside.any():

@@ -10,7 +10,7 @@ from parcnn.errors import ArgumentError, ShapeError, UnsupportedError
 from parcnn.nn import functional as F
 from parcnn.nn.functional import IntPair, Loss
 from parcnn.nn.init import fan_in_bound, uniform
-from parcnn.nn.module import Module, Parameter
+from parcnn.nn.module import Buffer, Module, Parameter
 from parcnn.ops.base import pair
 from parcnn.plan.trace import Tensor
 
@@ -21,6 +21,8 @@ class Conv2d(Module):
     padding: int, pair, 'valid' or 'same'. Raises ArgumentError for sizes below 1, UnsupportedError for groups and for
     padding modes other than zeros.
     """
+
+    bias: Parameter | None
 
     def __init__(
         self,
@@ -63,6 +65,8 @@ class Conv2d(Module):
 
 class Linear(Module):
     """y = x @ weight^T + bias; weight (out_features, in_features)."""
+
+    bias: Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -245,6 +249,9 @@ class BatchNorm2d(Module):
 
     Raises UnsupportedError for affine=False, track_running_stats=False and momentum=None.
     """
+
+    running_mean: Buffer
+    running_var: Buffer
 
     ndim, takes = 4, "(N, C, H, W)"
 

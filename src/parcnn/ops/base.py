@@ -111,3 +111,9 @@ def pair(value: int | Sequence[int], where: str = "") -> tuple[int, int]:
     if len(sizes) != 2 or not all(isinstance(size, Integral) for size in sizes):
         raise ArgumentError("not a size of an image", where=where, expected="an int or a pair of ints", got=value)
     return int(sizes[0]), int(sizes[1])
+
+
+def image_of(value: Value) -> tuple[int, int]:
+    """Height and width of a value (N,H,W,C); of a filter (K,R,S,C), R and S."""
+    _, h, w, _ = value.shape
+    return h, w

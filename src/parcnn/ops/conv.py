@@ -10,9 +10,9 @@ equals wins), as 2-bit indices; backward needs nothing else of the tensor before
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value
+from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, image_of
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class ConvFprop(ConvGeometry):
         if self.act:
             (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
         idx = outputs[1:2]
-        geometry = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation, "pool": self.pool}
-        (dx,) = emit(ConvDgrad(**geometry, image=x.shape[1:3]), dy, w, *idx)
-        dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=w.shape[1:3]), x, dy, *idx)
+        geometry: dict[str, Any] = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation, "pool": self.pool}
+        (dx,) = emit(ConvDgrad(**geometry, image=image_of(x)), dy, w, *idx)
+        dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=image_of(w)), x, dy, *idx)
         return dx, *dw_db
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from parcnn.ops.base import Emit, Grads, Op, Spec, Value
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value, image_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PoolFprop(PoolWindow):
         if dys[0] is None:
             return (None,)
         attributes = {f.name: getattr(self, f.name) for f in fields(PoolWindow)}
-        return emit(PoolDgrad(**attributes, image=inputs[0].shape[1:3]), dys[0], *outputs[1:])
+        return emit(PoolDgrad(**attributes, image=image_of(inputs[0])), dys[0], *outputs[1:])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return outputs[0].size * self.kernel[0] * self.kernel[1]
@@ -85,7 +85,7 @@ class AdaptiveAvgFprop(Op):
         return (Spec((n, *self.out, c), inputs[0].dtype),)
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
-        return (None,) if dys[0] is None else emit(AdaptiveAvgDgrad(image=inputs[0].shape[1:3]), dys[0])
+        return (None,) if dys[0] is None else emit(AdaptiveAvgDgrad(image=image_of(inputs[0])), dys[0])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return inputs[0].size
