@@ -48,6 +48,11 @@ class Registry:
             remedy="use the CPU: device='cpu', `--device cpu`",
         )
 
+    @property
+    def ops(self) -> tuple[type[Op], ...]:
+        """Every op that some launcher runs."""
+        return tuple(op for launcher in self._launchers for op in launcher.OPS)
+
     def variants(self) -> tuple[Kernel, ...]:
         """Every kernel of every launcher."""
         return tuple(kernel for launcher in self._launchers for kernel in launcher.variants())

@@ -1,0 +1,101 @@
+"""Every op that has a kernel, on the null driver: its launches fit the compiled kernels, the device and the plan's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import REGISTRY
+from parcnn.ops.base import Op
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
+from parcnn.ops.loss import CrossEntropy, MeanSquaredError
+from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
+from parcnn.ops.pointwise import Act, ActDgrad, Add, Dropout
+from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
+from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from parcnn.ops.update import AdamUpdate, SgdUpdate
+from tests.op_runner import run_op
+
+
+def f32(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def i32(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int32)
+
+
+def u8(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.uint8)
+
+
+def convolutions(n: int, h: int, c: int, k: int, r: int, pool: str | None) -> Iterator[tuple[Op, list[np.ndarray]]]:
+    """fprop, dgrad and wgrad of one convolution with padding 1 and, behind it, a pool."""
+    geometry = {"pad": (1, 1, 1, 1), "pool": pool}
+    x, w, b = f32(n, h, h, c), f32(k, r, r, c), f32(k)
+    p, q = ConvFprop(**geometry).pooled_hw(h, h, r, r)
+    dy, idx = f32(n, p, q, k), [u8(n, p, q, k)] * (pool == "max")
+    yield ConvFprop(**geometry, bias=True, act="relu"), [x, w, b]
+    yield ConvFprop(**geometry), [x, w]
+    yield ConvDgrad(**geometry, image=(h, h)), [dy, w, *idx]
+    yield ConvDgrad(**geometry, image=(h, h), act="relu", add=True), [dy, w, *idx, x, x]
+    yield ConvWgrad(**geometry, filter=(r, r), bias=True), [x, dy, *idx]
+    yield ConvWgrad(**geometry, filter=(r, r)), [x, dy, *idx]
+
+
+CHANNELS = [f32(65)] * 4
+CASES: list[tuple[Op, list[np.ndarray]]] = [
+    *convolutions(3, 17, 3, 24, 3, "max"),
+    *convolutions(1, 1, 65, 7, 3, None),
+    *convolutions(130, 8, 64, 128, 3, "avg"),
+    *convolutions(64, 28, 1, 6, 5, "max"),
+    (ConvFprop(bias=True), [f32(70, 1, 1, 400), f32(120, 1, 1, 400), f32(120)]),
+    (PoolFprop(), [f32(2, 7, 5, 65)]),
+    (PoolFprop(kind="avg", kernel=(3, 2), stride=(2, 1), pad=(1, 0)), [f32(2, 7, 5, 65)]),
+    (PoolDgrad(image=(7, 5)), [f32(2, 3, 2, 65), u8(2, 3, 2, 65)]),
+    (PoolDgrad(kind="avg", image=(7, 5)), [f32(2, 3, 2, 65)]),
+    (AdaptiveAvgFprop(), [f32(2, 7, 5, 65)]),
+    (AdaptiveAvgDgrad(image=(7, 5)), [f32(2, 1, 1, 65)]),
+    *((Act(kind), [f32(3, 5, 7)]) for kind in ("relu", "gelu", "silu", "tanh", "sigmoid")),
+    (ActDgrad("gelu"), [f32(3, 5, 7), f32(3, 5, 7)]),
+    (Add(), [f32(3, 5, 7), f32(3, 5, 7)]),
+    (Add(act="relu"), [f32(3, 5, 7), f32(3, 5, 7)]),
+    (Dropout(0.3), [f32(3, 5, 7), i32(8)]),
+    (BatchNormTrain(act="relu"), [f32(3, 5, 5, 65), *CHANNELS]),
+    (BatchNormTrain(), [f32(512, 16, 16, 65), *CHANNELS]),
+    (BatchNormInfer(), [f32(3, 5, 5, 65), *CHANNELS]),
+    (BatchNormDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
+    (BatchNormInferDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
+    (Cat(), [f32(2, 3, 5), f32(2, 3, 1), f32(2, 3, 24)]),
+    (ChannelSlice(1, 4), [f32(2, 3, 5)]),
+    (ToChannelsFirst(), [f32(2, 3, 5, 7)]),
+    (ToChannelsLast((3, 5, 7)), [f32(2, 105)]),
+    (CrossEntropy(), [f32(33, 10), i32(33)]),
+    (CrossEntropy(train=False), [f32(4097, 1000), i32(4097)]),
+    (MeanSquaredError(), [f32(33, 7), f32(33, 7)]),
+    (SgdUpdate(count=2, momentum=0.9), [f32(4, 4), i32(8), *[f32(5, 3), f32(7)] * 3]),
+    (AdamUpdate(count=1), [f32(4, 4), i32(8), *[f32(5, 3)] * 4]),
+    (GatherBatch(batch=5, scale=(1.0,) * 3, shift=(0.0,) * 3), [u8(9, 4, 4, 3), i32(9), i32(20), i32(8)]),
+    (EndStep(batch=5), [i32(8), f32(4), f32(1), i32(4), i32(1)]),
+    (WriteOutput(), [f32(5, 10), i32(8), f32(20, 10)]),
+]
+
+
+@pytest.fixture(scope="module", params=["sm_90a", "sm_89"])  # the most shared memory, and the least
+def null_of(request: pytest.FixtureRequest) -> CudaExecutor:
+    return CudaExecutor.null(request.param)
+
+
+@pytest.mark.parametrize(("op", "arrays"), CASES, ids=lambda v: v.name if isinstance(v, Op) else "")
+def test_launches_are_right(null_of: CudaExecutor, op: Op, arrays: list[np.ndarray]) -> None:
+    before = null_of.driver.counters.launches
+    run_op(null_of, op, arrays)
+    assert null_of.driver.counters.launches > before
+
+
+def test_every_op_with_a_kernel_is_among_the_cases() -> None:
+    assert {type(op) for op, _ in CASES} == set(REGISTRY.ops)
