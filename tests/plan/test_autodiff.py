@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from tests.plan.step import Step, check_gradients, make_plan, step_of
 
 from parcnn import cat, nn
 from parcnn.cpu import CpuExecutor
@@ -18,6 +17,7 @@ from parcnn.ops.update import Update
 from parcnn.optim import SGD
 from parcnn.plan.options import Options
 from parcnn.plan.trace import Tensor
+from tests.plan.step import Step, check_gradients, make_plan, step_of
 
 
 class Net(nn.Module):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from hypothesis import HealthCheck, event, given, settings
-from tests.plan.networks import Problem, networks
-from tests.plan.step import Step, check_gradients, step_of
 
 from parcnn.cpu import CpuExecutor
 from parcnn.plan.options import Options
+from tests.plan.networks import Problem, networks
+from tests.plan.step import Step, check_gradients, step_of
 
 CALM = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 PLAIN = Options(fuse=False, reuse=False, inplace=False, parallel=False, graph=False)

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.plan.networks import Problem, networks
-from tests.plan.step import Step, make_plan
 
 from parcnn import nn
 from parcnn.cpu import CpuExecutor
@@ -20,6 +18,8 @@ from parcnn.plan import memory
 from parcnn.plan.build import Plan, check_memory
 from parcnn.plan.options import Options
 from parcnn.plan.variable import ALIGNMENT, align
+from tests.plan.networks import Problem, networks
+from tests.plan.step import Step, make_plan
 
 CALM = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 BLOCKS = st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 20), st.integers(0, 8)), max_size=25)

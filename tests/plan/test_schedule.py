@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.plan.networks import Problem, networks
-from tests.plan.step import Step, make_plan
 
 from parcnn import nn
 from parcnn.cpu import CpuExecutor
@@ -19,6 +17,8 @@ from parcnn.models import CifarNet, LeNet5
 from parcnn.ops.program import Call, Program, Slot
 from parcnn.plan.build import Plan
 from parcnn.plan.options import Options
+from tests.plan.networks import Problem, networks
+from tests.plan.step import Step, make_plan
 
 CALM = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 OPTIONS = st.builds(

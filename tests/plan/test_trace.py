@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil, floor
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.plan.step import Step, feed_of, lay_out, make_plan
 
 from parcnn import cat, flatten, nn
 from parcnn.cpu import CpuExecutor
@@ -19,6 +19,7 @@ from parcnn.nn import functional as F
 from parcnn.ops.base import Spec
 from parcnn.plan.build import build
 from parcnn.plan.trace import Tensor
+from tests.plan.step import Step, feed_of, lay_out, make_plan
 
 Compute = Callable[[Tensor], Any]
 
@@ -288,9 +289,6 @@ BAD_LAYERS: list[tuple[str, Callable[[], nn.Module], type[ParcnnError]]] = [
     ("channels", lambda: nn.Conv2d(4, 5, 3), ShapeError),
     ("kernel larger than the image", lambda: nn.Conv2d(3, 5, (8, 3)), ShapeError),
     ("dilated kernel larger than the image", lambda: nn.Conv2d(3, 5, 3, padding=1, dilation=5), ShapeError),
-    ("same with stride", lambda: nn.Conv2d(3, 5, 3, stride=2, padding="same"), ArgumentError),
-    ("unknown padding", lambda: nn.Conv2d(3, 5, 3, padding="full"), ArgumentError),
-    ("negative padding", lambda: nn.Conv2d(3, 5, 3, padding=-1), ArgumentError),
     ("linear on an image", lambda: nn.Linear(11, 5), ShapeError),
     ("features", lambda: nn.Sequential(nn.Flatten(), nn.Linear(230, 5)), ShapeError),
     ("batch norm's channels", lambda: nn.BatchNorm2d(5), ShapeError),
@@ -305,6 +303,20 @@ def test_layers_that_do_not_fit(cpu: CpuExecutor, layer: Callable[[], nn.Module]
     with pytest.raises(error) as caught:
         _shape(cpu, nn.Sequential(nn.Identity(), built), (2, 3, 7, 11))
     _check(caught.value, "1.1" if isinstance(built, nn.Sequential) else "1")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"stride": 0}, {"dilation": 0}, {"padding": -1}, {"padding": "full"}, {"padding": "same", "stride": 2}],
+)
+def test_sizes_of_a_convolution(cpu: CpuExecutor, arguments: dict[str, Any]) -> None:
+    layer = nn.Conv2d(3, 2, 3)
+    with pytest.raises(ArgumentError) as caught:
+        _shape(cpu, nn.Sequential(Net(lambda x: F.conv2d(x, layer.weight, **arguments), layer)), (2, 3, 7, 11))
+    _check(caught.value, "0")
+    with pytest.raises(UnsupportedError) as unsupported:
+        _shape(cpu, nn.Sequential(Net(lambda x: F.conv2d(x, layer.weight, groups=3), layer)), (2, 3, 7, 11))
+    _check(unsupported.value, "0")
 
 
 def test_the_message_is_for_people(cpu: CpuExecutor) -> None:
@@ -336,7 +348,7 @@ def test_labels_and_losses_that_do_not_fit(cpu: CpuExecutor) -> None:
         (linear, floats, nn.CrossEntropyLoss(), ShapeError),
         (linear, floats, nn.MSELoss(), ShapeError),
         (linear, classes, nn.MSELoss(), ShapeError),
-        (linear, classes, nn.CrossEntropyLoss(label_smoothing=1.0), ArgumentError),
+        (linear, classes, partial(F.cross_entropy, label_smoothing=1.0), ArgumentError),
     ]:
         for mode in ("train", "eval"):
             with pytest.raises(error) as caught:

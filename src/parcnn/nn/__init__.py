@@ -1,6 +1,8 @@
 """torch.nn's modules, by the same names, with the same arguments, initial values and state_dict keys."""
 
-from parcnn.nn import functional
+from typing import NoReturn
+
+from parcnn.nn import functional, init
 from parcnn.nn.layers import (
     GELU,
     AdaptiveAvgPool2d,
@@ -47,5 +49,9 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Tanh",
-    "functional",
+    "functional", "init",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> NoReturn:
+    functional.raise_unknown("parcnn.nn", name, __all__)

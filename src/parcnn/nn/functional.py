@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from parcnn.errors import ArgumentError, ShapeError, UnsupportedError
+from parcnn.errors import ArgumentError, ShapeError, UnknownNameError, UnsupportedError
 from parcnn.ops.base import ACTIVATIONS, Value, pair
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
@@ -58,7 +58,7 @@ def conv2d(
             remedy=f"in_channels={x.shape[1]} fits this input",
         )
     stride, dilation = _sizes("stride", stride, 1, where), _sizes("dilation", dilation, 1, where)
-    pad = _padding(padding, stride, dilation, (r, s), where)
+    pad = conv_padding(padding, stride, dilation, (r, s), where)
     op = ConvFprop(stride=stride, pad=pad, dilation=dilation, bias=bias is not None)
     n, _, h, w = x.shape
     p, q = op.output_hw(h, w, r, s)
@@ -77,10 +77,10 @@ def conv2d(
     return Tensor(x.trace, value, (n, k, p, q))
 
 
-def _padding(
+def conv_padding(
     padding: IntPair | str, stride: tuple[int, int], dilation: tuple[int, int], kernel: tuple[int, int], where: str
 ) -> tuple[int, int, int, int]:
-    """Padding as (top, left, bottom, right)."""
+    """Padding as (top, left, bottom, right), by torch's rules. Raises ArgumentError."""
     if padding == "valid":
         return (0, 0, 0, 0)
     if padding == "same":
@@ -370,7 +370,23 @@ def _need_image(x: Any, name: str) -> None:
         )
 
 
+def raise_unknown(room: str, name: str, known: Sequence[str]) -> NoReturn:
+    """Raise UnknownNameError for a name that `room` does not have; AttributeError for what Python itself asks for."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {room!r} has no attribute {name!r}")
+    raise UnknownNameError(
+        f"there is no {name!r}",
+        where=room,
+        expected=", ".join(known),
+        remedy="build it from these, with +, cat and views",
+    )
+
+
 __all__ = [
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm", "conv2d", "cross_entropy", "dropout",
     "flatten", "gelu", "linear", "max_pool2d", "mse_loss", "relu", "sigmoid", "silu", "tanh",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> NoReturn:
+    raise_unknown("parcnn.nn.functional", name, __all__)

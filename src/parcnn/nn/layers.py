@@ -45,11 +45,14 @@ class Conv2d(Module):
         )
         self.padding = padding if isinstance(padding, str) else pair(padding, "Conv2d")
         if min(in_channels, out_channels, *self.kernel_size, *self.stride, *self.dilation) < 1:
-            raise ArgumentError("sizes of a convolution are at least 1", where="Conv2d", got=self.extra_repr())
+            raise ArgumentError(
+                "sizes of a convolution are at least 1", where="Conv2d", expected=">= 1", got=self.extra_repr()
+            )
+        F.conv_padding(self.padding, self.stride, self.dilation, self.kernel_size, "Conv2d")
         if groups != 1 or padding_mode != "zeros":
             raise UnsupportedError(
                 "groups and padding modes", where="Conv2d", expected="groups=1, padding_mode='zeros'",
-                got=f"groups={groups}, padding_mode={padding_mode!r}",
+                got=f"groups={groups}, padding_mode={padding_mode!r}", remedy="leave both at their defaults",
             )  # fmt: skip
         bound = fan_in_bound(in_channels * self.kernel_size[0] * self.kernel_size[1])
         self.weight = Parameter(uniform((out_channels, in_channels, *self.kernel_size), bound))
@@ -72,7 +75,9 @@ class Linear(Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         if min(in_features, out_features) < 1:
-            raise ArgumentError("features are at least 1", where="Linear", got=(in_features, out_features))
+            raise ArgumentError(
+                "features are at least 1", where="Linear", expected=">= 1", got=(in_features, out_features)
+            )
         bound = fan_in_bound(in_features)
         self.weight = Parameter(uniform((out_features, in_features), bound))
         self.register_parameter("bias", Parameter(uniform((out_features,), bound)) if bias else None)
@@ -174,6 +179,8 @@ class GELU(Module):
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ArgumentError("unknown form", where="GELU", expected="'none' or 'tanh'", got=approximate)
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -269,6 +276,15 @@ class BatchNorm2d(Module):
                 "batch norm without affine, running statistics or momentum",
                 where=type(self).__name__,
                 expected="affine=True, track_running_stats=True, a float momentum",
+                got=f"affine={affine}, track_running_stats={track_running_stats}, momentum={momentum}",
+                remedy="leave them at their defaults; requires_grad_(False) freezes scale and shift",
+            )
+        if num_features < 1 or eps < 0:
+            raise ArgumentError(
+                "a value out of range",
+                where=type(self).__name__,
+                expected="num_features >= 1 and eps >= 0",
+                got=f"num_features={num_features}, eps={eps}",
             )
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.weight = Parameter(np.ones(num_features, np.float32))
@@ -315,7 +331,14 @@ class CrossEntropyLoss(Module):
             raise UnsupportedError(
                 "class weights, ignore_index and other reductions",
                 where="CrossEntropyLoss",
-                expected="reduction='mean'",
+                expected="weight=None, ignore_index=-100, reduction='mean'",
+                got=f"weight={weight}, ignore_index={ignore_index}, reduction={reduction!r}",
+                remedy="leave them at their defaults; leave samples out of the data set to ignore them",
+            )
+        if not 0 <= label_smoothing < 1:
+            expected = "0 <= label_smoothing < 1"
+            raise ArgumentError(
+                "a value out of range", where="CrossEntropyLoss", expected=expected, got=label_smoothing
             )
         self.label_smoothing = label_smoothing
 
@@ -332,7 +355,9 @@ class MSELoss(Module):
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
         if reduction != "mean":
-            raise UnsupportedError("another reduction", where="MSELoss", expected="'mean'", got=reduction)
+            raise UnsupportedError(
+                "another reduction", where="MSELoss", expected="'mean'", got=reduction, remedy="scale the learning rate"
+            )
 
     def forward(self, x: Tensor, target: Tensor) -> Loss:
         return F.mse_loss(x, target)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parcnn.errors import CheckpointError, UnsupportedError
+from parcnn.errors import ArgumentError, CheckpointError, UnsupportedError
 from parcnn.plan.trace import Tensor
 from parcnn.plan.variable import Variable
 
@@ -41,14 +41,40 @@ class Module:
         self.__dict__.update(training=True, _modules={}, _variables={})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Module | Variable) and "_modules" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__}.__init__ must call super().__init__() before assigning {name}")
-        known = self.__dict__.get("_variables", {})
-        if isinstance(value, Module):
+        if "_modules" not in self.__dict__:
+            if isinstance(value, Module | Variable):
+                raise AttributeError(
+                    f"{type(self).__name__}.__init__ must call super().__init__() before assigning {name}"
+                )
+        elif isinstance(value, Module):
+            self._variables.pop(name, None)
             self._modules[name] = value
-        elif isinstance(value, Variable) or (name in known and value is None):
-            known[name] = value
+        elif isinstance(value, Variable):
+            self._modules.pop(name, None)
+            self._variables[name] = value
+        elif name in self._variables or name in self._modules:
+            self._replace(name, value)
         object.__setattr__(self, name, value)
+
+    def _replace(self, name: str, value: Any) -> None:
+        """Take what `name` was out of the model: None may stand for a parameter or a module, other values may not."""
+        if value is not None:
+            kind = "module" if name in self._modules else "tensor"
+            raise ArgumentError(
+                f"a {kind} of the model would be lost",
+                where=f"{type(self).__name__}.{name}",
+                expected="a Module or None" if kind == "module" else "a Parameter, a Buffer or None",
+                got=type(value).__name__,
+                remedy=f"delete {name} first" if kind == "module" else f"change its values by {name}.assign(array)",
+            )
+        self._modules.pop(name, None)
+        if name in self._variables:
+            self._variables[name] = None
+
+    def __delattr__(self, name: str) -> None:
+        self._modules.pop(name, None)
+        self._variables.pop(name, None)
+        object.__delattr__(self, name)
 
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """Add a parameter under `name`; None marks it as absent."""
@@ -65,21 +91,23 @@ class Module:
         """Add a child module under `name`."""
         setattr(self, name, module)
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **keywords: Any) -> Any:
         """Compute the output; every subclass writes its own."""
         raise NotImplementedError(f"{type(self).__name__} has no forward()")
 
-    def __call__(self, *args: Any) -> Any:
-        tensor = next((a for a in _flat(args) if isinstance(a, Tensor)), None)
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        given = (*args, *keywords.values())
+        tensor = next((a for a in _flat(given) if isinstance(a, Tensor)), None)
         if tensor is None:
             raise UnsupportedError(
                 "a module was called on something that is not a tensor of a plan",
                 where=type(self).__name__,
-                got=", ".join(type(a).__name__ for a in args) or "nothing",
+                expected="a tensor of forward()",
+                got=", ".join(type(a).__name__ for a in given) or "nothing",
                 remedy="parcnn.predict(model, array) runs a model on a NumPy array",
             )
         with tensor.trace.inside(self):
-            return self.forward(*args)
+            return self.forward(*args, **keywords)
 
     # -- walking ------------------------------------------------------------------------------------------------
 
@@ -106,12 +134,13 @@ class Module:
         for _, module in self.named_modules():
             yield module
 
-    def named_variables(self) -> Iterator[tuple[str, Variable]]:
-        """Parameters and buffers under torch's state_dict keys, each key once (a shared tensor has several keys)."""
-        for path, module in self.named_modules():
-            for name, variable in module._variables.items():
-                if variable is not None:
-                    yield (f"{path}.{name}" if path else name), variable
+    def named_variables(self, prefix: str = "") -> Iterator[tuple[str, Variable]]:
+        """Parameters and buffers under torch's state_dict keys, each key once (what is shared has several keys)."""
+        for name, variable in self._variables.items():
+            if variable is not None:
+                yield prefix + name, variable
+        for name, child in self._modules.items():
+            yield from child.named_variables(f"{prefix}{name}.")
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Parameters and their keys, a shared one once."""
@@ -165,9 +194,13 @@ class Module:
             )
         arrays = {name: _as_array(state_dict[name]) for name in own if name in state_dict}
         for name, array in arrays.items():
-            if array.shape != own[name].shape:
+            if array.shape != own[name].shape or array.dtype.kind not in "fiub":
                 raise CheckpointError(
-                    "a tensor of another shape", where=name, expected=own[name].shape, got=array.shape
+                    "a tensor of another shape or type",
+                    where=name,
+                    expected=f"{own[name].shape} numbers",
+                    got=f"{array.shape} {array.dtype}",
+                    remedy="build the model with the arguments it was saved with",
                 )
         for name, array in arrays.items():
             own[name].assign(array)
@@ -219,8 +252,9 @@ class Sequential(Module):
         return iter(self._modules.values())
 
     def __getitem__(self, index: int | slice) -> Module:
-        layers = list(self._modules.values())
-        return Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
+        if isinstance(index, slice):  # names are kept, so that a slice has the keys of the whole
+            return Sequential(OrderedDict(list(self._modules.items())[index]))
+        return list(self._modules.values())[index]
 
 
 class ModuleList(Module):
@@ -242,5 +276,6 @@ class ModuleList(Module):
     def __iter__(self) -> Iterator[Module]:
         return iter(self._modules.values())
 
-    def __getitem__(self, index: int) -> Module:
-        return list(self._modules.values())[index]
+    def __getitem__(self, index: int | slice) -> Module:
+        layers = list(self._modules.values())
+        return ModuleList(layers[index]) if isinstance(index, slice) else layers[index]
