@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -88,14 +89,53 @@ def test_a_damaged_entry_is_compiled_again_and_replaced(folder: Path, cache: Pat
 
 
 def test_compilers_at_once_leave_whole_entries_and_nothing_else(folder: Path, cache: Path) -> None:
-    kernels = [Kernel("store.cu", "store", (("VALUE", i),)) for i in range(4)]
+    kernels = [Kernel("store.cu", "store", (("VALUE", i),)) for i in range(3)]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: Compiler("sm_90a", folder, cache).compile(kernels), range(4)))
     assert len({tuple(r[k].data for k in kernels) for r in results}) == 1
-    assert sorted(p.suffix for p in cache.iterdir()) == [".cubin"] * 4
+    assert sorted(p.suffix for p in cache.iterdir()) == [".cubin"] * 3
     again = Compiler("sm_90a", folder, cache)
     again.compile(kernels)
     assert again.compiled == 0
+
+
+@pytest.fixture
+def many(folder: Path) -> list[Kernel]:
+    return [Kernel("store.cu", "store", (("VALUE", i),)) for i in range(6)]
+
+
+def test_many_kernels_are_compiled_by_processes(folder: Path, cache: Path, many: list[Kernel], two_cores: None) -> None:
+    compiler = Compiler("sm_90a", folder, cache)
+    cubins = compiler.compile(many)
+    assert compiler.compiled == 0  # all came from the cache, where the processes put them
+    assert len({c.data for c in cubins.values()}) == 6
+    alone = Compiler("sm_90a", folder, None)
+    assert {k: c.data for k, c in alone.compile(many).items()} == {k: c.data for k, c in cubins.items()}
+    assert alone.compiled == 6
+
+
+def test_a_fault_among_many_kernels_is_reported_all_the_same(
+    folder: Path, cache: Path, many: list[Kernel], two_cores: None
+) -> None:
+    wrong = Kernel("store.cu", "store", (("VALUE", "undeclared"),))
+    compiler = Compiler("sm_90a", folder, cache)
+    with pytest.raises(KernelCompileError, match="undeclared"):
+        compiler.compile([wrong, *many])
+    assert len(list(cache.iterdir())) == 6
+
+
+def test_without_processes_the_work_is_done_here(
+    folder: Path, cache: Path, many: list[Kernel], two_cores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    compiler = Compiler("sm_90a", folder, cache)
+    compiler.compile(many)
+    assert compiler.compiled == 6
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""CUDA C++ to cubins by NVRTC, in parallel threads, kept in a cache on disk.
+"""CUDA C++ to cubins by NVRTC, kept in a cache on disk.
+
+NVRTC holds one lock in a process: two threads compile no faster than one (measured with 13.5: eight kernels in 3.7 s by one
+thread, 3.9 s by two). So many kernels are compiled by processes (`python -m parcnn.cuda.compiler`), which leave them in the
+cache.
 
 Options: `--fmad` stays on (its default): a fused multiply-add rounds once and so errs less. Fast math stays off: it
 flushes denormals and replaces division, square root and exp by approximations, which moves the error beyond what two
@@ -7,11 +11,14 @@ fp32 computations may differ by.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +29,8 @@ from parcnn.cuda.device import bindings_missing
 from parcnn.cuda.launch import Kernel
 from parcnn.errors import KernelCompileError
 
+# A process takes about as long to start as NVRTC to compile one kernel.
+_KERNELS_PER_PROCESS = 2
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -43,7 +52,7 @@ class Compiler:
     """Compiles the kernels of `folder` for one architecture ('sm_90a'); `cache` None: nothing is kept on disk.
 
     Headers (`*.cuh`) are those of the folder; sources include them by name. Kernels of one source with the same macros
-    share a compilation. `compiled` counts the runs of NVRTC.
+    share a compilation. `compiled` counts the runs of NVRTC in this process.
     """
 
     def __init__(self, arch: str, folder: Path, cache: Path | None) -> None:
@@ -59,12 +68,11 @@ class Compiler:
         kernels = list(kernels)
         units = {(k.source, k.defines): k for k in kernels}
         missing = [k for unit, k in units.items() if unit not in self._done]
-        if missing:
-            # More threads than cores would only compete: a compilation is pure computation, outside Python's lock.
-            with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
-                for kernel, cubin in zip(missing, pool.map(self._compile, missing), strict=True):
-                    self._done[kernel.source, kernel.defines] = cubin
-                    self.compiled += not cubin.from_cache
+        self._compile_in_processes(missing)
+        for kernel in missing:
+            cubin = self._compile(kernel)
+            self._done[kernel.source, kernel.defines] = cubin
+            self.compiled += not cubin.from_cache
         cubins = {k: self._done[k.source, k.defines] for k in kernels}
         for kernel, cubin in cubins.items():
             if kernel.entry not in cubin.kernels:
@@ -76,14 +84,43 @@ class Compiler:
                 )
         return cubins
 
-    def _compile(self, kernel: Kernel) -> Cubin:
+    def _compile_in_processes(self, kernels: Sequence[Kernel]) -> None:
+        """Fill the cache. What a process fails at is left to `_compile`, which says why."""
+        if self.cache is None:
+            return
+        absent = [k for k in kernels if _read_entry(self._entry(*self._unit(k))) is None]
+        count = min(len(os.sched_getaffinity(0)), len(absent) // _KERNELS_PER_PROCESS)
+        if count < 2:
+            return
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        order = {"arch": self.arch, "folder": str(self.folder), "cache": str(self.cache)}
+        with contextlib.ExitStack() as running:
+            for i in range(count):
+                share = [(k.source, k.entry, k.defines) for k in absent[i::count]]
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "parcnn.cuda.compiler", json.dumps({**order, "kernels": share})],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=environment,
+                )
+                running.enter_context(process)  # waits for it at the end
+
+    def _unit(self, kernel: Kernel) -> tuple[bytes, list[str]]:
+        """What is compiled for a kernel: the source, and NVRTC's options."""
         try:
             source = (self.folder / kernel.source).read_bytes()
         except OSError as fault:
             raise KernelCompileError("the kernel's source cannot be read", where=kernel.label, got=fault) from fault
-        options = [f"-arch={self.arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines)]
-        entry = self.cache / f"{self._key(source, options)}.cubin" if self.cache else None
-        kept = _read_entry(entry) if entry else None
+        return source, [f"-arch={self.arch}", "--std=c++17", *(f"-D{name}={value}" for name, value in kernel.defines)]
+
+    def _entry(self, source: bytes, options: list[str]) -> Path | None:
+        return self.cache / f"{self._key(source, options)}.cubin" if self.cache else None
+
+    def _compile(self, kernel: Kernel) -> Cubin:
+        source, options = self._unit(kernel)
+        entry = self._entry(source, options)
+        kept = _read_entry(entry)
         if kept is not None:
             return Cubin(kept, parse(kept), from_cache=True)
         data = self._run_nvrtc(kernel, source, options)
@@ -138,8 +175,10 @@ def _load_nvrtc() -> ModuleType:
     return nvrtc
 
 
-def _read_entry(path: Path) -> bytes | None:
+def _read_entry(path: Path | None) -> bytes | None:
     """A cache entry's cubin; None where there is none or its digest shows that it is damaged."""
+    if path is None:
+        return None
     try:
         entry = path.read_bytes()
     except OSError:
@@ -161,3 +200,17 @@ def _write_entry(path: Path, cubin: bytes) -> None:
         Path(name).replace(path)
     except OSError:
         Path(name).unlink(missing_ok=True)
+
+
+def _compile_share(order: str) -> None:
+    """The work of one process: compile its share of the kernels into the cache."""
+    share = json.loads(order)
+    compiler = Compiler(share["arch"], Path(share["folder"]), Path(share["cache"]))
+    for source, entry, defines in share["kernels"]:
+        # One by one: a kernel that fails is the caller's to report, and keeps nothing else from the cache.
+        with contextlib.suppress(KernelCompileError):
+            compiler.compile([Kernel(source, entry, tuple((name, value) for name, value in defines))])
+
+
+if __name__ == "__main__":
+    _compile_share(sys.argv[1])
