@@ -21,11 +21,11 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.lr >= 0, "SGD.lr", ">= 0", self.lr)
-        _check(0 <= self.momentum < 1, "SGD.momentum", "0 <= momentum < 1", self.momentum)
-        _check(self.weight_decay >= 0, "SGD.weight_decay", ">= 0", self.weight_decay)
+        check(self.lr >= 0, "SGD.lr", ">= 0", self.lr)
+        check(0 <= self.momentum < 1, "SGD.momentum", "0 <= momentum < 1", self.momentum)
+        check(self.weight_decay >= 0, "SGD.weight_decay", ">= 0", self.weight_decay)
         plain = self.momentum > 0 and self.dampening == 0
-        _check(not self.nesterov or plain, "SGD.nesterov", "momentum > 0 and dampening 0", self)
+        check(not self.nesterov or plain, "SGD.nesterov", "momentum > 0 and dampening 0", self)
 
     @property
     def slots(self) -> int:
@@ -54,12 +54,12 @@ class Adam:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        _check(self.lr >= 0, f"{name}.lr", ">= 0", self.lr)
-        _check(
+        check(self.lr >= 0, f"{name}.lr", ">= 0", self.lr)
+        check(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"{name}.betas", "two in [0, 1)", self.betas
         )
-        _check(self.eps > 0, f"{name}.eps", "> 0", self.eps)
-        _check(self.weight_decay >= 0, f"{name}.weight_decay", ">= 0", self.weight_decay)
+        check(self.eps > 0, f"{name}.eps", "> 0", self.eps)
+        check(self.weight_decay >= 0, f"{name}.weight_decay", ">= 0", self.weight_decay)
 
     @property
     def slots(self) -> int:
@@ -86,6 +86,7 @@ class AdamW(Adam):
     _decoupled = True
 
 
-def _check(good: bool, where: str, expected: str, got: object) -> None:
+def check(good: bool, where: str, expected: str, got: object) -> None:
+    """Raise ArgumentError unless `good`."""
     if not good:
         raise ArgumentError("a value out of range", where=where, expected=expected, got=got)

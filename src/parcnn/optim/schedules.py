@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from parcnn.optim.optimizers import check
+
 
 class Schedule(Protocol):
     """factor(step, total) -> the factor on lr, for steps 0 <= step < total (arrays of steps give arrays)."""
@@ -21,9 +23,15 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Warmup:
-    """Base of schedules: the factor rises linearly from near 0 over the first `warmup` share of the run."""
+    """Base of schedules: the factor rises linearly from near 0 over the first `warmup` share of the run.
+
+    Schedules raise ArgumentError for values out of range.
+    """
 
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(0 <= self.warmup < 1, f"{type(self).__name__}.warmup", "0 <= warmup < 1, a share of the run", self.warmup)
 
     def factor(self, step: np.ndarray, total: int) -> np.ndarray:
         """The factor on lr at each of `step`."""
@@ -48,6 +56,10 @@ class CosineLR(Warmup):
 
     final: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.final >= 0, "CosineLR.final", ">= 0", self.final)
+
     def shape(self, progress: np.ndarray) -> np.ndarray:
         return self.final + (1 - self.final) * (1 + np.cos(np.pi * progress)) / 2
 
@@ -57,6 +69,10 @@ class LinearLR(Warmup):
     """A line from 1 to `final`."""
 
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.final >= 0, f"{type(self).__name__}.final", ">= 0", self.final)
 
     def shape(self, progress: np.ndarray) -> np.ndarray:
         return 1 + (self.final - 1) * progress
@@ -71,10 +87,16 @@ class TriangularLR(LinearLR):
 
 @dataclass(frozen=True)
 class StepLR(Warmup):
-    """`gamma` ** (number of milestones passed); milestones are shares of the run."""
+    """`gamma` ** (number of milestones passed); milestones are shares of the run after its warm-up."""
 
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rising = list(self.milestones) == sorted(self.milestones) and all(0 <= m <= 1 for m in self.milestones)
+        check(rising, "StepLR.milestones", "rising shares of the run, 0 to 1", self.milestones)
+        check(self.gamma > 0, "StepLR.gamma", "> 0", self.gamma)
 
     def shape(self, progress: np.ndarray) -> np.ndarray:
         passed = sum((progress >= m).astype(np.float64) for m in self.milestones)
