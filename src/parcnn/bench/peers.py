@@ -109,7 +109,7 @@ def _step(
                 run(x)
 
         return forward
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device == "cuda")
 
     def step() -> None:
         F.cross_entropy(run(x), y).backward()

@@ -51,8 +51,8 @@ class Size:
 FULL = Size(
     {"lenet5": (16, 64, 256, 1024, 4096), "cifarnet": (32, 128, 512)},
     {"lenet5": 64, "cifarnet": 128},
-    seconds=5,
-    repeats=9,
+    seconds=2,
+    repeats=7,
     epochs={"mnist": 3, "digits": 20},
 )
 # Two minutes on two cores without a GPU.
@@ -103,8 +103,8 @@ def subjects(data_dir: Path | None, say: Say) -> tuple[Subject, Subject]:
     return lenet, Subject("cifarnet", colour, None)
 
 
-def run(size: Size, data_dir: Path | None, say: Say) -> list[Row]:
-    """Measure everything; `say` is told, in words, what is going on."""
+def run(size: Size, data_dir: Path | None, say: Say, with_peers: bool = True) -> list[Row]:
+    """Measure everything; `say` is told, in words, what is going on. with_peers: PyTorch too, where it is installed."""
     lenet, cifar = subjects(data_dir, say)
     found = executors()
     machines = {variant: Machine.of(executor) for variant, executor in found.items()}
@@ -114,7 +114,7 @@ def run(size: Size, data_dir: Path | None, say: Say) -> list[Row]:
 
     rows = train_each(lenet, size.epochs[lenet.train.name], found, machines, say)
     for subject in (lenet, cifar):
-        rows += time_each(subject, size, found, machines, peak, say)
+        rows += time_each(subject, size, found, machines, peak, say, with_peers)
     best = GPU if GPU in found else ALL_CORES
     for network, batch in size.ablation_batch.items():
         subject = next(s for s in (lenet, cifar) if s.network == network)
@@ -192,6 +192,7 @@ def time_each(
     machines: dict[str, Machine],
     peak: float,
     say: Say,
+    with_peers: bool,
 ) -> list[Row]:
     """Time a forward pass and a training step over batch sizes: rows `speedup`."""
     name, batches = subject.train.name, size.batches[subject.network]
@@ -209,7 +210,7 @@ def time_each(
                 gflops = flops(plan) / timing.p50_us / 1e3
                 threads = getattr(executor, "threads", None)
                 rate = batch / timing.p50_us * 1e6
-                peer_times = _peer(subject, batch, mode, variant, threads, size.repeats)
+                peer_times = _peer(subject, batch, mode, variant, threads, size.repeats) if with_peers else {}
                 peer = min(peer_times, key=lambda each: peer_times[each]) if peer_times else None
                 rows.append(
                     machines[variant].row(
@@ -272,10 +273,11 @@ def ablations(
 
 
 def measure(trainer: Trainer, train: Dataset, mode: str, size: Size) -> StepTiming:
-    """Time steps for about `size.seconds`."""
-    first = time_steps(trainer, train, mode, steps=1, repeats=1)
-    steps = int(size.seconds * 1e6 / first.p50_us / (size.repeats + 2))  # two runs warm up
-    return time_steps(trainer, train, mode, steps=max(1, min(200, steps)), repeats=size.repeats)
+    """Time steps for about `size.seconds`, fewer times where one step takes about as long as all should."""
+    first_us = time_steps(trainer, train, mode, steps=1, repeats=1).p50_us
+    steps = int(size.seconds * 1e6 / first_us / (size.repeats + 2))  # two runs warm up
+    repeats = size.repeats if steps else min(size.repeats, 3)
+    return time_steps(trainer, train, mode, steps=max(1, min(200, steps)), repeats=repeats)
 
 
 def _peer(subject: Subject, batch: int, mode: str, variant: str, threads: int | None, repeats: int) -> dict[str, float]:

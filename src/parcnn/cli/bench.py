@@ -32,6 +32,7 @@ Out = Annotated[Path, typer.Option(help="Folder for the rows.")]
 def speedup(
     demo: Annotated[bool, typer.Option("--demo", help="A small one: two minutes on two cores.")] = False,
     data_dir: DataDir = None,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="PyTorch too, where it is installed.")] = True,
     out: Annotated[
         Path | None, typer.Option(help=f"Folder for page, graphs and rows. [default: {RESULTS}; runs/demo with --demo]")
     ] = None,
@@ -41,11 +42,12 @@ def speedup(
     if demo:
         say(
             "parcnn trains convolutional networks. This demonstration trains a small one (LeNet-5, which reads handwritten\n"
-            "digits) in two ways, sequentially on one core and in parallel, and shows that both learn the same. Then it\n"
-            "measures how fast each is, on LeNet-5 and on a larger network (cifarnet), switches each optimization off in\n"
-            "turn to see what it brings, and writes a page with graphs. It takes about two minutes.\n"
+            "digits) sequentially, on one core, and in parallel: on all cores, and on the GPU where there is one. All must\n"
+            "learn the same. Then it measures how fast each is, on LeNet-5 and on a larger network (cifarnet), switches\n"
+            "each optimization off in turn to see what it brings, and writes a page with graphs. This takes one to two\n"
+            "minutes.\n"
         )
-    rows = speedup_bench.run(speedup_bench.DEMO if demo else speedup_bench.FULL, data_dir, say)
+    rows = speedup_bench.run(speedup_bench.DEMO if demo else speedup_bench.FULL, data_dir, say, peers)
     append(folder / "speedup.jsonl", rows)
     path = page.write(folder / "speedup.html", rows, plots.graphs(rows))
     fault = speedup_bench.disagreement(rows)
