@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div, refuse_dtype
+from parcnn.cuda.kernels.common import fast_div, refuse_dtype, vector_width
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
@@ -66,7 +66,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
     for dtype in IMAGE_TYPES:
-        yield from (_gather_kernel(dtype, width, augment) for width, augment in ((1, False), (4, False), (1, True)))
+        yield from (_gather_kernel(dtype, width, augment) for width in (1, 4) for augment in (False, True))
     yield from (_END_STEP, _WRITE_OUTPUT)
 
 
@@ -81,7 +81,7 @@ def _gather_batch(op: GatherBatch, call: Call) -> Launch:
     height, width, channels = shape if len(shape) == 3 else (1, 1, prod(shape))
     elements = prod(shape)
     augment = op.flip or op.shift_px > 0
-    vector = 4 if elements % 4 == 0 and not augment else 1
+    vector = vector_width(width * channels if augment else elements)
     image = Struct((*(np.int32(v) for v in (height, width, channels)), fast_div(width), fast_div(channels)))
     grid = (op.batch, -(-elements // (vector * GROUPS * THREADS)), 1)
     numbers = (np.int32(_row(targets)), np.int32(op.flip), np.int32(op.shift_px))

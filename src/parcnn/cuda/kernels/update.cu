@@ -24,57 +24,84 @@ struct Parameter {
 struct Group {
     Parameter parameter[MAX_GROUP];
     int size[MAX_GROUP];
-    int end[MAX_GROUP];  // blocks of this parameter and of all before it
+    int end[MAX_GROUP];  // blocks of this parameter and of all before it; 2^31 - 1 where there is none
 };
 
-// Calls update(w, g, buffer0, buffer1) for every element that this thread owns; BUFFERS of the buffers are used.
-template <int BUFFERS, class F> __device__ __forceinline__ void for_each(const Group &group, F update) {
-    int slot = 0;
-    while ((int)blockIdx.x >= group.end[slot]) ++slot;
-    const Parameter &p = group.parameter[slot];
-    int block = blockIdx.x - (slot ? group.end[slot - 1] : 0);
-    int i = block * CHUNK + 4 * threadIdx.x, count = group.size[slot] - i;
-    if (count <= 0) return;
-    Floats<4> w = load_part(p.w + i, count), g = load_part(p.g + i, count), b0, b1;
-    b0 = b1 = splat<4>(0.0f);
-    if (BUFFERS > 0) b0 = load_part(p.buffer[0] + i, count);
-    if (BUFFERS > 1) b1 = load_part(p.buffer[1] + i, count);
+// The elements of a thread: it reads them before it waits for the learning rate, which lies behind two loads.
+template <int BUFFERS> struct Elements {
+    float *w, *buffer[2];
+    int count;  // below 1: none; above 4: four
+    Floats<4> w4, g4, buffer4[2];
+};
+
+template <int BUFFERS> __device__ __forceinline__ Elements<BUFFERS> load_elements(const Group &group) {
+    int slot = 0, first = 0;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) update(w.v[e], g.v[e], b0.v[e], b1.v[e]);
-    store_part(p.w + i, w, count);
-    if (BUFFERS > 0) store_part(p.buffer[0] + i, b0, count);
-    if (BUFFERS > 1) store_part(p.buffer[1] + i, b1, count);
+    for (int s = 0; s < MAX_GROUP - 1; ++s)
+        if ((int)blockIdx.x >= group.end[s]) slot = s + 1, first = group.end[s];
+    const Parameter &p = group.parameter[slot];
+    int i = ((int)blockIdx.x - first) * CHUNK + 4 * threadIdx.x;
+    Elements<BUFFERS> own;
+    own.count = group.size[slot] - i;
+    own.w = p.w + i;
+    own.w4 = load_part(own.w, own.count);
+    own.g4 = load_part(p.g + i, own.count);
+#pragma unroll
+    for (int b = 0; b < BUFFERS; ++b) {
+        own.buffer[b] = p.buffer[b] + i;
+        own.buffer4[b] = load_part(own.buffer[b], own.count);
+    }
+    return own;
+}
+
+template <int BUFFERS> __device__ __forceinline__ void store_elements(const Elements<BUFFERS> &own) {
+    store_part(own.w, own.w4, own.count);
+#pragma unroll
+    for (int b = 0; b < BUFFERS; ++b) store_part(own.buffer[b], own.buffer4[b], own.count);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 sgd(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay) {
-    float lr = hyper[4 * (size_t)state[0]];
-    for_each<0>(group, [=](float &w, float g, float &, float &) { w -= lr * (g + weight_decay * w); });
+    int step = state[0];
+    Elements<0> own = load_elements<0>(group);
+    float lr = hyper[4 * (size_t)step];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) own.w4.v[e] -= lr * (own.g4.v[e] + weight_decay * own.w4.v[e]);
+    store_elements(own);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 sgd_momentum(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay, float momentum,
              float one_less_dampening, int nesterov) {
-    float lr = hyper[4 * (size_t)state[0]];
+    int step = state[0];
     bool first = state[1] == 0;
-    for_each<1>(group, [=](float &w, float g, float &buf, float &) {
-        g += weight_decay * w;
+    Elements<1> own = load_elements<1>(group);
+    float lr = hyper[4 * (size_t)step];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        float &w = own.w4.v[e], &buf = own.buffer4[0].v[e], g = own.g4.v[e] + weight_decay * w;
         buf = first ? g : momentum * buf + one_less_dampening * g;
         w -= lr * (nesterov ? g + momentum * buf : buf);
-    });
+    }
+    store_elements(own);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 adam(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay, int decoupled,
      float one_less_beta1, float beta2, float one_less_beta2, float eps) {
-    const float *row = hyper + 4 * (size_t)state[0];
+    int step = state[0];
+    Elements<2> own = load_elements<2>(group);
+    const float *row = hyper + 4 * (size_t)step;
     float lr = row[0], correction1 = row[1], correction2 = row[2];
     float rate = lr / correction1, decay = decoupled ? lr * weight_decay : 0.0f, penalty = decoupled ? 0.0f : weight_decay;
-    for_each<2>(group, [=](float &w, float g, float &m, float &v) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        float &w = own.w4.v[e], &m = own.buffer4[0].v[e], &v = own.buffer4[1].v[e];
         w -= decay * w;
-        g += penalty * w;
+        float g = own.g4.v[e] + penalty * w;
         m += one_less_beta1 * (g - m);
         v = beta2 * v + one_less_beta2 * g * g;
         w -= rate * m / (sqrtf(v / correction2) + eps);
-    });
+    }
+    store_elements(own);
 }

@@ -68,6 +68,9 @@ def _group(op: Update, call: Call) -> tuple[Struct, int]:
     for i in range(MAX_GROUP):
         own = tensors[i :: op.count] if i < op.count else ()  # weight, gradient, buffers
         parameters.append(Struct((*own, *(None,) * (2 + BUFFERS - len(own)))))
-    rest = [0] * (MAX_GROUP - op.count)
-    numbers = [Struct(tuple(np.int32(v) for v in (*values, *rest))) for values in (sizes, ends)]
+    padded = [0] * (MAX_GROUP - op.count), [2**31 - 1] * (MAX_GROUP - op.count)
+    numbers = [
+        Struct(tuple(np.int32(v) for v in (*values, *rest)))
+        for values, rest in zip((sizes, ends), padded, strict=True)
+    ]
     return Struct((Struct(tuple(parameters)), *numbers)), ends[-1]
