@@ -14,8 +14,10 @@ from tests.op_runner import run_op
 
 executor = executors(loss)
 
-# (rows, classes): one block, one block in turns, many blocks, many blocks in turns, rows longer than a warp
-PROBLEMS = [(1, 1), (1, 2), (64, 10), (70, 17), (1100, 10), (1031, 16), (2500, 10), (5, 1000), (37, 517)]
+# (rows, classes): one block, one block in turns, many blocks, many blocks in turns, the most classes of each form and one
+# more, rows that are not kept whole
+PROBLEMS = [(1, 1), (1, 2), (64, 10), (70, 17), (400, 10), (1100, 10), (1031, 16), (2500, 10), (5, 128), (37, 129)]
+PROBLEMS += [(5, 1000), (37, 517), (3, 1024), (2, 1025), (9, 2500)]
 
 
 @pytest.mark.parametrize("rows_classes", PROBLEMS, ids=str)

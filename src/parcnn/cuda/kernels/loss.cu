@@ -4,47 +4,50 @@
 //   mean_squared_error  loss = mean (pred - target)^2;  dpred = 2 * (pred - target) / size
 //   sum_partials        loss and correct from the partial sums of many blocks
 //
-// cross_entropy: 2^lanes_log2 lanes of a warp work on one row (as many as there are classes, at most 32), blocks on runs of
-//   rows; a row is read three times (largest, sum, gradient), the last two from cache. A label outside 0..classes-1 makes
-//   the loss NaN.
+// cross_entropy: 2^lanes_log2 lanes of a warp work on one row, blocks on runs of rows; a lane keeps KEPT logits of its row in
+//   registers, so that a row of at most KEPT * 32 classes is read once. A longer one is read three times (largest, sum,
+//   gradient), in turns of as many. A label outside 0..classes-1 makes the loss NaN.
 // mean_squared_error: a thread does four elements at a time, blocks take turns.
 // One block: the loss is written at once. More: each writes a partial sum, and sum_partials, one block, adds them.
 // All sums run in an order that depends on the sizes alone.
 // Bytes: predictions and targets read once, the gradient written once.
 // Preconditions: tensors start on 16 bytes; the gradient may be the predictions' own memory:
-// a lane reads and writes the same elements.
+// a lane reads and writes the same elements. KEPT << lanes_log2 is at least `classes`, or lanes_log2 is 5.
+// Macro: KEPT (cross_entropy only).
 #include "common.cuh"
 
 #define THREADS 1024  // of the largest block
 
-// Sum over the block, which may have fewer than THREADS threads; thread 0 gets it.
-__device__ __forceinline__ float sum_threads(float v, float *scratch) {
-    v = warp_sum(v);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+// Sums over the block, which may have fewer than THREADS threads; thread 0 gets them.
+__device__ __forceinline__ void sum_block(float &total, int &hits) {
+    __shared__ float totals[32];
+    __shared__ int counts[32];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        total += __shfl_xor_sync(0xffffffffu, total, offset);
+        hits += __shfl_xor_sync(0xffffffffu, hits, offset);
+    }
+    if (lane == 0) totals[warp] = total, counts[warp] = hits;
     __syncthreads();
-    v = threadIdx.x < blockDim.x / 32 ? scratch[threadIdx.x] : 0.0f;
-    if (threadIdx.x < 32) v = warp_sum(v);
-    return v;
+    if (warp > 0) return;
+    total = lane < warps ? totals[lane] : 0.0f;
+    hits = lane < warps ? counts[lane] : 0;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        total += __shfl_xor_sync(0xffffffffu, total, offset);
+        hits += __shfl_xor_sync(0xffffffffu, hits, offset);
+    }
 }
 
-__device__ __forceinline__ int count_threads(int v, int *scratch) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
-    __syncthreads();
-    v = 0;
-    if (threadIdx.x == 0)
-        for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) v += scratch[warp];
-    return v;
-}
+#ifdef KEPT
+#define MOST_THREADS (KEPT > 4 ? 256 : THREADS)  // the more a lane keeps, the more registers it needs
 
 // loss and correct: of the whole batch where there is one block; else element blockIdx.x of the partial sums, unscaled.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
 cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, int *correct, float *dlogits, int rows,
               int classes, int lanes_log2, float smoothing) {
-    __shared__ float sums[THREADS / 32];
-    __shared__ int counts[THREADS / 32];
-    int lanes = 1 << lanes_log2, lane = threadIdx.x & (lanes - 1);
+    int lanes = 1 << lanes_log2, lane = threadIdx.x & (lanes - 1), turn_classes = KEPT << lanes_log2;
     int rows_a_turn = gridDim.x * (blockDim.x >> lanes_log2);
     int row = blockIdx.x * (blockDim.x >> lanes_log2) + (threadIdx.x >> lanes_log2);
     float total = 0.0f;
@@ -53,14 +56,26 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
     for (int turn = 0; turn < rows; turn += rows_a_turn) {
         bool live = turn + row < rows;
         size_t start = (size_t)(live ? turn + row : 0) * classes;
-        const float *x = logits + start;
-        int label = live ? labels[turn + row] : 0;
+        int label = live ? labels[turn + row] : 0, own_classes = live ? classes : 0;
+
+        float kept[KEPT];
+        auto load_turn = [&](int first) {
+#pragma unroll
+            for (int k = 0; k < KEPT; ++k) {
+                int c = first + lane + (k << lanes_log2);
+                if (c < own_classes) kept[k] = logits[start + c];
+            }
+        };
 
         float largest = __int_as_float(0xff800000);
         int winner = classes;
-        for (int c = lane; live && c < classes; c += lanes) {
-            float v = x[c];
-            if (beats(v, largest) || winner == classes) largest = v, winner = c;
+        for (int first = 0; first < classes; first += turn_classes) {
+            load_turn(first);
+#pragma unroll
+            for (int k = 0; k < KEPT; ++k) {
+                int c = first + lane + (k << lanes_log2);
+                if (c < own_classes && (beats(kept[k], largest) || winner == classes)) largest = kept[k], winner = c;
+            }
         }
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
             float v = __shfl_xor_sync(0xffffffffu, largest, offset);
@@ -70,11 +85,19 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
         }
 
         float sum = 0.0f, shifted = 0.0f, own = 0.0f;  // of exp(z), of z, and z of the label; z = x - largest
-        for (int c = lane; live && c < classes; c += lanes) {
-            float z = x[c] - largest;
-            sum += expf(z);
-            shifted += z;
-            if (c == label) own = z;
+        for (int first = 0; first < classes; first += turn_classes) {
+            if (classes > turn_classes) load_turn(first);
+#pragma unroll
+            for (int k = 0; k < KEPT; ++k) {
+                int c = first + lane + (k << lanes_log2);
+                if (c < own_classes) {
+                    float z = kept[k] - largest;
+                    kept[k] = expf(z);
+                    sum += kept[k];
+                    shifted += z;
+                    if (c == label) own = z;
+                }
+            }
         }
         for (int offset = lanes / 2; offset > 0; offset /= 2) {
             sum += __shfl_xor_sync(0xffffffffu, sum, offset);
@@ -82,32 +105,39 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
             own += __shfl_xor_sync(0xffffffffu, own, offset);
         }
 
+        if (dlogits) {
+            float share = 1.0f / rows, scale = 1.0f / sum, rest = smoothing / classes;
+            for (int first = 0; first < classes; first += turn_classes) {
+                if (classes > turn_classes) load_turn(first);
+#pragma unroll
+                for (int k = 0; k < KEPT; ++k) {
+                    int c = first + lane + (k << lanes_log2);
+                    if (c < own_classes) {
+                        float e = classes > turn_classes ? expf(kept[k] - largest) : kept[k];
+                        float target = c == label ? 1.0f - smoothing + rest : rest;
+                        dlogits[start + c] = (e * scale - target) * share;
+                    }
+                }
+            }
+        }
         if (live && lane == 0) {
             float row_loss = logf(sum) - (1.0f - smoothing) * own;
             if (smoothing != 0.0f) row_loss -= smoothing / classes * shifted;
             total += label >= 0 && label < classes ? row_loss : __int_as_float(0x7fc00000);
             hits += winner == label;
         }
-        if (dlogits) {
-            float share = 1.0f / rows, rest = smoothing / classes;
-            for (int c = lane; live && c < classes; c += lanes) {
-                float target = c == label ? 1.0f - smoothing + rest : rest;
-                dlogits[start + c] = (expf(x[c] - largest) / sum - target) * share;
-            }
-        }
     }
-    total = sum_threads(total, sums);
-    hits = count_threads(hits, counts);
+    sum_block(total, hits);
     if (threadIdx.x == 0) {
         loss[blockIdx.x] = gridDim.x == 1 ? total / rows : total;
         correct[blockIdx.x] = hits;
     }
 }
-
+#else
 extern "C" __global__ void __launch_bounds__(THREADS)
 mean_squared_error(const float *pred, const float *__restrict__ target, float *loss, float *dpred, long long n) {
-    __shared__ float sums[THREADS / 32];
     float total = 0.0f, scale = 2.0f / (float)n;
+    int none = 0;
     long long step = 4LL * gridDim.x * blockDim.x;
     for (long long i = 4LL * (blockIdx.x * blockDim.x + threadIdx.x); i < n; i += step) {
         Floats<4> a = load_part(pred + i, n - i), b = load_part(target + i, n - i);
@@ -119,25 +149,23 @@ mean_squared_error(const float *pred, const float *__restrict__ target, float *l
         }
         if (dpred) store_part(dpred + i, a, n - i);
     }
-    total = sum_threads(total, sums);
+    sum_block(total, none);
     if (threadIdx.x == 0) loss[blockIdx.x] = gridDim.x == 1 ? total / (float)n : total;
 }
 
 // One block. corrects null: there is nothing to count.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_partials(const float *losses, const int *corrects, float *loss, int *correct, int partials, float divisor) {
-    __shared__ float sums[THREADS / 32];
-    __shared__ int counts[THREADS / 32];
     float total = 0.0f;
     int hits = 0;
     for (int i = threadIdx.x; i < partials; i += blockDim.x) {
         total += losses[i];
         if (corrects) hits += corrects[i];
     }
-    total = sum_threads(total, sums);
-    hits = count_threads(hits, counts);
+    sum_block(total, hits);
     if (threadIdx.x == 0) {
         *loss = total / divisor;
         if (corrects) *correct = hits;
     }
 }
+#endif

@@ -15,14 +15,15 @@ from parcnn.ops.program import Call
 OPS = (CrossEntropy, MeanSquaredError)
 
 WARP = 32
-THREADS = 256  # of one block among many
+THREADS = 256  # of one block among many, at most
+LEAST_THREADS = 64
 MAX_THREADS = 1024  # of a block on its own
-# Up to so many elements one block does the whole batch: a second launch costs more than other blocks would save.
-MOST_OF_ONE_BLOCK = 16384
+# One block does the whole batch where each of its threads then does no more than so many rows, or four elements of a mean
+# squared error, one after the other: a second launch costs more than other blocks would save.
+ROWS_OF_ONE_BLOCK, FOURS_OF_ONE_BLOCK = 2, 4
+FEW_KEPT, MANY_KEPT = 4, 32  # logits that a lane keeps
 
-_CROSS_ENTROPY, _MEAN_SQUARED_ERROR, _SUM = (
-    Kernel("loss.cu", entry) for entry in ("cross_entropy", "mean_squared_error", "sum_partials")
-)
+_MEAN_SQUARED_ERROR, _SUM = (Kernel("loss.cu", entry) for entry in ("mean_squared_error", "sum_partials"))
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -53,8 +54,9 @@ def launches(call: Call, device: Device) -> list[Launch]:
         correct = call.outputs[1]
         counts: Argument = Pointer(scratch, 4 * blocks, 4 * blocks) if scratch else correct
         gradient = call.outputs[2] if op.train else None
-        sizes = (np.int32(rows), np.int32(classes), np.int32(lanes_for(classes, WARP)), np.float32(op.label_smoothing))
-        kernel, args = _CROSS_ENTROPY, (pred, target, sums, counts, gradient, *sizes)
+        lanes_log2, kept = _lanes(classes)
+        sizes = (np.int32(rows), np.int32(classes), np.int32(lanes_log2), np.float32(op.label_smoothing))
+        kernel, args = _cross_entropy(kept), (pred, target, sums, counts, gradient, *sizes)
         last = (sums, counts, loss, correct, np.int32(blocks), np.float32(rows))
     elif isinstance(op, MeanSquaredError):
         gradient = call.outputs[1] if op.train else None
@@ -68,17 +70,29 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return _CROSS_ENTROPY, _MEAN_SQUARED_ERROR, _SUM
+    return *(_cross_entropy(kept) for kept in (FEW_KEPT, MANY_KEPT)), _MEAN_SQUARED_ERROR, _SUM
+
+
+def _cross_entropy(kept: int) -> Kernel:
+    return Kernel("loss.cu", "cross_entropy", (("KEPT", kept),))
+
+
+def _lanes(classes: int) -> tuple[int, int]:
+    """log2 of the lanes that share a row, and how many logits each keeps."""
+    return lanes_for(-(-classes // FEW_KEPT), WARP), FEW_KEPT if classes <= FEW_KEPT * WARP else MANY_KEPT
 
 
 def _blocks(op: Op, inputs: tuple[Spec, ...], device: Device) -> tuple[int, int]:
     """How many blocks, and the threads of each."""
-    pred = inputs[0]
     if isinstance(op, CrossEntropy):
-        rows, classes = pred.shape
-        wanted = rows << lanes_for(classes, WARP)
+        rows, classes = inputs[0].shape
+        lanes_log2, kept = _lanes(classes)
+        wanted, turns, most = rows << lanes_log2, ROWS_OF_ONE_BLOCK, MAX_THREADS if kept == FEW_KEPT else THREADS
     else:
-        wanted = -(-pred.size // 4)
-    if max(pred.size, wanted) <= MOST_OF_ONE_BLOCK:
-        return 1, min(-(-wanted // WARP) * WARP, MAX_THREADS)
-    return min(-(-wanted // THREADS), 4 * device.sm_count), THREADS
+        wanted, turns, most = -(-inputs[0].size // 4), FOURS_OF_ONE_BLOCK, MAX_THREADS
+    if wanted <= turns * most:
+        return 1, min(-(-wanted // WARP) * WARP, most)
+    threads = THREADS
+    while threads > LEAST_THREADS and wanted < threads * device.sm_count:
+        threads //= 2
+    return min(-(-wanted // threads), 4 * device.sm_count), threads
