@@ -10,7 +10,8 @@ from parcnn.plan.options import Options
 from tests.plan.networks import Problem, networks
 from tests.plan.step import Step, check_gradients, step_of
 
-CALM = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+# The same networks in every run: once in thousands a difference quotient lies across the kink of a ReLU or a maximum.
+CALM = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 PLAIN = Options(fuse=False, reuse=False, inplace=False, parallel=False, graph=False)
 # The default, each switch on its own turned round, and each threshold at its ends.
 SWITCHES = {
