@@ -96,6 +96,7 @@ class CpuExecutor:
     """
 
     name = "cpu"
+    concurrent = False  # a call uses all threads
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:

@@ -280,6 +280,7 @@ class CudaExecutor:
     """
 
     name = "cuda"
+    concurrent = True
 
     def __init__(
         self,

@@ -109,6 +109,7 @@ class Executor(Protocol):
     """What the plan asks (the first three) and what training uses."""
 
     name: str
+    concurrent: bool  # whether calls that do not wait for each other may run at the same time
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the executor runs this fused form on these operands as one call."""

@@ -113,6 +113,8 @@ def build(
     if mode not in MODES:
         raise ArgumentError("unknown mode", expected=MODES, got=mode)
     options = options or Options()
+    if not executor.concurrent:
+        options = replace(options, parallel=False)  # side branches would cost memory and bring nothing
     graph = Graph(mode, layout.dtype)
     output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
     graph.drop_dead([] if result is None else [result.value])

@@ -203,6 +203,8 @@ class EmulationExecutor:
     def launches(self, call: Call) -> list[Launch]:
         return self.family(call.op).launches(call, self.device)
 
+    concurrent = False
+
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         return self.family(op).supports(op, inputs) is None
 
