@@ -4,7 +4,8 @@
 
 Epilogue of fprop: activation, then 2x2 stride-2 pooling over (p,q) whose floor drops an odd last row or column: those
 outputs are never computed. Max-pooling also gives the winner's position in its window, 0..3 (row-major, the first of
-equals wins), as 2-bit indices; backward needs nothing else of the tensor before the pool.
+equals wins), as 2-bit indices; backward needs nothing else of the tensor before the pool. Where a pooled value is NaN, the
+index names one of the window's four, which one is not specified.
 """
 
 from __future__ import annotations

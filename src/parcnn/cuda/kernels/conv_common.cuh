@@ -115,3 +115,46 @@ template <int ThreadM, int ThreadN, int Slices> __device__ __forceinline__ void 
             for (int j = 0; j < ThreadN; ++j) acc[i][j] = warp_sum<Slices>(acc[i][j]);
     }
 }
+
+// Activations that are chosen at run time; dgrad has those of FROM_OUTPUT.
+__device__ __forceinline__ float activation_of(float v, int act) {
+    switch (act) {
+        case ACT_GELU: return activate<ACT_GELU>(v);
+        case ACT_GELU_TANH: return activate<ACT_GELU_TANH>(v);
+        case ACT_SILU: return activate<ACT_SILU>(v);
+        case ACT_TANH: return activate<ACT_TANH>(v);
+        case ACT_SIGMOID: return activate<ACT_SIGMOID>(v);
+        default: return v;
+    }
+}
+
+__device__ __forceinline__ float activation_dgrad_of(float dy, float saved, int act) {
+    return act == ACT_RELU   ? activation_dgrad<ACT_RELU>(dy, saved)
+           : act == ACT_TANH ? activation_dgrad<ACT_TANH>(dy, saved)
+                             : activation_dgrad<ACT_SIGMOID>(dy, saved);
+}
+
+// Every value of v after the activation, one of ACT_*; all threads of a launch have the same one. Other than ReLU, which
+// is everywhere, they take turns in the first row, so that their code is there once.
+template <int Rows, int Columns> __device__ __forceinline__ void activate_all(float (&v)[Rows][Columns], int act) {
+    if (act == ACT_RELU) {
+#pragma unroll
+        for (int i = 0; i < Rows; ++i)
+#pragma unroll
+            for (int j = 0; j < Columns; ++j) v[i][j] = activate<ACT_RELU>(v[i][j]);
+        return;
+    }
+    if (act == ACT_NONE) return;
+#pragma unroll 1
+    for (int turn = 0; turn < Rows; ++turn) {
+        float row[Columns];
+#pragma unroll
+        for (int j = 0; j < Columns; ++j) row[j] = activation_of(v[0][j], act);
+#pragma unroll
+        for (int i = 0; i + 1 < Rows; ++i)
+#pragma unroll
+            for (int j = 0; j < Columns; ++j) v[i][j] = v[i + 1][j];
+#pragma unroll
+        for (int j = 0; j < Columns; ++j) v[Rows - 1][j] = row[j];
+    }
+}

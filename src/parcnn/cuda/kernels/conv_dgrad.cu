@@ -198,10 +198,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
             if (saved) {
                 float4 out = load_channels(saved + pixel, c, g.c, whole);
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    v[e] = g.act == ACT_RELU   ? activation_dgrad<ACT_RELU>(v[e], at(out, e))
-                           : g.act == ACT_TANH ? activation_dgrad<ACT_TANH>(v[e], at(out, e))
-                                               : activation_dgrad<ACT_SIGMOID>(v[e], at(out, e));
+                for (int e = 0; e < 4; ++e) v[e] = activation_dgrad_of(v[e], at(out, e), g.act);
             }
             store_channels(dx + pixel, c, g.c, whole, make_float4(v[0], v[1], v[2], v[3]));
         }

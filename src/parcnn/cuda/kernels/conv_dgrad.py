@@ -8,8 +8,10 @@ from typing import cast
 
 import numpy as np
 
+from parcnn.cuda.kernels import conv_dgrad_direct
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.kernels.conv_dgrad_direct import DIRECTS, Direct
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad
@@ -39,7 +41,7 @@ TILES_OF = {
     (1, 4, 1): (TILES[2], TILES[4], TILES[5]),
     (1, 1, 1): (TILES[2], TILES[5]),
 }
-Variant = Tile
+Variant = Tile | Direct
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -61,7 +63,7 @@ def workspace_bytes(
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
-    """Tiles that can run the call, best estimate (`tile_cycles`) first."""
+    """Variants that can run the call, best estimate first."""
     op, conv = _conv(call)
     routed, vec_k, vec_c = key = _key(op, conv)
     classes = op.stride[0] * op.stride[1]
@@ -69,32 +71,39 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     copies = (1.0 if vec_k == 1 or vec_c == 1 else 0.25) * (1.5 if routed else 1.0)
     pixels = conv.n * conv.h * conv.w
 
-    def cycles(tile: Tile) -> float:
-        return tile_cycles(tile, tile.blocks(pixels, conv.c), depth, copies, device.sm_count)
-
-    return sorted(TILES_OF[key], key=cycles)
+    costs: dict[Variant, float] = {
+        tile: tile_cycles(tile, tile.blocks(pixels, conv.c), depth, copies, device.sm_count) for tile in TILES_OF[key]
+    }
+    for direct in DIRECTS:
+        cut = conv_dgrad_direct.plan(conv, direct, device)
+        if cut:
+            costs[direct] = conv_dgrad_direct.cycles(conv, direct, cut, device)
+    return sorted(costs, key=costs.__getitem__)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """One launch; `variant` forces one of `candidates`."""
     op, conv = _conv(call)
     named = cast("dict[str, Slot]", op.operands(call.inputs))
-    tile = variant or candidates(call, device)[0]
     argument, rows = _classes(conv)
     if rows == 0:
         return []
     args: tuple[Argument, ...] = (
         named["dy"], named["w"], named.get("idx"), named.get("saved"), named.get("addend"), call.outputs[0],
-        conv.argument(op.act), argument,
+        conv.argument(op.act),
     )  # fmt: skip
-    grid = (ceil(rows / tile.bm), ceil(conv.c / tile.bn), conv.stride[0] * conv.stride[1])
-    shared_bytes = 4 * tile.stages * (tile.bm * (tile.bk + 4) + tile.bk * (tile.bn + 4))
-    return [Launch(_kernel(tile, _key(op, conv)), grid, (tile.threads, 1, 1), args, shared_bytes)]
+    chosen = variant or candidates(call, device)[0]
+    if isinstance(chosen, Direct):
+        return [conv_dgrad_direct.launch(conv, chosen, device, args)]
+    grid = (ceil(rows / chosen.bm), ceil(conv.c / chosen.bn), conv.stride[0] * conv.stride[1])
+    shared_bytes = 4 * chosen.stages * (chosen.bm * (chosen.bk + 4) + chosen.bk * (chosen.bn + 4))
+    return [Launch(_kernel(chosen, _key(op, conv)), grid, (chosen.threads, 1, 1), (*args, argument), shared_bytes)]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    return (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield from (direct.kernel for direct in DIRECTS)
 
 
 def _conv(call: Call) -> tuple[ConvDgrad, Conv]:

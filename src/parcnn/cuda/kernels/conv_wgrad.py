@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from parcnn.cuda.kernels import conv_wgrad_direct
 from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.kernels.conv_wgrad_direct import DIRECTS, Direct
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -42,13 +44,13 @@ TILES_OF = {
 
 
 class Variant(NamedTuple):
-    """A tile, and into how many runs of pixels the reduction is cut."""
+    """A tile or the direct kernel, and into how many runs of pixels the reduction is cut."""
 
-    tile: Tile
+    form: Tile | Direct
     splits: int
 
     def __str__(self) -> str:
-        return f"{self.tile} in {self.splits}"
+        return f"{self.form} in {self.splits}"
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -69,26 +71,26 @@ def workspace_bytes(
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
-    """Tiles that can run the call, each with its best number of splits, best estimate first.
-
-    The estimate is `tile_cycles`, and for several splits the second kernel: its start and its reads at 1 KiB a cycle.
-    """
+    """Variants that can run the call, each tile with its best number of splits, best estimate first."""
     return _ranked(*_conv(call.op, call.inputs[0].spec, call.outputs[0].spec), device)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
-    tile, splits = variant or _ranked(op, conv, device)[0]
+    form, splits = variant or _ranked(op, conv, device)[0]
     x, dy = call.inputs[:2]
     idx = call.inputs[2] if op.pool == "max" else None
     dw, db = call.outputs[0], call.outputs[1] if op.bias else None
     partial = call.workspace if splits > 1 else None
-    chunk = _chunk(conv, tile, splits)
-    args: tuple[Argument, ...] = (x, dy, idx, dw, db, partial, conv.argument(), np.int32(chunk))
-    grid = (ceil(conv.k / tile.bm), ceil(conv.taps_c / tile.bn), splits)
-    shared_bytes = tile.stages * tile.bk * (4 * (tile.bm + tile.bn + 8) + 8)
-    result = [Launch(_kernel(tile, _key(op, conv)), grid, (tile.threads, 1, 1), args, shared_bytes)]
+    args: tuple[Argument, ...] = (x, dy, idx, dw, db, partial, conv.argument())
+    if isinstance(form, Direct):
+        result = [conv_wgrad_direct.launch(conv, form, device, args)]
+    else:
+        chunk = np.int32(_chunk(conv, form, splits))
+        grid = (ceil(conv.k / form.bm), ceil(conv.taps_c / form.bn), splits)
+        shared_bytes = form.stages * form.bk * (4 * (form.bm + form.bn + 8) + 8)
+        result = [Launch(_kernel(form, _key(op, conv)), grid, (form.threads, 1, 1), (*args, chunk), shared_bytes)]
     if splits > 1:
         row_size = _row_size(op, conv)
         sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
@@ -99,6 +101,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield from (direct.kernel for direct in DIRECTS)
     yield SUM_KERNEL
 
 
@@ -139,8 +142,19 @@ def _ranked(op: ConvWgrad, conv: Conv, device: Device) -> list[Variant]:
         for asked in choices:
             each = ceil(steps / asked)
             splits = ceil(steps / each)  # none is empty
-            adding = 2500 + 4 * splits * _row_size(op, conv) / 1024 if splits > 1 else 0
-            costs_of[splits] = adding + tile_cycles(tile, blocks * splits, each * tile.bk, copies, device.sm_count)
+            costs_of[splits] = _sum_cycles(op, conv, splits) + tile_cycles(
+                tile, blocks * splits, each * tile.bk, copies, device.sm_count
+            )
         best = min(costs_of, key=lambda splits: (costs_of[splits], splits))
         costs[Variant(tile, best)] = costs_of[best]
+    for direct in DIRECTS:
+        cut = conv_wgrad_direct.plan(conv, direct, device)
+        if cut:
+            cycles = conv_wgrad_direct.cycles(conv, direct, cut, device)
+            costs[Variant(direct, cut.runs)] = cycles + _sum_cycles(op, conv, cut.runs)
     return sorted(costs, key=costs.__getitem__)
+
+
+def _sum_cycles(op: ConvWgrad, conv: Conv, splits: int) -> float:
+    """Of the kernel that adds the splits: its start and its reads at 1 KiB a cycle."""
+    return 2500 + 4 * splits * _row_size(op, conv) / 1024 if splits > 1 else 0
