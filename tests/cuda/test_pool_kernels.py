@@ -21,6 +21,7 @@ WINDOWS = {
     "3x3 stride 2 padded": {"kernel": (3, 3), "stride": (2, 2), "pad": (1, 1)},
     "overlapping": {"kernel": (3, 2), "stride": (1, 1)},
     "gaps": {"kernel": (2, 1), "stride": (3, 4)},
+    "gaps, padded": {"kernel": (2, 2), "stride": (3, 2), "pad": (1, 1)},
     "ceil": {"kernel": (3, 3), "stride": (2, 2), "ceil_mode": True},
     "ceil padded": {"kernel": (2, 3), "stride": (3, 2), "pad": (1, 1), "ceil_mode": True},
     "dilated": {"kernel": (3, 2), "stride": (1, 2), "pad": (1, 1), "dilation": (2, 3)},
@@ -99,6 +100,22 @@ def test_few_outputs_share_their_windows() -> None:
     assert entry(PoolFprop("avg", kernel=(4, 4), stride=(1, 1)), (64, 99, 99, 64)) == "pool_fprop"
 
 
+def test_windows_apart_read_their_error_once() -> None:
+    device = Device("", "sm_90a", 132)
+
+    def entry(op: PoolDgrad | AdaptiveAvgDgrad, *inputs: Spec) -> str:
+        slots = tuple(Slot(s, "arena") for s in inputs)
+        call = Call(op, slots, tuple(Slot(s, "arena") for s in op.infer(*inputs)))
+        return pool.launches(call, device)[0].kernel.entry
+
+    y = Spec((4, 3, 3, 8))
+    assert entry(PoolDgrad(image=(7, 6)), y, Spec(y.shape, "u8")) == "pool_dgrad_apart"
+    assert entry(AdaptiveAvgDgrad((6, 9)), y) == "pool_dgrad_apart"
+    assert entry(AdaptiveAvgDgrad((7, 6)), y) == "pool_dgrad"
+    assert entry(PoolDgrad("avg", kernel=(3, 2), image=(7, 6)), y) == "pool_dgrad"
+
+
 def test_refuses() -> None:
     assert "f64" in (pool.supports(PoolFprop(), (Spec((1, 2, 2, 1), "f64"),)) or "")
     assert "2**31" in (pool.supports(PoolFprop(), (Spec((2**15, 2**8, 2**8, 1)),)) or "")
+    assert "2**31" in (pool.supports(AdaptiveAvgFprop((2**16, 1)), (Spec((1, 2**16, 1, 1)),)) or "")

@@ -8,20 +8,27 @@
 // pool_fprop_shared: a block of 256 threads makes 2^lanes_log2 vectors of one output, its other threads share the window
 //   out; their results are merged in a fixed order. For few outputs with large windows (global pools).
 // pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
+// pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
+//   from one window's start to the next one's; it reads that window's error once.
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
 // Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; every count below 2^31.
-// Macros: KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC.
+// Macros: KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC, and for the way forward BATCHED:
+// how many taps are loaded before the first is used.
 #include "common.cuh"
 
 #define THREADS 256
 #define MAX 0
 #define AVG 1
 #define ADAPTIVE 2
-#define BATCHED 4  // taps loaded before the first is used
+#ifndef BATCHED
+#define BATCHED 1
+#endif
+#define BLOCKS (BATCHED > 4 ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
 
 struct Axis {
     int in, out, kernel, stride, pad, dilation;
     FastDiv by_stride, by_dilation;
+    FastDiv by_in, by_out;  // adaptive only
 };
 
 struct Window {
@@ -37,7 +44,7 @@ struct Taps {
 
 __device__ __forceinline__ Taps taps_of(int o, const Axis &a) {
     if (KIND == ADAPTIVE) {
-        int start = (int)((long long)o * a.in / a.out), end = (int)(((long long)(o + 1) * a.in + a.out - 1) / a.out);
+        int start = quotient(o * a.in, a.by_out), end = quotient((o + 1) * a.in + a.out - 1, a.by_out);
         return {start, 1, 0, end - start};
     }
     int start = o * a.stride - a.pad;
@@ -85,8 +92,8 @@ __device__ __forceinline__ Result reduce_taps(const float *x, Taps h, Taps w, co
         for (int j = 0; j < BATCHED; ++j) {
             int a = h.first + th, b = w.first + tw;
             position[j] = a * window.w.kernel + b;
-            if (t + j * parts < count)
-                v[j] = load<VEC>(x + ((size_t)(h.start + a * h.step) * window.w.in + w.start + b * w.step) * channels);
+            int pixel = (h.start + a * h.step) * window.w.in + w.start + b * w.step;
+            if (t + j * parts < count) v[j] = load<VEC>(x + pixel * channels);
             th += step_h, tw += step_w;
             if (tw >= width) tw -= width, ++th;
         }
@@ -147,15 +154,15 @@ __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &w
 #if KIND == MAX
     store_index(idx + at, r.position);
 #else
-    float divisor = divisor_of(h, w, window);
+    float share = 1.0f / divisor_of(h, w, window);
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) r.value.v[e] /= divisor;
+    for (int e = 0; e < VEC; ++e) r.value.v[e] *= share;
 #endif
     store<VEC>(y + at, r.value);
 }
 
 // count: outputs times vectors of channels.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 pool_fprop(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
            FastDiv by_vectors, FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     int i = blockIdx.x * THREADS + threadIdx.x;
@@ -168,11 +175,11 @@ pool_fprop(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict
 }
 
 // grid: (outputs, groups of vectors)
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
                   FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
-    __shared__ float values[THREADS][VEC];
-    __shared__ int positions[KIND == MAX ? THREADS : 1][VEC];
+    __shared__ float values[VEC][THREADS];
+    __shared__ int positions[VEC][KIND == MAX ? THREADS : 1];
     int lanes = 1 << lanes_log2, parts = THREADS >> lanes_log2;
     int lane = threadIdx.x & (lanes - 1), part = threadIdx.x >> lanes_log2;
     int c = (blockIdx.y * lanes + lane) * VEC;
@@ -187,8 +194,8 @@ pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__r
         if (live && part >= half && part < 2 * half) {
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
-                values[threadIdx.x][e] = r.value.v[e];
-                if (KIND == MAX) positions[threadIdx.x][e] = r.position[e];
+                values[e][threadIdx.x] = r.value.v[e];
+                if (KIND == MAX) positions[e][threadIdx.x] = r.position[e];
             }
         }
         __syncthreads();
@@ -196,12 +203,12 @@ pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__r
             int other = threadIdx.x + half * lanes;
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
-                float v = values[other][e];
+                float v = values[e][other];
                 if (KIND != MAX) {
                     r.value.v[e] += v;
-                } else if (takes_over(v, positions[other][e], r.value.v[e], r.position[e])) {
+                } else if (takes_over(v, positions[e][other], r.value.v[e], r.position[e])) {
                     r.value.v[e] = v;
-                    r.position[e] = positions[other][e];
+                    r.position[e] = positions[e][other];
                 }
             }
         }
@@ -212,8 +219,8 @@ pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__r
 // Outputs lo .. hi whose windows may cover position i of the image.
 __device__ __forceinline__ void covering(int i, const Axis &a, int &lo, int &hi) {
     if (KIND == ADAPTIVE) {
-        lo = (int)((long long)i * a.out / a.in);
-        hi = (int)(((long long)(i + 1) * a.out + a.in - 1) / a.in) - 1;
+        lo = quotient(i * a.out, a.by_in);
+        hi = quotient((i + 1) * a.out + a.in - 1, a.by_in) - 1;
         return;
     }
     int above = i + a.pad - (a.kernel - 1) * a.dilation;
@@ -254,11 +261,45 @@ pool_dgrad(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *_
             for (int e = 0; e < VEC; ++e)
                 if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
 #else
-            float divisor = divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
+            float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) sum.v[e] += error.v[e] / divisor;
+            for (int e = 0; e < VEC; ++e) sum.v[e] += error.v[e] * share;
 #endif
         }
     }
     store<VEC>(dx + (size_t)i * VEC, sum);
+}
+
+// count: rows of images times cells of a row (windows, and what lies behind the last) times vectors of channels.
+extern "C" __global__ void __launch_bounds__(THREADS)
+pool_dgrad_apart(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *__restrict__ dx, int count, int channels,
+                 FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    int vector, q, y, r;
+    int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
+    int p = divide(y + window.h.pad, window.h.by_stride, r), width = window.w.kernel;
+    Floats<VEC> error = splat<VEC>(0.0f);
+    int winner[VEC] = {};
+    if (p < window.h.out && q < window.w.out && r < window.h.kernel) {
+        size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
+        error = load<VEC>(dy + at);
+#if KIND == MAX
+        load_index(idx + at, winner);
+#else
+        float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) error.v[e] *= share;
+#endif
+    }
+    int x = q * window.w.stride - window.w.pad;
+    float *result = dx + ((size_t)row * window.w.in + x) * channels + vector * VEC;
+#pragma unroll 2
+    for (int s = 0; s < window.w.stride; ++s, ++x, result += channels) {
+        Floats<VEC> value;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e)
+            value.v[e] = s < width && (KIND != MAX || winner[e] == r * width + s) ? error.v[e] : 0.0f;
+        if (x >= 0 && x < window.w.in) store<VEC>(result, value);
+    }
 }

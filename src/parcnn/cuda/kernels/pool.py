@@ -15,7 +15,8 @@ from parcnn.ops.program import Call
 OPS = (PoolFprop, PoolDgrad, AdaptiveAvgFprop, AdaptiveAvgDgrad)
 
 THREADS = 256
-LANES = 32  # most threads along channels where a block shares a window
+LEAST_LANES = 8  # along channels where a block shares a window: together they read 128 bytes
+FEW_TAPS, MANY_TAPS = 4, 9  # that a thread loads before it uses the first: a 2x2 and a 3x3 window
 # A window of at least SHARED_TAPS elements is shared by a block's threads where one thread an output would leave most
 # of a multiprocessor's 2048 threads unused.
 SHARED_TAPS = 16
@@ -26,7 +27,13 @@ MAX, AVG, ADAPTIVE = 0, 1, 2
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
-    return refuse_dtype(inputs[0]) or refuse_size(inputs[0], *op.infer(*inputs))
+    (y, *_), x = op.infer(*inputs), inputs[0]
+    reason = refuse_dtype(x) or refuse_size(x, y)
+    if reason is None and not isinstance(op, PoolWindow):
+        for a in (1, 2):
+            if (x.shape[a] + 1) * (y.shape[a] + 1) >= 2**31:
+                return f"{x.shape[a]} times {y.shape[a]} pixels is 2**31 or more"
+    return reason
 
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
@@ -36,49 +43,67 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
 
 def launches(call: Call, device: Device) -> list[Launch]:
     """One launch."""
-    op, y = call.op, call.outputs[0]
-    return [_dgrad(call) if isinstance(op, PoolDgrad | AdaptiveAvgDgrad) else _fprop(call, device, y.spec)]
+    return [_dgrad(call) if isinstance(call.op, PoolDgrad | AdaptiveAvgDgrad) else _fprop(call, device)]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    for entry in ("pool_fprop", "pool_fprop_shared", "pool_dgrad"):
+    entries = (("pool_fprop", FEW_TAPS), ("pool_fprop", MANY_TAPS), ("pool_fprop_shared", MANY_TAPS))
+    for entry, taps in (*entries, ("pool_dgrad", None), ("pool_dgrad_apart", None)):
         for width in (1, 4):
-            yield from (_kernel(entry, MAX, index, width) for index in INDEX_TYPES)
-            yield from (_kernel(entry, kind, None, width) for kind in (AVG, ADAPTIVE))
+            yield from (_kernel(entry, MAX, index, width, taps) for index in INDEX_TYPES)
+            yield _kernel(entry, AVG, None, width, taps)
+            if entry != "pool_dgrad_apart":
+                yield _kernel(entry, ADAPTIVE, None, width, taps)
 
 
-def _kernel(entry: str, kind: int, index: str | None, width: int) -> Kernel:
-    defines: tuple[tuple[str, int | str], ...] = (("KIND", kind), ("VEC", width))
-    return Kernel("pool.cu", entry, (*defines, ("INDEX", INDEX_TYPES[index])) if index else defines)
+def _kernel(entry: str, kind: int, index: str | None, width: int, taps: int | None) -> Kernel:
+    defines: list[tuple[str, int | str]] = [("KIND", kind), ("VEC", width)]
+    if index:
+        defines.append(("INDEX", INDEX_TYPES[index]))
+    if taps:
+        defines.append(("BATCHED", taps))
+    return Kernel("pool.cu", entry, tuple(defines))
 
 
-def _kind(op: Op) -> int:
+def _as_window(op: Op, x: Spec, y: Spec) -> PoolWindow | None:
+    """The op as a pool with one window; None for an adaptive one whose windows differ. x: the larger image."""
     if isinstance(op, PoolWindow):
-        return MAX if op.kind == "max" else AVG
-    return ADAPTIVE
+        return op
+    (h, w), (p, q) = x.shape[1:3], y.shape[1:3]
+    if h % p or w % q:
+        return None
+    return PoolWindow("avg", (h // p, w // q), (h // p, w // q))
 
 
-def _fprop(call: Call, device: Device, y: Spec) -> Launch:
-    x = call.inputs[0].spec
+def _kind(op: PoolWindow | None) -> int:
+    if op is None:
+        return ADAPTIVE
+    return MAX if op.kind == "max" else AVG
+
+
+def _fprop(call: Call, device: Device) -> Launch:
+    x, y = call.inputs[0].spec, call.outputs[0].spec
     n, p, q, channels = y.shape
     index = call.outputs[1] if len(call.outputs) > 1 else None
     width = vector_width(channels)
     vectors = channels // width
     count = n * p * q * vectors
-    window = _window(call.op, x, y)
-    kind, index_type = _kind(call.op), index.spec.dtype if index else None
-    if _taps(call.op, x, y) >= SHARED_TAPS and count < device.sm_count * THREADS_TO_FILL:
-        lanes_log2 = lanes_for(vectors, LANES)
+    op = _as_window(call.op, x, y)
+    taps = op.kernel[0] * op.kernel[1] if op else -(-x.shape[1] // p) * -(-x.shape[2] // q)  # the most of a window
+    kind, index_type = _kind(op), index.spec.dtype if index else None
+    if taps >= SHARED_TAPS and count < device.sm_count * THREADS_TO_FILL:
+        sharing = 1 << lanes_for(-(-taps // MANY_TAPS), THREADS)
+        lanes_log2 = lanes_for(vectors, max(LEAST_LANES, THREADS // sharing))
         grid = (n * p * q, -(-vectors >> lanes_log2), 1)
         sizes: tuple[Argument, ...] = (np.int32(channels), np.int32(lanes_log2), fast_div(q), fast_div(p))
-        entry = "pool_fprop_shared"
+        kernel = _kernel("pool_fprop_shared", kind, index_type, width, MANY_TAPS)
     else:
         grid = (-(-count // THREADS), 1, 1)
         sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(q), fast_div(p))
-        entry = "pool_fprop"
-    args = (call.inputs[0], call.outputs[0], index, *sizes, window)
-    return Launch(_kernel(entry, kind, index_type, width), grid, (THREADS, 1, 1), args)
+        kernel = _kernel("pool_fprop", kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS)
+    args = (call.inputs[0], call.outputs[0], index, *sizes, _window(op, x, y))
+    return Launch(kernel, grid, (THREADS, 1, 1), args)
 
 
 def _dgrad(call: Call) -> Launch:
@@ -87,31 +112,40 @@ def _dgrad(call: Call) -> Launch:
     index = call.inputs[1] if len(call.inputs) > 1 else None
     width = vector_width(channels)
     vectors = channels // width
-    count = n * h * w * vectors
-    sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(w), fast_div(h))
-    kernel = _kernel("pool_dgrad", _kind(call.op), index.spec.dtype if index else None, width)
-    args = (dy, index, dx, *sizes, _window(call.op, dx.spec, dy.spec))
+    op = _as_window(call.op, dx.spec, dy.spec)
+    if op and op.dilation == (1, 1) and op.kernel[0] <= op.stride[0] and op.kernel[1] <= op.stride[1]:
+        entry, cells = "pool_dgrad_apart", -(-(w + op.pad[1]) // op.stride[1])
+    else:
+        entry, cells = "pool_dgrad", w
+    count = n * h * cells * vectors
+    sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(h))
+    kernel = _kernel(entry, _kind(op), index.spec.dtype if index else None, width, None)
+    args = (dy, index, dx, *sizes, _window(op, dx.spec, dy.spec))
     return Launch(kernel, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
 
 
-def _taps(op: Op, x: Spec, y: Spec) -> int:
-    """Elements of a window, of the largest where they differ."""
-    if isinstance(op, PoolWindow):
-        return op.kernel[0] * op.kernel[1]
-    return -(-x.shape[1] // y.shape[1]) * -(-x.shape[2] // y.shape[2])
-
-
-def _window(op: Op, x: Spec, y: Spec) -> Struct:
+def _window(op: PoolWindow | None, x: Spec, y: Spec) -> Struct:
     """The kernels' `Window`: x the larger image, y the pooled one."""
-    if isinstance(op, PoolWindow):
-        axes = [
-            _axis(x.shape[1 + a], y.shape[1 + a], op.kernel[a], op.stride[a], op.pad[a], op.dilation[a]) for a in (0, 1)
-        ]
-        return Struct((*axes, np.int32(op.divisor or 0), np.int32(op.count_include_pad)))
-    axes = [_axis(x.shape[1 + a], y.shape[1 + a], 1, 1, 0, 1) for a in (0, 1)]
-    return Struct((*axes, np.int32(0), np.int32(0)))
+    if op is None:
+        axes = [_axis(x.shape[1 + a], y.shape[1 + a], 1, 1, 0, 1) for a in (0, 1)]
+        return Struct((*axes, np.int32(0), np.int32(0)))
+    axes = [
+        _axis(x.shape[1 + a], y.shape[1 + a], op.kernel[a], op.stride[a], op.pad[a], op.dilation[a]) for a in (0, 1)
+    ]
+    return Struct((*axes, np.int32(_divisor(op, x, y)), np.int32(op.count_include_pad)))
+
+
+def _divisor(op: PoolWindow, x: Spec, y: Spec) -> int:
+    """The divisor of every window; 0 where they differ."""
+    if op.divisor:
+        return op.divisor
+    whole = all(
+        (y.shape[1 + a] - 1) * op.stride[a] + op.dilation[a] * (op.kernel[a] - 1) < x.shape[1 + a] + 2 * op.pad[a]
+        for a in (0, 1)
+    )
+    return op.kernel[0] * op.kernel[1] if whole and (op.count_include_pad or op.pad == (0, 0)) else 0
 
 
 def _axis(size: int, out: int, kernel: int, stride: int, pad: int, dilation: int) -> Struct:
     numbers = (np.int32(v) for v in (size, out, kernel, stride, pad, dilation))
-    return Struct((*numbers, fast_div(stride), fast_div(dilation)))
+    return Struct((*numbers, *(fast_div(d) for d in (stride, dilation, size, out))))

@@ -3,12 +3,14 @@
 //   transpose       y[n, col, row] = x[n, row, col]              (ToChannelsFirst: rows = H*W; ToChannelsLast: rows = C)
 //
 // copy_channels: a thread moves VEC neighbouring channels of a row; threads run along channels, then rows.
+// transpose4: a thread moves 4 x 4 elements, four rows of the source in and four of the result out, and needs nothing but its
+//   registers; a warp has 32 rows x 16 columns, so that it reads runs of 64 bytes and writes runs of 128.
 // transpose: a block moves a tile of tile_rows x tile_cols of one image through shared memory; threads run along the
 //   source's rows when reading and along the result's rows when writing, so both sides are coalesced even where the
 //   matrix has only a few rows or columns (the tile then spans all of them).
 // Bytes: every element read once and written once.
-// Preconditions: x and y are apart; for VEC = 4 channels, strides and starts are multiples of 4 and tensors start on 16
-// bytes; tile_rows * (tile_cols | 1) <= TILE_FLOATS.
+// Preconditions: x and y are apart. copy_channels: for VEC = 4 channels, strides and starts are multiples of 4 and tensors
+// start on 16 bytes. transpose4: rows and cols likewise. transpose: tile_rows * (tile_cols | 1) <= TILE_FLOATS.
 // Macro: VEC (copy_channels only).
 #include "common.cuh"
 
@@ -25,6 +27,26 @@ copy_channels(const float *__restrict__ x, float *__restrict__ y, int count, Fas
     store<VEC>(y + (size_t)row * y_stride + y_start + vector * VEC, load<VEC>(x + (size_t)row * x_stride + x_start + vector * VEC));
 }
 #else
+// The tiles of a warp run along columns, then rows, then images.
+extern "C" __global__ void __launch_bounds__(THREADS)
+transpose4(const float *__restrict__ x, float *__restrict__ y, int tiles, int rows, int cols, FastDiv by_col_tiles,
+           FastDiv by_row_tiles) {
+    int lane = threadIdx.x % 32, tile = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (tile >= tiles) return;
+    int col_tile, row_tile, image = divide(divide(tile, by_col_tiles, col_tile), by_row_tiles, row_tile);
+    int row = 4 * (8 * row_tile + lane / 4), col = 4 * (4 * col_tile + lane % 4);
+    if (row >= rows || col >= cols) return;
+    size_t start = (size_t)image * rows * cols;
+    const float *source = x + start + (size_t)row * cols + col;
+    float *target = y + start + (size_t)col * rows + row;
+    Floats<4> in[4];
+#pragma unroll
+    for (int r = 0; r < 4; ++r) in[r] = load<4>(source + (size_t)r * cols);
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+        store4(target + (size_t)c * rows, make_float4(in[0].v[c], in[1].v[c], in[2].v[c], in[3].v[c]));
+}
+
 // grid: (images, tiles along rows, tiles along columns)
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose(const float *__restrict__ x, float *__restrict__ y, int rows, int cols, FastDiv tile_rows, FastDiv tile_cols) {

@@ -19,7 +19,10 @@ TILE_SIDE = 32  # of a tile of a matrix that is large both ways
 TILE_ELEMENTS = 2048
 MAX_GRID_YZ = 65535
 
-_TRANSPOSE = Kernel("shape.cu", "transpose")
+WARP = 32
+WARP_ROWS, WARP_COLS = 32, 16  # of a warp of transpose4
+
+_TRANSPOSE, _TRANSPOSE4 = Kernel("shape.cu", "transpose"), Kernel("shape.cu", "transpose4")
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -28,6 +31,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     reason = refuse_dtype(*inputs) or refuse_size(*inputs, *outputs)
     if reason is None and isinstance(op, ToChannelsFirst | ToChannelsLast):
         rows, cols = _matrix(op, inputs[0], outputs[0])
+        if vector_width(rows, cols) == 4:
+            return None
         tiles = [-(-extent // tile) for extent, tile in zip((rows, cols), _tile(rows, cols), strict=True)]
         if max(tiles) > MAX_GRID_YZ:
             return f"an image of {rows} x {cols} elements needs more tiles than a grid has"
@@ -52,15 +57,21 @@ def launches(call: Call, device: Device) -> list[Launch]:
     if isinstance(op, ChannelSlice):
         return [_copy_channels(x, y, op.stop - op.start, op.start, 0)]
     rows, cols = _matrix(op, x.spec, y.spec)
+    args: tuple[Argument, ...]
+    if vector_width(rows, cols) == 4:
+        row_tiles, col_tiles = -(-rows // WARP_ROWS), -(-cols // WARP_COLS)
+        tiles = x.spec.shape[0] * row_tiles * col_tiles
+        args = (x, y, np.int32(tiles), np.int32(rows), np.int32(cols), fast_div(col_tiles), fast_div(row_tiles))
+        return [Launch(_TRANSPOSE4, (-(-tiles * WARP // THREADS), 1, 1), (THREADS, 1, 1), args)]
     tile_rows, tile_cols = _tile(rows, cols)
-    args: tuple[Argument, ...] = (x, y, np.int32(rows), np.int32(cols), fast_div(tile_rows), fast_div(tile_cols))
+    args = (x, y, np.int32(rows), np.int32(cols), fast_div(tile_rows), fast_div(tile_cols))
     grid = (x.spec.shape[0], -(-rows // tile_rows), -(-cols // tile_cols))
     return [Launch(_TRANSPOSE, grid, (THREADS, 1, 1), args)]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return _copy_kernel(1), _copy_kernel(4), _TRANSPOSE
+    return _copy_kernel(1), _copy_kernel(4), _TRANSPOSE, _TRANSPOSE4
 
 
 def _copy_kernel(width: int) -> Kernel:
