@@ -15,9 +15,10 @@ from parcnn.ops.conv import ConvFprop, ConvWgrad
 from parcnn.ops.norm import BatchNormTrain
 from parcnn.ops.update import Update
 from parcnn.optim import SGD
+from parcnn.plan.build import build
 from parcnn.plan.options import Options
 from parcnn.plan.trace import Tensor
-from tests.plan.step import Step, check_gradients, make_plan, step_of
+from tests.plan.step import Step, check_gradients, feed_of, lay_out, make_plan, step_of
 
 
 class Net(nn.Module):
@@ -180,6 +181,17 @@ def test_nothing_to_train_is_an_error(cpu: CpuExecutor) -> None:
         make_plan(cpu, model, images, targets)
     assert error.value.where == "Sequential"
     assert "requires_grad" in error.value.remedy
+
+
+def test_a_parameter_thawed_too_late_is_an_error(cpu: CpuExecutor) -> None:
+    images, targets = _data((3, 2, 5, 7), 3)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3).requires_grad_(False), nn.Flatten(), nn.Linear(30, 3))
+    keywords = {"layout": lay_out(model, SGD(momentum=0.9)), "feed": feed_of(images, targets), "executor": cpu}
+    model.requires_grad_()
+    with pytest.raises(ArgumentError) as error:
+        build(model, mode="train", batch=3, loss=nn.CrossEntropyLoss(), optimizer=SGD(momentum=0.9), **keywords)
+    assert error.value.where == "0.weight"
+    assert "Trainer" in error.value.remedy
 
 
 def test_a_loss_that_is_none_of_ours_is_an_error(cpu: CpuExecutor) -> None:

@@ -198,6 +198,15 @@ def _backward(
 ) -> None:
     """Differentiate, and update weights in groups as their gradients come."""
     weights = {v: var for v, var in _weights(graph, layout).items() if var.requires_grad}
+    thawed = [layout.names[v] for v in weights.values() if v not in layout.state_offsets]
+    if thawed:
+        raise ArgumentError(
+            "a parameter that was frozen is to be trained now, and the optimizer has no state for it",
+            where=thawed[0],
+            expected="requires_grad as it was when the optimizer's memory was laid out",
+            got=f"{len(thawed)} more to train",
+            remedy="make a new Trainer after requires_grad_()",
+        )
     loss = next(node for node in graph.nodes if result.value in node.outputs)
     state = next(v for v, place in graph.places.items() if place[0] == "state")
     hyper = graph.place(Spec((feed.steps, 4), layout.dtype), "hyper", 0, "hyper")
@@ -317,7 +326,7 @@ def _blocks(
     for i, node in enumerate(nodes):
         for o, value in enumerate(node.outputs):
             last = max(i, last_read.get(value, i))
-            victim = _victim(graph, node, o, i, root, last_read, home) if options.inplace else None
+            victim = _victim(graph, node, o, i, root, home) if options.inplace else None
             if victim is not None:
                 home[value] = victim
                 victim.last = max(victim.last, last)
@@ -338,7 +347,6 @@ def _victim(
     output: int,
     position: int,
     root: dict[Value, Value],
-    last_read: dict[Value, int],
     home: dict[Value, memory.Block],
 ) -> memory.Block | None:
     """The block of an operand that this output may overwrite: one that nobody reads later, or elsewhere in this call."""
@@ -347,7 +355,7 @@ def _victim(
     allowed = {i for o, i in node.op.inplace() if o == output}
     for i in sorted(allowed):
         origin = origins[i]
-        if origin in graph.places or last_read[origin] != position:
+        if origin in graph.places:
             continue
         if any(other is origin and j not in allowed for j, other in enumerate(origins)):
             continue

@@ -1,0 +1,183 @@
+"""What becomes one call, and what must not; how updates are grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from parcnn import cat, nn
+from parcnn.cpu import CpuExecutor
+from parcnn.nn import functional as F
+from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.program import Call
+from parcnn.ops.update import MAX_GROUP, Update
+from parcnn.plan.options import Options
+from parcnn.plan.trace import Tensor
+from tests.plan.step import check_gradients, make_plan, step_of
+
+ACT: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "tanh": F.tanh,
+    "sigmoid": F.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, "tanh"),
+}
+
+
+class Net(nn.Module):
+    """What lies between a convolution and the linear layer that follows."""
+
+    def __init__(self, middle: Callable[[Net, Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.middle = middle
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.other = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(features, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self, self.conv(x)).flatten(1))
+
+
+def _calls(cpu: CpuExecutor, middle: Callable[[Net, Tensor], Tensor], mode: str, features: int) -> list[Call]:
+    images, targets = np.random.default_rng(0).standard_normal((3, 2, 5, 7)), np.zeros(3, np.int32)
+    model = Net(middle, features)
+    if mode == "train":
+        step = step_of(cpu, model, images, targets)
+        check_gradients(step, model)
+        return list(step.plan.program.calls)
+    return list(make_plan(cpu, model, images, targets, mode=mode).program.calls)
+
+
+def _forward(calls: list[Call]) -> list[str]:
+    """Names of the ops between the batch and the head, with what is fused into them."""
+    forward = [c.op for c in calls if c.phase == "forward" and c.layer not in ("head", "loss", "output")]
+    return [_describe(op) for op in forward]
+
+
+def _describe(op: Op) -> str:
+    return " ".join([op.name] + [str(getattr(op, a)) for a in ("act", "pool", "kind") if getattr(op, a, None)])
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_convolution_and_activation(cpu: CpuExecutor, kind: str, mode: str) -> None:
+    """In training only where the derivative follows from the output, which is all that is kept."""
+    found = _forward(_calls(cpu, lambda net, x: ACT[kind](x), mode, 105))
+    fused = kind in FROM_OUTPUT or mode == "eval"
+    assert found == ([f"conv_fprop {kind}"] if fused else ["conv_fprop", f"act {kind}"])
+
+
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("act_first", [True, False])
+def test_convolution_activation_and_pool(cpu: CpuExecutor, kind: str, mode: str, pool: str, act_first: bool) -> None:
+    reduce = F.max_pool2d if pool == "max" else F.avg_pool2d
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        return reduce(ACT[kind](x), 2) if act_first else ACT[kind](reduce(x, 2))
+
+    found = _forward(_calls(cpu, middle, mode, 18))
+    one = [f"conv_fprop {kind} {pool}"]
+    act_then_pool = {
+        ("relu", "train", "max"): one,
+        ("relu", "train", "avg"): ["conv_fprop relu", "pool_fprop avg"],  # the kept output is the average
+        ("gelu", "train", "max"): ["conv_fprop", "act gelu", "pool_fprop max"],
+        ("gelu", "train", "avg"): ["conv_fprop", "act gelu", "pool_fprop avg"],
+    }
+    pool_then_act = {
+        ("relu", "train", "max"): one,  # a maximum and a monotone function commute
+        ("relu", "eval", "max"): one,
+        ("relu", "eval", "avg"): ["conv_fprop avg", "act relu"],  # an average does not
+        ("relu", "train", "avg"): ["conv_fprop avg", "act relu"],
+    }
+    expected = (act_then_pool if act_first else pool_then_act).get(
+        (kind, mode, pool), one if act_first else [f"conv_fprop {pool}", f"act {kind}"]
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.max_pool2d(x, 3),
+        lambda x: F.max_pool2d(x, 2, 1),
+        lambda x: F.max_pool2d(x, 2, padding=1),
+        lambda x: F.max_pool2d(x, 2, ceil_mode=True),
+        lambda x: F.max_pool2d(x, 2, dilation=2),
+        lambda x: F.avg_pool2d(x, 2, divisor_override=3),
+    ],
+)
+def test_other_pools_stay_alone(cpu: CpuExecutor, pool: Callable[[Tensor], Tensor]) -> None:
+    images, targets = np.zeros((3, 2, 5, 7)), np.zeros(3, np.int32)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1))
+    model.forward = lambda x: pool(model[0](x)).flatten(1)  # type: ignore[method-assign]
+    calls = make_plan(cpu, model, images, targets, mode="predict").program.calls
+    assert [c.op.name for c in calls if c.phase == "forward"][:2] == ["conv_fprop", "pool_fprop"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_what_somebody_else_reads_is_not_fused_away(cpu: CpuExecutor, mode: str) -> None:
+    assert _forward(_calls(cpu, lambda net, x: x + F.relu(x), mode, 105)) == ["conv_fprop", "act relu", "add"]
+    found = _forward(_calls(cpu, lambda net, x: cat([F.max_pool2d(x, 2), F.avg_pool2d(x, 2)], 1), mode, 36))
+    assert found[:3] == ["conv_fprop", "pool_fprop max", "pool_fprop avg"]
+    found = _forward(_calls(cpu, lambda net, x: F.max_pool2d(F.relu(x), 2) + F.avg_pool2d(F.relu(x), 2), mode, 18))
+    assert "conv_fprop" in found
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_batch_norm_and_sum_with_their_activations(cpu: CpuExecutor, mode: str) -> None:
+    norm = "batch_norm_train" if mode == "train" else "batch_norm_infer"
+    assert _forward(_calls(cpu, lambda net, x: F.relu(net.norm(x)), mode, 105)) == ["conv_fprop", f"{norm} relu"]
+    assert _forward(_calls(cpu, lambda net, x: F.tanh(net.norm(x)), mode, 105)) == ["conv_fprop", norm, "act tanh"]
+    found = _forward(_calls(cpu, lambda net, x: F.relu(x + net.other(x)), mode, 105))
+    assert found == ["conv_fprop", "conv_fprop", "add relu"]
+
+
+def test_the_error_signal_takes_sum_and_derivative_along(cpu: CpuExecutor) -> None:
+    """Back through a residual: dgrad, the other path's error and relu's derivative are one call."""
+    calls = _calls(cpu, lambda net, x: (y := F.relu(x)) + net.other(y), "train", 105)
+    dgrads = [c.op for c in calls if isinstance(c.op, ConvDgrad)]
+    assert [(op.act, op.add) for op in dgrads] == [(None, False), ("relu", True)]
+    assert not [c for c in calls if c.op.name in ("act_dgrad", "add") and c.phase == "backward"]
+
+
+class Choosy(CpuExecutor):
+    """An executor without any fused form."""
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "predict"])
+def test_the_executor_decides(mode: str) -> None:
+    choosy = Choosy(threads=1)
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        return F.max_pool2d(F.relu(net.norm(F.relu(net.other(F.relu(x))))), 2)
+
+    calls = _calls(choosy, middle, mode, 18)
+    choosy.close()
+    for call in calls:
+        attributes = (getattr(call.op, "act", None), getattr(call.op, "add", False))
+        assert attributes == (None, False)
+        assert not (isinstance(call.op, ConvFprop) and call.op.pool)
+
+
+def _update_sizes(cpu: CpuExecutor, layers: int, options: Options) -> list[int]:
+    parts = [nn.Conv2d(2, 2, 1) for _ in range(layers)]
+    model = nn.Sequential(*parts, nn.Flatten())
+    plan = make_plan(cpu, model, np.zeros((2, 2, 3, 3)), np.zeros(2, np.int32), options=options)
+    return [c.op.count for c in plan.program.calls if isinstance(c.op, Update)]
+
+
+def test_updates_wait_for_each_other(cpu: CpuExecutor) -> None:
+    assert _update_sizes(cpu, 5, Options()) == [10]
+    assert _update_sizes(cpu, 5, Options(update_bytes=0)) == [1] * 10
+    assert _update_sizes(cpu, 30, Options()) == [MAX_GROUP, MAX_GROUP, 12]
+    assert _update_sizes(cpu, 5, Options(update_bytes=8 * 6)) == [3, 3, 3, 1]  # biases (2) and filters (4) in float64
