@@ -20,26 +20,21 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvDgrad,)
 SOURCE = "conv_dgrad.cu"
 
-# From many pixels and channels down to few channels (256x8, 64x8) and to linear layers at a small batch.
+# From many pixels and channels down to few channels (64x8) and to linear layers at a small batch.
 TILES = (
-    Tile(128, 128, 16, 8, 8, 1, 3),
-    Tile(128, 64, 16, 8, 8, 1, 3),
     Tile(64, 64, 16, 8, 4, 1, 4),
     Tile(128, 32, 16, 8, 4, 1, 3),
-    Tile(256, 8, 16, 8, 4, 1, 3),
     Tile(64, 8, 32, 4, 4, 4, 3),
     Tile(32, 32, 32, 4, 4, 4, 4),
     Tile(16, 16, 64, 4, 4, 8, 4),
-    Tile(8, 8, 128, 4, 4, 32, 4),
 )
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
     (0, 4, 4): TILES,
-    (0, 4, 1): (TILES[2], TILES[5]),
-    (0, 1, 1): (TILES[2], TILES[5], TILES[7]),
-    (1, 4, 4): (TILES[1], TILES[2], TILES[6]),
-    (1, 4, 1): (TILES[2], TILES[4], TILES[5]),
-    (1, 1, 1): (TILES[2], TILES[5]),
+    (0, 1, 1): (TILES[0], TILES[4]),
+    (1, 4, 4): (TILES[0], TILES[3]),
+    (1, 4, 1): (TILES[0], TILES[2]),
+    (1, 1, 1): (TILES[0], TILES[2]),
 }
 Variant = Tile | Direct
 
@@ -114,8 +109,9 @@ def _conv(call: Call) -> tuple[ConvDgrad, Conv]:
 
 
 def _key(op: ConvDgrad, conv: Conv) -> tuple[int, int, int]:
-    vec_k = 4 if conv.k % 4 == 0 else 1
-    return int(op.pool is not None), vec_k, 4 if vec_k == 4 and conv.c % 4 == 0 else 1
+    routed, vec_k = int(op.pool is not None), 4 if conv.k % 4 == 0 else 1
+    key = routed, vec_k, 4 if vec_k == 4 and conv.c % 4 == 0 else 1
+    return key if key in TILES_OF else (routed, 1, 1)
 
 
 def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:

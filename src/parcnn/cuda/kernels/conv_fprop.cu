@@ -17,15 +17,6 @@
 
 #include "conv_common.cuh"
 
-__device__ __forceinline__ float epilogue(float sum, float bias, int act) {
-    float v = sum + bias;
-#if ACT == ACT_NONE
-    return act == ACT_RELU && v <= 0.0f ? 0.0f : v;  // none or relu, at run time
-#else
-    return activate<ACT>(v);
-#endif
-}
-
 // Pool the four values of a window; `bits` gets the winner.
 __device__ __forceinline__ float pool_window(float v0, float v1, float v2, float v3, int pool, u32 &bits) {
     if (pool == POOL_AVG) return 0.25f * ((v0 + v1) + (v2 + v3));
@@ -119,36 +110,43 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     if (thread.slice != 0) return;
 
     const bool whole = g.k % 4 == 0;
+    if (bias) {
+#pragma unroll
+        for (int j = 0; j < TN; j += 4) {
+            int n = n0 + thread.column(j);
+            float4 b = n < g.k ? load_channels(bias, n, g.k, whole) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int i = 0; i < TM; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) acc[i][j + e] += at(b, e);
+        }
+    }
+    activate_all(acc, g.act);
 #pragma unroll
     for (int j = 0; j < TN; j += 4) {
         int n = n0 + thread.column(j);
         if (n >= g.k) continue;
-        float4 b = bias ? load_channels(bias, n, g.k, whole) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < TM; i += 4) {
             int m = m0 + thread.row(i);
             if (m >= g.rows) continue;
-            float v[4][4];
-#pragma unroll
-            for (int a = 0; a < 4; ++a)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) v[a][e] = epilogue(acc[i + a][j + e], at(b, e), g.act);
             if (g.pool) {
                 float out[4];
                 u32 byte = 0;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     u32 bits = 0;
-                    out[e] = pool_window(v[0][e], v[1][e], v[2][e], v[3][e], g.pool, bits);
+                    out[e] = pool_window(acc[i][j + e], acc[i + 1][j + e], acc[i + 2][j + e], acc[i + 3][j + e], g.pool, bits);
                     if (n + e < g.k) byte |= bits << 2 * e;
                 }
                 store_channels(y + m / 4 * g.k, n, g.k, whole, make_float4(out[0], out[1], out[2], out[3]));
                 if (g.pool == POOL_MAX) idx[m / 4 * ((g.k + 3) / 4) + n / 4] = (u8)byte;
             } else {
 #pragma unroll
-                for (int a = 0; a < 4; ++a)
-                    if (m + a < g.rows)
-                        store_channels(y + (m + a) * g.k, n, g.k, whole, make_float4(v[a][0], v[a][1], v[a][2], v[a][3]));
+                for (int a = i; a < i + 4; ++a)
+                    if (m + a - i < g.rows)
+                        store_channels(y + (m + a - i) * g.k, n, g.k, whole,
+                                       make_float4(acc[a][j], acc[a][j + 1], acc[a][j + 2], acc[a][j + 3]));
             }
         }
     }
@@ -164,7 +162,7 @@ struct DirectTile {
     FastDiv by_width, by_height, by_tiles_w, by_tiles_h, by_patch_w, by_patch_h, by_taps_c;
 };
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
     conv_fprop_direct(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
                       u8 *__restrict__ idx, Conv g, DirectTile t) {
     DYNAMIC_SHARED(float, shared);
@@ -226,16 +224,21 @@ extern "C" __global__ void __launch_bounds__(256, 1)
             if (g.s % 2) tap(b, u.x, u.y, v.x, v.y);
         }
 
+    if (bias) {
+#pragma unroll
+        for (int e = 0; e < KT; ++e) {
+            float b = k + e < g.k ? bias[k + e] : 0.0f;
+            acc[0][e] += b, acc[1][e] += b, acc[2][e] += b, acc[3][e] += b;
+        }
+    }
+    activate_all(acc, g.act);
     const int pixel = (n * g.p + p) * g.q + q;
     u32 byte = 0;
 #pragma unroll
     for (int e = 0; e < KT; ++e) {
         if (k + e >= g.k) break;
-        float b = bias ? bias[k + e] : 0.0f;
         u32 bits = 0;
-        float out = pool_window(epilogue(acc[0][e], b, g.act), epilogue(acc[1][e], b, g.act), epilogue(acc[2][e], b, g.act),
-                                epilogue(acc[3][e], b, g.act), g.pool, bits);
-        y[pixel * g.k + k + e] = out;
+        y[pixel * g.k + k + e] = pool_window(acc[0][e], acc[1][e], acc[2][e], acc[3][e], g.pool, bits);
         byte |= bits << e % 4 * 2;
         if (e % 4 == 3 || k + e == g.k - 1) {
             if (g.pool == POOL_MAX) idx[pixel * ((g.k + 3) / 4) + (k + e) / 4] = (u8)byte;

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
-from parcnn.ops.base import ACTIVATIONS, Op, Spec
+from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.program import Call
 
@@ -21,18 +21,13 @@ SOURCE = "conv_fprop.cu"
 # From many pixels and filters down to the small products of linear layers at a small batch.
 TILES = (
     Tile(128, 128, 16, 8, 8, 1, 3),
-    Tile(128, 64, 16, 8, 8, 1, 3),
     Tile(64, 64, 16, 8, 4, 1, 4),
     Tile(128, 32, 16, 8, 4, 1, 3),
-    Tile(128, 16, 16, 4, 4, 2, 3),
-    Tile(256, 8, 16, 8, 4, 1, 3),
-    Tile(64, 16, 32, 4, 4, 4, 3),
     Tile(32, 32, 32, 4, 4, 4, 4),
     Tile(16, 16, 64, 4, 4, 8, 4),
     Tile(8, 8, 128, 4, 4, 32, 4),
 )
-SCALAR_TILES = (TILES[1], TILES[2], TILES[4], TILES[6], TILES[8])  # C not a multiple of 4
-RARE_ACT_TILE = TILES[2]  # activations other than ReLU are compiled for this one alone, for any C
+SCALAR_TILES = (TILES[1], Tile(64, 16, 32, 4, 4, 4, 3), TILES[4])  # C not a multiple of 4
 DIRECT_SHARED_BYTES = 48 * 1024
 DIRECT_CHANNELS = 8
 
@@ -47,7 +42,7 @@ class Direct(NamedTuple):
 
 
 Variant = Tile | Direct
-DIRECTS = (Direct(4), Direct(6), Direct(8))
+DIRECTS = (Direct(6), Direct(8))
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -71,9 +66,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     A tile's estimate is `tile_cycles`; the direct kernel's is its arithmetic and its reads of shared memory, or what a
     block needs alone.
     """
-    op, conv = _conv(call)
-    if op.act not in (None, "relu"):
-        return [RARE_ACT_TILE]
+    _, conv = _conv(call)
     vector = conv.c % 4 == 0
     copies = 0.25 if vector else 1.0
     costs: dict[Variant, float] = {
@@ -109,15 +102,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         return [Launch(_direct_kernel(chosen), grid, block, (*args, plan.argument), plan.shared_bytes)]
     grid = (ceil(conv.rows / chosen.bm), ceil(conv.k / chosen.bn), 1)
     shared_bytes = 4 * chosen.stages * (chosen.bm + chosen.bn) * (chosen.bk + 4)
-    kernel = _tile_kernel(chosen, op.act, 4 if conv.c % 4 == 0 and op.act in (None, "relu") else 1)
-    return [Launch(kernel, grid, (chosen.threads, 1, 1), args, shared_bytes)]
+    return [Launch(_tile_kernel(chosen, 4 if conv.c % 4 == 0 else 1), grid, (chosen.threads, 1, 1), args, shared_bytes)]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    yield from (_tile_kernel(tile, None, 4) for tile in TILES)
-    yield from (_tile_kernel(tile, None, 1) for tile in SCALAR_TILES)
-    yield from (_tile_kernel(RARE_ACT_TILE, act, 1) for act in ACTIVATIONS if act != "relu")
+    yield from (_tile_kernel(tile, 4) for tile in TILES)
+    yield from (_tile_kernel(tile, 1) for tile in SCALAR_TILES)
     yield from (_direct_kernel(direct) for direct in DIRECTS)
 
 
@@ -128,13 +119,12 @@ def _conv(call: Call) -> tuple[ConvFprop, Conv]:
     return op, Conv.of(op, call.inputs[0].spec, call.inputs[1].spec)
 
 
-def _tile_kernel(tile: Tile, act: str | None, vec: int) -> Kernel:
-    code = 0 if act == "relu" else act_code(act)  # none or ReLU is an argument
-    return Kernel(SOURCE, "conv_fprop", (*tile.defines, ("VEC", vec), ("ACT", code)))
+def _tile_kernel(tile: Tile, vec: int) -> Kernel:
+    return Kernel(SOURCE, "conv_fprop", (*tile.defines, ("VEC", vec)))
 
 
 def _direct_kernel(direct: Direct) -> Kernel:
-    return Kernel(SOURCE, "conv_fprop_direct", (("KT", direct.kt), ("ACT", 0)))
+    return Kernel(SOURCE, "conv_fprop_direct", (("KT", direct.kt),))
 
 
 class _DirectPlan(NamedTuple):
