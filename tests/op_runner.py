@@ -16,7 +16,7 @@ from parcnn.ops.program import Call, Executor, Program, Slot
 
 ALIGNMENT = 256  # of every tensor, as the plan places them
 GUARD_BYTE = 0xA5
-DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8}
+DTYPES = {"f32": np.float32, "f64": np.float64, "bf16": np.uint16, "i32": np.int32, "u32": np.uint32, "u8": np.uint8}
 DTYPE_NAMES = {np.dtype(v): k for k, v in DTYPES.items()}
 
 

@@ -352,7 +352,7 @@ def test_arguments_are_laid_out_as_c_does() -> None:
     slot = Slot(X, "arena", 256)
     outer = Struct((np.float32(1.5), inner, Pointer(slot, 12), np.uint8(9)))
     parameters = (Parameter(0, 4), Parameter(8, ctypes.sizeof(Outer)), Parameter(8 + ctypes.sizeof(Outer), 8))
-    packed = pack((np.int32(-1), outer, None), parameters, lambda s: 0x1000 + s.offset, "test")
+    packed = pack((np.int32(-1), outer, None), parameters, lambda s: 0x1000 + s.offset, lambda map, at: b"", "test")
     wanted = Outer(1.5, Inner(7, -3, 2.5), 0x1000 + 256 + 12, 9)
     got = Outer.from_buffer_copy(packed.data, 8)
     assert (got.a, got.inner.flag, got.inner.n, got.inner.x, got.p, got.last) == (1.5, 7, -3, 2.5, wanted.p, 9)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from parcnn.cuda.cubin import Parameter
-from parcnn.cuda.launch import Argument, LaunchError, Pointer, Struct
+from parcnn.cuda.launch import Argument, LaunchError, Pointer, Struct, TensorMap
+from parcnn.cuda.tensormap import ALIGNMENT, check
 from parcnn.ops.program import Slot
 
 POINTER_BYTES = 8
@@ -16,7 +17,7 @@ POINTER_BYTES = 8
 
 @dataclass(frozen=True)
 class Arguments:
-    """`data` is the block; `pointers` says where in it which tensors' addresses lie."""
+    """`data` is the block; `pointers` says where in it which tensors' addresses lie (a tensor map begins with its own)."""
 
     data: bytes
     pointers: tuple[tuple[int, Pointer], ...]
@@ -30,13 +31,23 @@ class _Value:
 
 
 def pack(
-    args: Sequence[Argument], parameters: Sequence[Parameter], address: Callable[[Slot], int], where: str
+    args: Sequence[Argument],
+    parameters: Sequence[Parameter],
+    address: Callable[[Slot], int],
+    encode: Callable[[TensorMap, int], bytes],
+    where: str,
 ) -> Arguments:
-    """Lay `args` out as the kernel's own parameter table says; `address` gives a slot's place in memory.
+    """Lay `args` out as the kernel's own parameter table says.
 
-    Raises LaunchError where number or size of the arguments are not the kernel's.
+    `address` gives a slot's place in memory, `encode` the driver's form of a tensor map at an address. Raises
+    LaunchError where number or size of the arguments are not the kernel's, or a tensor map breaks a rule.
     """
-    values = [_encode(arg, address, where) for arg in args]
+    values = [
+        _tensor_map(arg, address, encode, f"{where}, argument {i}")
+        if isinstance(arg, TensorMap)
+        else _encode(arg, address, where)
+        for i, arg in enumerate(args)
+    ]
     if len(values) != len(parameters):
         raise LaunchError("wrong number of arguments", where=where, expected=len(parameters), got=len(values))
     block = bytearray(max((p.offset + p.nbytes for p in parameters), default=0))
@@ -67,12 +78,22 @@ def _encode(arg: Argument, address: Callable[[Slot], int], where: str) -> _Value
         return _struct([_encode(field, address, where) for field in arg.fields])
     if isinstance(arg, np.generic):
         return _Value(arg.tobytes(), arg.itemsize)
+    if isinstance(arg, bytes):
+        return _Value(arg, 1)
     raise LaunchError(
         "an argument has no C type",
         where=where,
-        expected="Slot, Pointer, Struct, None or a NumPy scalar such as np.int32(3)",
+        expected="Slot, Pointer, Struct, bytes, None, a NumPy scalar such as np.int32(3), or (no field) TensorMap",
         got=repr(arg),
     )
+
+
+def _tensor_map(
+    map: TensorMap, address: Callable[[Slot], int], encode: Callable[[TensorMap, int], bytes], where: str
+) -> _Value:
+    at = address(map.slot) + map.offset
+    check(map, at, where)
+    return _Value(encode(map, at), ALIGNMENT, ((0, Pointer(map.slot, map.offset, map.nbytes)),))
 
 
 def _struct(fields: Sequence[_Value]) -> _Value:

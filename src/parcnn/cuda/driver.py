@@ -14,7 +14,7 @@ import numpy as np
 
 from parcnn.cuda.arguments import Arguments
 from parcnn.cuda.cubin import KernelInfo
-from parcnn.cuda.launch import Device, Launch
+from parcnn.cuda.launch import Device, Launch, TensorMap
 from parcnn.ops.program import Call
 
 # Static and dynamic shared memory beyond this needs the kernel's opt-in (CUDA C++ Programming Guide, "Shared Memory").
@@ -96,6 +96,9 @@ class Driver(Protocol):
 
     def function(self, module: Any, info: KernelInfo, dynamic_shared_bytes: int) -> Any:
         """A kernel of a module, ready for launches with up to `dynamic_shared_bytes`."""
+
+    def tensor_map(self, map: TensorMap, address: int) -> bytes:
+        """The 128 bytes of the CUtensorMap of a checked map at an address."""
 
     def step(self, streams: Sequence[Any]) -> AbstractContextManager[None]:
         """Encloses the launches of one step, which starts and ends on streams[0]."""

@@ -31,6 +31,7 @@ STEPS_PER_GRAPH = 8
 _DTYPES = {
     "f32": np.float32,
     "f64": np.float64,
+    "bf16": np.uint16,  # bit patterns
     "i32": np.int32,
     "u32": np.uint32,
     "u8": np.uint8,
@@ -294,7 +295,7 @@ class CudaExecutor:
         self.device = self.driver.device
         self.memory_limit = memory_limit
         self.allocated_bytes = 0
-        self.registry = registry if registry is not None else REGISTRY
+        self.registry = (registry if registry is not None else REGISTRY).on(self.device.arch)
         self._compiler = Compiler(self.device.arch, self.registry.folder, cache or default_cache())
         self._regions: weakref.WeakSet[CudaRegion] = weakref.WeakSet()
         self._modules: dict[Cubin, Any] = {}
@@ -431,7 +432,7 @@ class CudaExecutor:
         def bind(position: int, call: Call, launch: Launch) -> BoundLaunch:
             info = cubins[launch.kernel].kernels[launch.kernel.entry]
             where = f"{call.layer or call.op.name}: {launch.kernel.label}"
-            arguments = pack(launch.args, info.parameters, address, where)
+            arguments = pack(launch.args, info.parameters, address, self.driver.tensor_map, where)
             return BoundLaunch(self._functions[launch.kernel][0], launch, arguments, call, position)
 
         bound = [

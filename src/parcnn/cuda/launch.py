@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from parcnn.errors import DeviceError
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import ITEM_BYTES, Op, Spec
 from parcnn.ops.program import Call, Slot
 
 
@@ -64,8 +64,35 @@ class Struct:
     fields: tuple[Argument, ...]
 
 
-# A Slot stands for Pointer(slot). Scalars carry their C type: np.int32, np.uint32, np.int64, np.float32.
-Argument = Slot | Pointer | Struct | np.generic | None  # None is a null pointer
+@dataclass(frozen=True)
+class TensorMap:
+    """How the copy engine of sm_90 and later (TMA) sees a slot: a CUtensorMap, passed by value.
+
+    Dimensions are innermost first, and so are `strides_bytes`, of all but the innermost. A copy moves `box` elements of
+    which it takes every `element_strides`-th along a dimension (none given: each). `swizzle`: '64B', '128B' or None.
+    `l2_bytes`: what a miss brings into L2 (0, 64, 128, 256). `offset`: bytes from the slot's start.
+    """
+
+    slot: Slot
+    dims: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
+    box: tuple[int, ...]
+    element_strides: tuple[int, ...] = ()
+    swizzle: str | None = None
+    dtype: str = "bf16"
+    l2_bytes: int = 256
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        steps = sum((dim - 1) * stride for dim, stride in zip(self.dims[1:], self.strides_bytes, strict=True))
+        return steps + self.dims[0] * ITEM_BYTES[self.dtype]
+
+
+# A Slot stands for Pointer(slot). Scalars carry their C type: np.int32, np.uint32, np.int64, np.float32. `bytes` are a
+# whole parameter as it lies in memory, such as an array in a struct. None is a null pointer.
+Argument = Slot | Pointer | Struct | TensorMap | np.generic | bytes | None
 
 
 @dataclass(frozen=True)

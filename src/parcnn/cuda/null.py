@@ -20,7 +20,8 @@ import numpy as np
 from parcnn.cuda.cubin import KernelInfo, parse
 from parcnn.cuda.device import SHARED_BYTES
 from parcnn.cuda.driver import SHARED_BYTES_WITHOUT_OPT_IN, Allocation, BoundLaunch
-from parcnn.cuda.launch import Device, LaunchError, Pointer
+from parcnn.cuda.launch import Device, LaunchError, Pointer, TensorMap
+from parcnn.cuda.tensormap import NBYTES
 from parcnn.errors import DeviceError
 from parcnn.ops.program import Call, Slot
 
@@ -253,6 +254,10 @@ class NullDriver:
     def function(self, module: dict[str, KernelInfo], info: KernelInfo, dynamic_shared_bytes: int) -> _Function:
         self._outside_step("a kernel is loaded")
         return _Function(module[info.name], dynamic_shared_bytes)
+
+    def tensor_map(self, map: TensorMap, address: int) -> bytes:
+        """The address alone, where `Arguments.pointers` says that it lies."""
+        return address.to_bytes(NBYTES, "little")
 
     def launch(self, bound: BoundLaunch, stream: _Stream) -> None:
         if self._step is None:

@@ -21,7 +21,8 @@ import numpy as np
 from parcnn.cuda.cubin import KernelInfo
 from parcnn.cuda.device import arch_name, bindings_missing, device_count, driver_version, pycuda_missing
 from parcnn.cuda.driver import SHARED_BYTES_WITHOUT_OPT_IN, Allocation, BoundLaunch
-from parcnn.cuda.launch import Device
+from parcnn.cuda.launch import Device, TensorMap
+from parcnn.cuda.tensormap import encode
 from parcnn.errors import DeviceError
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit order with the default stream
@@ -173,6 +174,9 @@ class PycudaDriver:
         # PyCUDA sees one argument: the packed block, which it passes to cuLaunchKernel as it is.
         block_bytes = max((p.offset + p.nbytes for p in info.parameters), default=0)
         return function.prepare([f"{block_bytes}s"] if block_bytes else [])
+
+    def tensor_map(self, map: TensorMap, address: int) -> bytes:
+        return encode(self._bindings, map, address)
 
     def step(self, streams: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -15,7 +15,8 @@ from typing import ClassVar
 from parcnn.errors import ArgumentError
 
 # Bytes of one element. `u2` is a 2-bit pool index: four channels of a pixel share a byte, and each pixel starts a byte.
-ITEM_BYTES = {"f32": 4, "f64": 8, "i32": 4, "u32": 4, "u8": 1}
+# `bf16` is the upper half of an f32; on the host its bit patterns are uint16, as NumPy has no such type.
+ITEM_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "i32": 4, "u32": 4, "u8": 1}
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 # Activations whose derivative follows from their output: backward keeps that, never the input. All are monotone, so
 # they commute with a maximum.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from parcnn.cuda.kernels import (
     batch_norm,
     conv_dgrad,
     conv_fprop,
+    conv_sm90,
     conv_wgrad,
     feed,
     loss,
@@ -23,10 +25,22 @@ from parcnn.ops.base import Op, Spec
 
 
 class Registry:
-    """Launchers in the order in which they are asked, and the folder of their kernels' sources."""
+    """Launchers in the order in which they are asked, and the folder of their kernels' sources.
 
-    def __init__(self, launchers: Sequence[Launcher], folder: Path) -> None:
-        self._launchers, self.folder = tuple(launchers), folder
+    `only_on` has those whose kernels use the instructions of one architecture: there they are asked first.
+    """
+
+    def __init__(
+        self,
+        launchers: Sequence[Launcher],
+        folder: Path,
+        only_on: Mapping[str, Sequence[Launcher]] = MappingProxyType({}),
+    ) -> None:
+        self._launchers, self.folder, self._only_on = tuple(launchers), folder, only_on
+
+    def on(self, arch: str) -> Registry:
+        """The registry of a device of architecture `arch`."""
+        return Registry((*self._only_on.get(arch, ()), *self._launchers), self.folder)
 
     def supports(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether some launcher runs the op on these operands."""
@@ -64,4 +78,5 @@ class Registry:
 REGISTRY = Registry(
     [conv_fprop, conv_dgrad, conv_wgrad, pool, pointwise, batch_norm, shape, loss, update, feed],
     Path(__file__).parent,
+    only_on={"sm_90a": [conv_sm90]},
 )

@@ -1,0 +1,130 @@
+// Epilogues of conv_sm90.cu: from a warpgroup's sums to a tile of bf16 in shared memory, or to pooled values and indices.
+//
+// A thread holds sums[4 j + e] of the pixels 8 j + 2 (lane % 4) + e % 2 and the channel 16 warp + lane / 4 + 8 (e / 2). The
+// staged tile has a row of 64 channels, 128 bytes, for a pixel; its 16-byte chunks are swizzled by the pixel as TMA's
+// 128-byte mode does, so that matrix stores and 16-byte reads meet no bank twice.
+#pragma once
+
+#include "conv_sm90.cuh"
+
+// What a thread needs of the epilogue's operands.
+struct Outputs {
+    float bias0, bias1;  // of the thread's two channels
+    u32 floor;
+
+    // Pixel j, channels c and c + 8, or channel c, pixels j and j + 1: two sums with their biases, rounded.
+    __device__ __forceinline__ u32 channels(float first, float second) const {
+        return max_bf16x2(round_bf16x2(first + bias0, second + bias1), floor);
+    }
+    __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
+        return max_bf16x2(round_bf16x2(first + bias, second + bias), floor);
+    }
+};
+
+__device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
+    return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
+}
+
+// Write the tile's rows.
+template <int Pixels> __device__ __forceinline__ void stage_tile(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+    u32 at = chunk_address(staging, (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1));
+#pragma unroll
+    for (int j = 0; j < Pixels / 8; j += 2) {
+        u32 v[4];
+#pragma unroll
+        for (int i = 0; i < 2 && j + i < Pixels / 8; ++i) {
+            const float *s = sums + (j + i) * 4;
+            v[2 * i] = out.pixels(s[0], s[1], out.bias0);
+            v[2 * i + 1] = out.pixels(s[2], s[3], out.bias1);
+        }
+        if (j + 1 < Pixels / 8)
+            store_matrices(at + j * 1024, v[0], v[1], v[2], v[3]);
+        else
+            store_matrices(at + j * 1024, v[0], v[1]);
+    }
+}
+
+// The best of a pooling window so far, for two channels.
+struct Best {
+    u32 value, index;
+
+    __device__ __forceinline__ void consider(u32 v, u32 position) {
+        u32 wins = beats_bf16x2(v, value);
+        index = (index & ~wins) | (wins & position * 0x10001u);
+        value = max_bf16x2(value, v);
+    }
+};
+
+// Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of four pooled pixels: values, then (16 bits each)
+// which of the four won, STAGED_VALUE_BYTES behind them.
+template <int Pixels> constexpr u32 STAGED_VALUE_BYTES = (Pixels / 16 + 1) / 2 * 1024;
+
+template <int Pixels>
+__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+    constexpr int Pairs = Pixels / 16;  // of rows; two pairs make one 8x8 matrix
+    int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);
+    u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
+#pragma unroll
+    for (int i = 0; i < Pairs; i += 2) {
+        Best best[2] = {};
+#pragma unroll
+        for (int e = 0; e < 2 && i + e < Pairs; ++e) {
+            const float *s = sums + (i + e) * 8;
+            best[e] = {out.channels(s[0], s[2]), 0};
+            best[e].consider(out.channels(s[1], s[3]), 1);
+            best[e].consider(out.channels(s[4], s[6]), 2);
+            best[e].consider(out.channels(s[5], s[7]), 3);
+        }
+        store_matrices(at + i * 512, __byte_perm(best[0].value, best[1].value, 0x5410), __byte_perm(best[0].value, best[1].value, 0x7632),
+                       __byte_perm(best[0].index, best[1].index, 0x5410), __byte_perm(best[0].index, best[1].index, 0x7632));
+    }
+}
+
+// Eight indices, two to a word, as 2 bits each.
+__device__ __forceinline__ u16 pack_indices(const u32 (&index)[4]) {
+    u32 packed = 0;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) packed |= ((index[e] | index[e] >> 14) & 0xf) << 4 * e;
+    return (u16)packed;
+}
+
+// Pool a staged tile (InRegisters: it is already pooled) and write values and indices. y (N,P,Q,K), idx (N,P,Q,K/4).
+template <int Pixels, bool InRegisters>
+__device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
+    const int chunk = thread & 7, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2;
+#pragma unroll 2
+    for (int pixel = thread >> 3; pixel < pooled_w * pooled_h * g.tile_n; pixel += 16) {
+        int x, row;
+        int image = divide(divide(pixel, g.by_pooled_w, x), g.by_pooled_h, row);
+        int q = t.w / 2 + x, p = t.h / 2 + row, n = t.n + image;
+        u32 value[4], index[4] = {};
+        if (InRegisters) {
+            u32 at = chunk_address(staging, pixel, chunk);
+            uint4 v = load_shared16(at), i = load_shared16(at + STAGED_VALUE_BYTES<Pixels>);
+            value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
+            index[0] = i.x, index[1] = i.y, index[2] = i.z, index[3] = i.w;
+        } else {
+            int corner = (image * g.tile_h + 2 * row) * g.tile_w + 2 * x;
+#pragma unroll
+            for (int position = 0; position < 4; ++position) {
+                uint4 v = load_shared16(chunk_address(staging, corner + (position & 1) + (position >> 1) * g.tile_w, chunk));
+                const u32 candidate[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    if (position == 0) {
+                        value[e] = candidate[e];
+                    } else {
+                        Best best = {value[e], index[e]};
+                        best.consider(candidate[e], position);
+                        value[e] = best.value, index[e] = best.index;
+                    }
+                }
+            }
+        }
+        if (k + chunk * 8 < g.k && q < g.q && p < g.p && n < g.n) {
+            u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
+            *reinterpret_cast<uint4 *>(y + at) = make_uint4(value[0], value[1], value[2], value[3]);
+            *reinterpret_cast<u16 *>(idx + at / 4) = pack_indices(index);
+        }
+    }
+}

@@ -1,0 +1,323 @@
+"""How conv_sm90.cu cuts a convolution: the tiles that fit, what each should cost, and those that were measured best."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import NamedTuple
+
+from parcnn.cuda.launch import Device
+
+MAX_BOX = 256  # of TMA, a dimension
+BARRIER_BYTES = 512
+MAX_X_STAGES, MAX_W_STAGES = 8, 12
+# Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step).
+PIXELS = {
+    (64, 64): (64, 120, 128, 160, 200, 224, 232, 240, 256),
+    (128, 64): (64, 128, 160, 200, 224, 256),
+    (64, 32): (64, 128, 240),
+}
+MOST_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The convolution that the kernel computes. Of dgrad: of dy, with the filters' taps reversed and channels exchanged.
+
+    p, q: outputs that are computed, before the pool (then even).
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    s: int
+    p: int
+    q: int
+    stride: tuple[int, int]
+    pad: tuple[int, int]  # top, left
+    dilation: tuple[int, int]
+    pool: bool
+    flipped: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether taps are neighbouring pixels, so that they can share a stage."""
+        return self.stride == self.dilation == (1, 1) and self.r * self.s > 1
+
+
+class Shape(NamedTuple):
+    """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
+    images; its output channels, 64 or 128; X stages, where not as many as fit."""
+
+    serves: str
+    tile: tuple[int, int, int]
+    channels: int
+    x_stages: int = 0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a problem: a tile and its use of shared memory.
+
+    resident: all weights of a block's channels stay there. own_staging: the epilogue does not borrow an X stage.
+    """
+
+    serves: str
+    tile: tuple[int, int, int]
+    channels: int
+    resident: bool
+    own_staging: bool
+    x_stages: int
+    w_stages: int
+
+    def __str__(self) -> str:
+        flags = " resident" * self.resident + " staging" * self.own_staging
+        return f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}{flags} {self.x_stages}/{self.w_stages}"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a tile takes: compiled pixels, reduction channels of a step, bytes of shared memory."""
+
+    pixels: int
+    cb: int
+    pitch: int  # pixels from a row of a stage to the next
+    rows: int  # of pixels in a stage, of each image
+    x_box_bytes: int
+    staging_bytes: int
+    w_stage_bytes: int
+
+    @classmethod
+    def of(cls, sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int) -> Footprint | None:
+        """None where no compiled kernel or no copy takes such a tile."""
+        w, h, n = tile
+        cb = 32 if sizes.c <= 32 and channels == 64 else 64
+        in_registers = pools_in_registers(sizes.pool, w, channels)
+        pixels = next((p for p in PIXELS[channels, cb] if p >= w * h * n and not (in_registers and p % 16)), None)
+        halo = serves != "tap"
+        pitch = w + sizes.s - 1 if serves == "window" else w
+        rows = h + sizes.r - 1 if halo else h
+        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n)
+        fits = pixels is not None and max(boxes) <= MAX_BOX
+        if halo:
+            fits = fits and sizes.plain and n == 1 and (serves == "column" or w == 8)
+        if sizes.pool:
+            fits = fits and w % 2 == h % 2 == 0
+        if not fits or pixels is None:
+            return None
+        return cls(pixels, cb, pitch, rows, 2 * cb * pitch * rows * n, _round_up(pixels * 128), 2 * cb * channels)
+
+    def x_stage_bytes(self, own_staging: bool) -> int:
+        """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
+        return _round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
+
+
+def pools_in_registers(pool: bool, width: int, channels: int) -> bool:
+    """Whether the 2x2 windows of such a tile lie within threads, and the kernel uses it."""
+    return pool and width == 8 and channels == 64
+
+
+def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
+    """The variant with as many stages as shared memory holds; None where it does not fit.
+
+    Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
+    where tiles have too few loads to borrow from, or few bytes for it to hurt.
+    """
+    serves, tile, channels, x_stages = shape
+    takes = Footprint.of(sizes, serves, tile, channels)
+    if takes is None:
+        return None
+    blocks, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
+    live = [live_taps(sizes, axis, tile[1 - axis]) for axis in (0, 1)]
+    loads = blocks * {"tap": min(live[0]) * min(live[1]), "column": sizes.s, "window": 1}[serves]
+    scarce = loads < (1 if channels == 64 else 2)
+    own_staging = scarce or takes.cb == 32 or (taps == 1 and not sizes.pool)
+    left = device.shared_bytes_per_block - BARRIER_BYTES - (2 * takes.staging_bytes if own_staging else 0)
+    stage = takes.x_stage_bytes(own_staging)
+    weights = blocks * taps * takes.w_stage_bytes
+    resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
+    enough = 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
+    if resident_stages >= max(enough, x_stages):
+        return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1)
+    x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
+    w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
+    if x < 2 or w < 2:
+        return None
+    return Variant(serves, tile, channels, False, own_staging, x, w)
+
+
+@lru_cache(maxsize=4096)
+def live_taps(sizes: Sizes, axis: int, extent: int) -> tuple[int, ...]:
+    """Taps along an axis (0: h) that reach the image from each tile of `extent` outputs; `live_taps` of conv_sm90.cuh."""
+    image, taps, outputs = ((sizes.h, sizes.r, sizes.p), (sizes.w, sizes.s, sizes.q))[axis]
+    stride, pad, dilation = sizes.stride[axis], sizes.pad[axis], sizes.dilation[axis]
+    counts = []
+    for first in range(-pad, outputs * stride - pad, extent * stride):
+        last = first + (extent - 1) * stride
+        begin = max(0, ceil(-last / dilation))
+        end = min(taps, ceil((image - first) / dilation))
+        counts.append(max(1, end - begin))
+    return tuple(counts)
+
+
+def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Tiles along the width, the height and the images."""
+    return ceil(sizes.q / tile[0]), ceil(sizes.p / tile[1]), ceil(sizes.n / tile[2])
+
+
+@dataclass(frozen=True)
+class Work:
+    """Estimated clock cycles of a tile: what a tap costs, and what comes once; and how many tiles run at once."""
+
+    tap_cycles: float
+    tile_cycles: float
+    slots: int
+    k_groups: int  # groups of channels that blocks are bound to
+    k_inner: int  # groups of channels that are items of their own
+
+    @classmethod
+    def of(cls, sizes: Sizes, variant: Variant, device: Device) -> Work:
+        """The larger of the tensor cores' time (m64nNk16: N/2 cycles) and L2's (about 40 bytes a cycle and SM, as layers that
+        it bounds were measured). An epilogue hides behind the other consumer's product where they alternate."""
+        tile = _footprint(sizes, variant)
+        product = tile.cb / 16 * tile.pixels / 2 * variant.channels / 64
+        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant)
+        tap = 20 + max(product, (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40)
+        epilogue = 400 + (5 if sizes.pool else 2.5) * tile.pixels
+        if variant.channels == 64:
+            main = tap * sizes.r * sizes.s * ceil(sizes.c / tile.cb)
+            epilogue = max(0, epilogue - main) / 2
+        groups = ceil(sizes.k / variant.channels)
+        x, y, z = patches(sizes, variant.tile)
+        k_groups, k_inner = (groups, 1) if variant.resident else (1, groups)
+        slots = min(max(1, device.sm_count // k_groups), x * y * z * k_inner)
+        return cls(tap, epilogue, slots, k_groups, k_inner)
+
+
+def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
+    """Estimated clock cycles of the call: its busiest block's, or memory's (about 2400 bytes a cycle)."""
+    work = Work.of(sizes, variant, device)
+    tile = _footprint(sizes, variant)
+    blocks = ceil(sizes.c / tile.cb)
+    x, y, z = patches(sizes, variant.tile)
+    items = x * y * z * work.k_inner
+    if variant.serves == "tap":
+        rows, columns = live_taps(sizes, 0, variant.tile[1]), live_taps(sizes, 1, variant.tile[0])
+        taps, most = sum(rows) * sum(columns) / (x * y), max(rows) * max(columns)
+        uneven = min(rows) * min(columns) < most
+    else:
+        taps, most, uneven = sizes.r * sizes.s, sizes.r * sizes.s, False
+    mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
+    busiest = items / work.slots * mean + 0.3 * largest if uneven else ceil(items / work.slots) * mean
+    waves = ceil(work.slots * work.k_groups / device.sm_count)
+    start = 2500 + (blocks * sizes.r * sizes.s * tile.w_stage_bytes / 40 if variant.resident else 0)
+    pixels = sizes.n * (sizes.h * sizes.w * sizes.c + sizes.p * sizes.q * sizes.k / (4 if sizes.pool else 1))
+    return start + max(busiest * waves, 2 * pixels / 2400)
+
+
+@lru_cache(maxsize=1024)
+def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
+    """Variants for a problem, the best first: those of MEASURED, then by `cycles`."""
+    measured = [fit(sizes, shape, device) for shape in MEASURED.get(_key(sizes), ())]
+    estimated = [v for shape in dict.fromkeys(_shapes(sizes)) if (v := fit(sizes, shape, device))]
+    estimated.sort(key=lambda v: cycles(sizes, v, device))
+    return tuple(dict.fromkeys([*(v for v in measured if v), *estimated[:MOST_CANDIDATES]]))
+
+
+def _shapes(sizes: Sizes) -> Iterator[Shape]:
+    """Tiles that may pay: whole rows or even parts of them, whole images, one or two pixels of many images."""
+    even = 2 if sizes.pool else 1
+    widths = {_round_up(ceil(sizes.q / parts), even) for parts in range(1, 9)} | {8, even}
+    for channels in (64, 128):
+        if channels == 128 and sizes.k <= 64:
+            continue
+        for pixels in PIXELS[channels, 64]:
+            for w in sorted(widths):
+                highest = pixels // w // even * even
+                if highest == 0:
+                    continue
+                h = _round_up(ceil(sizes.p / ceil(sizes.p / highest)), even)
+                for serves in ("column", "window"):
+                    yield Shape(serves, (w, h, 1), channels)
+                for height in {h, *(v for v in (even, 2 * even) if v < h)}:
+                    yield Shape("tap", (w, height, min(pixels // (w * height), sizes.n, MAX_BOX)), channels)
+
+
+def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
+    """The items of each slot, heaviest first to the least loaded; None where all items are equal.
+
+    An item is (image group, row, column, group of channels), counted in this order.
+    """
+    rows, columns = live_taps(sizes, 0, variant.tile[1]), live_taps(sizes, 1, variant.tile[0])
+    if variant.serves != "tap" or (len(set(rows)) == 1 and len(set(columns)) == 1):
+        return None
+    work = Work.of(sizes, variant, device)
+    blocks = ceil(sizes.c / _footprint(sizes, variant).cb)
+    costs = [
+        blocks * r * s * work.tap_cycles + work.tile_cycles for r in rows for s in columns for _ in range(work.k_inner)
+    ]
+    count = len(costs) * patches(sizes, variant.tile)[2]
+    order = sorted(range(count), key=lambda item: -costs[item % len(costs)])
+    slots: list[list[int]] = [[] for _ in range(work.slots)]
+    loads = [(0.0, slot) for slot in range(work.slots)]
+    for item in order:
+        load, slot = loads[0]
+        slots[slot].append(item)
+        heapq.heapreplace(loads, (load + costs[item % len(costs)], slot))
+    return slots
+
+
+def _footprint(sizes: Sizes, variant: Variant) -> Footprint:
+    footprint = Footprint.of(sizes, variant.serves, variant.tile, variant.channels)
+    if footprint is None:
+        raise ValueError(f"{variant} does not fit {sizes}")
+    return footprint
+
+
+def _taps_per_load(sizes: Sizes, variant: Variant) -> int:
+    return {"tap": 1, "column": sizes.r, "window": sizes.r * sizes.s}[variant.serves]
+
+
+def _round_up(value: int, multiple: int = 1024) -> int:
+    return ceil(value / multiple) * multiple
+
+
+def _key(sizes: Sizes) -> tuple[int | bool, ...]:
+    side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, sizes.pad[0], sizes.pool)
+    square = sizes.r == sizes.s and sizes.pad[0] == sizes.pad[1]
+    return side if square and sizes.stride == sizes.dilation == (1, 1) else ()
+
+
+# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200 with a prototype of this kernel. dgrad finds its
+# own row: it is the convolution of dy.
+MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
+    (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 16, 1), 64),),
+    (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
+    (2000, 15, 15, 64, 256, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("window", (8, 15, 1), 64)),
+    (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
+    (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 200), 128)),
+    (256, 56, 56, 64, 64, 3, 1, False): (Shape("window", (8, 28, 1), 64), Shape("window", (8, 14, 1), 64)),
+    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (28, 7, 1), 128), Shape("window", (8, 28, 1), 64, 2)),
+    (256, 14, 14, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 2, 128), 128)),
+    (256, 7, 7, 512, 512, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 128), 128)),
+    (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
+    (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
+    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (56, 4, 1), 128),),
+    (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
+    (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
+    (2000, 15, 15, 64, 64, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("window", (8, 14, 1), 64)),
+    (2000, 15, 15, 64, 256, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("tap", (14, 2, 9), 128)),
+    (2000, 7, 7, 256, 256, 3, 1, True): (Shape("tap", (6, 2, 16), 128), Shape("tap", (6, 6, 7), 128)),
+    (2000, 3, 3, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 32), 128),),
+    (256, 56, 56, 64, 64, 3, 1, True): (Shape("window", (8, 28, 1), 64),),
+    (256, 28, 28, 128, 128, 3, 1, True): (Shape("window", (8, 28, 1), 64, 2), Shape("tap", (4, 4, 16), 128)),
+    (256, 14, 14, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("column", (14, 14, 1), 128)),
+    (256, 7, 7, 512, 512, 3, 1, True): (Shape("tap", (6, 6, 4), 128),),
+    (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (4, 4, 16), 128),),
+}

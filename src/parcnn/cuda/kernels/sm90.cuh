@@ -1,0 +1,134 @@
+// Hopper's copy engine and barriers (sm_90a): mbarriers, tensor copies (TMA), rings of stages, matrix stores.
+//
+// Addresses of shared memory are 32-bit. PTX ISA, "mbarrier", "cp.async.bulk.tensor", "stmatrix".
+#pragma once
+
+#include "common.cuh"
+
+typedef unsigned short u16;
+
+// A CUtensorMap, passed by value as a __grid_constant__ parameter.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+__device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// ---- mbarriers -----------------------------------------------------------------------------------------------------
+// A wait names the parity of the phase that it waits for. It cannot tell a phase from the one two later, so whoever waits
+// must never be two phases behind.
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// Makes the initialised barriers visible to the copy engine; a __syncthreads shows them to the block.
+__device__ __forceinline__ void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 count = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Arrive, and let the phase also wait for `nbytes` that copies will bring.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 nbytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(nbytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    asm volatile("{ .reg .pred p; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra DONE; bra WAIT; DONE: }" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+// The hardware barrier `id` (0 is __syncthreads') among `threads` threads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A place in a ring of stages, and the parity of the phase in which it is filled.
+struct Ring {
+    int stage = 0;
+    u32 parity = 0;
+
+    __device__ __forceinline__ void next(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+    __device__ __forceinline__ void skip(int count, int stages) {
+        int laps = (stage + count) / stages;
+        stage += count - laps * stages;
+        parity ^= laps & 1;
+    }
+};
+
+// ---- Tensor copies ---------------------------------------------------------------------------------------------------
+// Coordinates start at the innermost dimension. What lies outside of the tensor is zero when read, and not written.
+
+__device__ __forceinline__ void prefetch(const TensorMap &map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap &map, u32 barrier, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5}], [%2];" ::"r"(to),
+                 "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap &map, u32 barrier, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4,%5,%6}], [%2];" ::"r"(to),
+                 "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
+// Write a tile out and return when shared memory has been read. The writers of the tile must have passed `fence_async`
+// and a barrier.
+__device__ __forceinline__ void store_tile(const TensorMap &map, u32 from, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(&map), "r"(from), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Orders this thread's accesses to shared memory before what the copy engine and the tensor cores do after a barrier.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Shared memory ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint4 load_shared16(u32 at) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at) : "memory");
+    return v;
+}
+
+// Store two (four) transposed 8x8 matrices of 16-bit values; lanes 8i .. 8i+7 give the rows' addresses of the i-th.
+__device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(at), "r"(m0), "r"(m1) : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1, u32 m2, u32 m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+// ---- Pairs of bf16 in a register ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 round_bf16x2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// Maximum of each half; NaN where either is NaN.
+__device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
+    u32 d;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// All bits of a half are set where v takes the place of `best` in a maximum (`beats` of common.cuh).
+__device__ __forceinline__ u32 beats_bf16x2(u32 v, u32 best) {
+    u32 not_less_or_equal, is_number;
+    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(not_less_or_equal) : "r"(v), "r"(best));
+    asm("set.eq.u32.bf16x2 %0, %1, %1;" : "=r"(is_number) : "r"(best));
+    return not_less_or_equal & is_number;
+}
