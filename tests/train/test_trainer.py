@@ -196,6 +196,23 @@ def test_predict_runs_a_model_on_arrays() -> None:
     assert out[2, 3, 1, 2] == pytest.approx(1 / (1 + np.exp(-value)), abs=1e-5)
 
 
+def test_another_data_set_at_the_same_address_is_another(make_trainer: Make, digits: Dataset) -> None:
+    trainer = make_trainer()
+    rng = np.random.default_rng(0)
+    results = {trainer.evaluate(from_arrays(digits.images[:50], rng.integers(0, 10, 50))).loss for _ in range(20)}
+    assert len(results) == 20
+
+
+def test_layers_frozen_between_two_runs_stay(make_trainer: Make, digits: Dataset) -> None:
+    trainer = make_trainer()
+    trainer.fit(digits, 1)
+    before = weights(trainer)
+    trainer.model.conv1.requires_grad_(False)  # type: ignore[attr-defined]
+    trainer.fit(digits, 2)
+    np.testing.assert_array_equal(before["conv1.weight"], weights(trainer)["conv1.weight"])
+    assert not np.array_equal(before["conv2.weight"], weights(trainer)["conv2.weight"])
+
+
 def test_frozen_parameters_stay(make_trainer: Make, digits: Dataset) -> None:
     trainer = make_trainer(optim.SGD(0.05, momentum=0.9))
     before = weights(trainer)

@@ -20,11 +20,19 @@ class Pass:
 
     data: DeviceData
     regions: dict[str, Region]
-    full: list[LoadedProgram]  # for each bank of the data; empty when no batch is whole
-    tail: list[LoadedProgram]  # empty when every batch is whole
-    plan: Plan
-    count: int
+    plans: dict[str, Plan]  # 'full' for whole batches, 'tail' for the smaller last one, where there are such
+    programs: dict[str, list[LoadedProgram]]  # of each plan, one for each bank of the data
     generation: int  # of the session's memory that the programs are bound to
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of whole batches; of the only batch where that is smaller."""
+        return self.plans.get("full") or self.plans["tail"]
+
+    @property
+    def count(self) -> int:
+        """Samples in the pass."""
+        return self.plan.feed.order
 
     @property
     def steps(self) -> int:
@@ -40,9 +48,9 @@ class Pass:
             while done < end:
                 began = time.perf_counter()
                 steps = min(slice_steps, end - done, max(whole - done, 0))
-                programs = self.full if steps else self.tail
+                kind = "full" if steps else "tail"
                 steps = steps or 1
-                programs[bank].run(steps)
+                self.programs[kind][bank].run(steps)
                 done += steps
                 yield done  # the consumer reads results, which waits for the device
                 slice_steps = max(1, int(steps * seconds / max(time.perf_counter() - began, 1e-6)))

@@ -30,7 +30,7 @@ def time_steps(trainer: Trainer, data: Dataset, mode: str = "train", steps: int 
     mode: 'train' or 'eval'. The data set needs at least one whole batch. The weights change as in training.
     """
     run = trainer.ready_pass(mode, data)
-    if not run.full or not run.data.resident:
+    if "full" not in run.programs or not run.data.resident:
         raise ArgumentError("steps are timed on whole batches of a resident data set", where=data.name, got=len(data))
     whole = len(data) // run.data.batch
     order = np.arange(len(data), dtype=np.int32)
@@ -43,7 +43,7 @@ def time_steps(trainer: Trainer, data: Dataset, mode: str = "train", steps: int 
         run.start(order, first, 0, trainer.seed, hyper)
         trainer.executor.synchronize()
         began = time.perf_counter()
-        run.full[0].run(steps)
+        run.programs["full"][0].run(steps)
         trainer.executor.synchronize()
         times.append((time.perf_counter() - began) / steps * 1e6)
     p20, p50, p80 = np.percentile(times[2:], (20, 50, 80))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -111,9 +112,9 @@ class Trainer:
         self.classes: tuple[str, ...] = ()
         self.normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean, std of the training data
         self.epoch, self.step, self.trained = 0, 0, 0  # finished epochs, steps of the current one, steps in all
-        self._passes: dict[tuple[Any, ...], Pass] = {}
+        self._passes: WeakKeyDictionary[Dataset, dict[tuple[str, int], Pass]] = WeakKeyDictionary()
         self._pending_state: dict[str, np.ndarray] = {}  # of a checkpoint, until the training plan is loaded
-        self._plan: Plan | None = None
+        self._counted = 0  # training steps that the model's batch counters know of
 
     # -- what users call ----------------------------------------------------------------------------------------
 
@@ -198,7 +199,8 @@ class Trainer:
         data = DeviceData(
             self.executor, images, np.zeros(len(images), np.int32), self.batch_size, None, self.session.layout.dtype
         )
-        run = self._prepare("predict", data, data.feed(*_per_channel(mean, std, images.shape[1]), len(images)))
+        feed = data.feed(*_per_channel(mean, std, images.shape[1]), len(images))
+        run = self._bind(self._plans("predict", data.batch, feed), data, {})
         order = np.arange(len(images), dtype=np.int32)
         run.start(order, 0, self.trained, self.seed)
         for _ in run.run(order, 0, 3600.0):
@@ -246,6 +248,7 @@ class Trainer:
                 )
         self.model.load_state_dict(checkpoint.weights)
         self.epoch, self.step, self.trained = info["epoch"], info["step"], info["trained"]
+        self._counted = self.trained
         self.classes = tuple(info["classes"])
         self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
         self._pending_state = checkpoint.optimizer
@@ -293,41 +296,38 @@ class Trainer:
     def _pull(self) -> None:
         """Bring the weights home."""
         self.session.pull()
-        for name, variable in self.model.named_variables():
-            if name.rpartition(".")[2] == "num_batches_tracked":
-                variable.assign(np.array(self.trained, np.int64))
+        for module in self.model.modules():
+            counter = getattr(module, "num_batches_tracked", None)
+            if counter is not None and module.training:
+                counter.assign(counter.data + (self.trained - self._counted))
+        self._counted = self.trained
 
     def ready_pass(self, mode: str, data: Dataset) -> Pass:
-        """A pass over a data set, made at the first call: its data and programs in place."""
-        key = (mode, id(data), self.batch_size)
-        known = self._passes.get(key)
-        if known is not None:
-            if known.generation != self.session.generation:
-                self._passes[key] = self._bind(mode, known.data, known.plan.feed, known.regions)
-            self.session.push()
-            return self._passes[key]
+        """A pass over a data set, its data and programs in place; kept as long as the data set is.
+
+        Programs are loaded anew when layers were frozen or switched to inference since, or memory was replaced.
+        """
         if not len(data):
             raise ShapeError("an empty data set", where=data.name, remedy="give at least one sample")
-        sketch = self.plan(mode, data, min(self.batch_size, len(data)))
-        self._check_labels(sketch, data)
-        limit = self._room_for_data(sketch)
+        kept = self._passes.setdefault(data, {})
         batch = min(self.batch_size, len(data))
-        device_data = DeviceData(self.executor, data.images, data.labels, batch, limit, self.session.layout.dtype)
+        known = kept.get((mode, batch))
+        if known is not None:
+            device_data, regions = known.data, known.regions
+        else:
+            sketch = self.plan(mode, data, batch)
+            self._check_labels(sketch, data)
+            limit = self._room_for_data(sketch)
+            device_data = DeviceData(self.executor, data.images, data.labels, batch, limit, self.session.layout.dtype)
+            regions = {}
         mean, std = self.normalization or (data.mean, data.std)
         augment = self.augment if mode == "train" else Augment()
-        channels = data.images.shape[1]
-        feed = device_data.feed(*_per_channel(mean, std, channels), len(data), augment.flip, augment.shift_px)
-        self._passes[key] = self._prepare(mode, device_data, feed)
-        return self._passes[key]
-
-    def _prepare(self, mode: str, data: DeviceData, feed: Feed) -> Pass:
-        """A new pass: memory for what feeds its steps, and its programs."""
-        regions: dict[str, Region] = {}
-        for plan in self._plans(mode, data.batch, feed).values():
-            for name, nbytes in plan.program.region_bytes.items():
-                if name not in ("arena", "weights", "optimizer", "images", "targets") and name not in regions:
-                    regions[name] = self.executor.region(name, nbytes)
-        return self._bind(mode, data, feed, regions)
+        mean, std = _per_channel(mean, std, data.images.shape[1])
+        plans = self._plans(mode, batch, device_data.feed(mean, std, len(data), augment.flip, augment.shift_px))
+        if known is None or known.generation != self.session.generation or known.plans != plans:
+            kept[mode, batch] = self._bind(plans, device_data, regions)
+        self.session.push()
+        return kept[mode, batch]
 
     def _plans(self, mode: str, batch: int, feed: Feed) -> dict[str, Plan]:
         """Plans for whole batches and for the smaller last one, where there are such."""
@@ -337,14 +337,15 @@ class Trainer:
             sizes["tail"] = rest
         return {name: self.session.plan(mode, size, feed) for name, size in sizes.items()}
 
-    def _bind(self, mode: str, data: DeviceData, feed: Feed, regions: dict[str, Region]) -> Pass:
-        """A pass with its programs bound to memory."""
-        plans = self._plans(mode, data.batch, feed)
+    def _bind(self, plans: dict[str, Plan], data: DeviceData, regions: dict[str, Region]) -> Pass:
+        """A pass with its programs bound to memory; `regions` gains what feeds the steps and is not there yet."""
+        for plan in plans.values():
+            for name, nbytes in plan.program.region_bytes.items():
+                if name not in ("arena", "weights", "optimizer", "images", "targets") and name not in regions:
+                    regions[name] = self.executor.region(name, nbytes)
         loaded = [self.session.load(plans, {**regions, **bank}) for bank in data.banks]
         programs = {name: [bank[name] for bank in loaded] for name in plans}
-        plan = plans.get("full") or plans["tail"]
-        full, tail = programs.get("full", []), programs.get("tail", [])
-        return Pass(data, regions, full, tail, plan, feed.order, self.session.generation)
+        return Pass(data, regions, plans, programs, self.session.generation)
 
     def _room_for_data(self, plan: Plan) -> int | None:
         """Bytes that a data set may take beside the plan; None: no limit known."""
