@@ -63,8 +63,8 @@ def workspace_bytes(
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best estimate first.
 
-    A tile's estimate is `tile_cycles`; the direct kernel's is its arithmetic and its reads of shared memory, or what a
-    block needs alone.
+    A tile's estimate is `tile_cycles`; the direct kernel's, fitted to the same times, is its arithmetic, its fill of
+    shared memory and its scattered stores, or what a block needs alone.
     """
     _, conv = _conv(call)
     vector = conv.c % 4 == 0
@@ -76,11 +76,12 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     for direct in DIRECTS:
         plan = _direct_plan(conv, direct, device)
         if plan:
-            per_tap = 4 * direct.kt + 2 * (2 + direct.kt / 2)  # cycles of a warp that has a scheduler to itself
-            alone = 2500 + conv.taps_c * 1.5 * per_tap * max(1, plan.block_x * plan.block_y / 128)
+            warps = plan.block_x * plan.block_y / 32
+            filters_taps = direct.kt * conv.taps_c
+            work = 1.1 * warps * filters_taps + 1.3 * plan.shared_bytes / 4 + 18 * warps * direct.kt
+            alone = 700 + 18.5 * filters_taps
             rounds = plan.grid_x * plan.grid_y / device.sm_count
-            resident = max(1, 1024 // (plan.block_x * plan.block_y))
-            work = conv.taps_c * per_tap * plan.block_x * plan.block_y / 128
+            resident = max(1, int(32 / warps))
             costs[direct] = max(ceil(rounds) * work, ceil(rounds / resident) * alone)
     return sorted(costs, key=costs.__getitem__)
 
