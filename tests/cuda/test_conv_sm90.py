@@ -1,0 +1,433 @@
+"""bf16 convolution on Hopper's tensor cores: its launches on the null driver, its results on the device.
+
+Where the operands are small integers every sum is exact, so the device must give the oracle's very bits, ties and all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import pytest
+
+from parcnn.cpu import CpuExecutor
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_sm90
+from parcnn.cuda.kernels import conv_sm90_tiles as tiles
+from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
+from parcnn.cuda.launch import Device
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.program import Call, Slot
+from tests.cuda.bf16 import from_bits, to_bits
+from tests.op_runner import run_op
+
+H200 = Device("H200", "sm_90a", 132)
+KINDS = ("fprop", "fused", "pooled", "dgrad", "dgrad pooled")
+
+
+@dataclass(frozen=True)
+class Problem:
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int = 3
+    s: int = 3
+    pad: tuple[int, int, int, int] = (1, 1, 1, 1)
+    stride: tuple[int, int] = (1, 1)
+    dilation: tuple[int, int] = (1, 1)
+
+    def op(self, kind: str) -> Op:
+        geometry = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation}
+        return {
+            "fprop": ConvFprop(**geometry),
+            "fused": ConvFprop(**geometry, bias=True, act="relu"),
+            "pooled": ConvFprop(**geometry, bias=True, act="relu", pool="max"),
+            "plain pooled": ConvFprop(**geometry, pool="max"),
+            "dgrad": ConvDgrad(**geometry, image=(self.h, self.w)),
+            "dgrad pooled": ConvDgrad(**geometry, image=(self.h, self.w), pool="max"),
+        }[kind]
+
+    def has(self, kind: str) -> bool:
+        """Whether there is such a call: outputs, and no stride in the input gradient."""
+        p, q = self.op(kind).pooled_hw(self.h, self.w, self.r, self.s)
+        return p > 0 and q > 0 and (self.stride == (1, 1) or not kind.startswith("dgrad"))
+
+    def integers(self, kind: str, random: np.random.Generator) -> list[np.ndarray]:
+        """Operands as floats: -1, 0, 1 (biases up to 8), so sparse that sums stay below 256, where bf16 has all integers."""
+        terms = self.r * self.s * (self.k if kind.startswith("dgrad") else self.c)
+        density = min(1.0, 40 / np.sqrt(terms))
+
+        def ternary(*shape: int) -> np.ndarray:
+            return random.integers(-1, 2, shape) * (random.random(shape) < density).astype(float)
+
+        return self._operands(kind, ternary, lambda *shape: random.integers(-8, 9, shape).astype(float), random)
+
+    def normals(self, kind: str, random: np.random.Generator) -> list[np.ndarray]:
+        """Operands that bf16 has, standard normal."""
+
+        def normal(*shape: int) -> np.ndarray:
+            return from_bits(to_bits(random.standard_normal(shape)))
+
+        return self._operands(kind, normal, lambda *shape: random.standard_normal(shape).astype(np.float32), random)
+
+    def _operands(self, kind, tensor, bias, random) -> list[np.ndarray]:
+        op, w = self.op(kind), tensor(self.k, self.r, self.s, self.c)
+        if isinstance(op, ConvFprop):
+            return [tensor(self.n, self.h, self.w, self.c), w, *([bias(self.k)] if op.bias else [])]
+        out = (self.n, *op.pooled_hw(self.h, self.w, self.r, self.s), self.k)
+        return [tensor(*out), w, *([random.integers(0, 4, out).astype(np.uint8)] if op.pool else [])]
+
+
+PROBLEMS = {
+    "one pixel": Problem(1, 1, 1, 8, 8, 1, 1, (0, 0, 0, 0)),
+    "few channels": Problem(5, 13, 11, 24, 64),
+    "32 channels, 5x5": Problem(5, 13, 11, 32, 40, 5, 5, (2, 2, 2, 2)),
+    "64 channels": Problem(5, 13, 11, 64, 64),
+    "odd blocks of channels": Problem(5, 13, 11, 72, 136),
+    "many channels": Problem(3, 9, 10, 128, 256),
+    "3x3 image of 1x1 tiles": Problem(70, 3, 3, 64, 256),
+    "no padding": Problem(5, 13, 11, 64, 128, pad=(0, 0, 0, 0)),
+    "asymmetric": Problem(3, 12, 9, 64, 64, 2, 4, (0, 3, 2, 1)),
+    "pointwise": Problem(5, 13, 11, 64, 128, 1, 1, (0, 0, 0, 0)),
+    "pointwise, padded": Problem(3, 6, 7, 16, 24, 1, 1, (2, 2, 2, 2)),
+    "linear": Problem(300, 1, 1, 256, 72, 1, 1, (0, 0, 0, 0)),
+    "filter covers the image": Problem(37, 4, 5, 16, 72, 4, 5, (0, 0, 0, 0)),
+    "wide image": Problem(1, 4, 130, 16, 64),
+    "padding beyond the filter": Problem(2, 5, 5, 64, 64, pad=(4, 4, 4, 4)),
+    "dilated": Problem(2, 14, 15, 64, 72, pad=(2, 2, 2, 2), dilation=(2, 3)),
+    "stride 2": Problem(5, 13, 11, 64, 128, stride=(2, 2)),
+    "stride 2 pointwise": Problem(5, 14, 12, 128, 192, 1, 1, (0, 0, 0, 0), (2, 2)),
+    "strides 3 and 1": Problem(4, 16, 9, 24, 72, 5, 3, (2, 1, 2, 1), (3, 1)),
+}
+CASES = [(name, kind) for name, problem in PROBLEMS.items() for kind in KINDS if problem.has(kind)]
+cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for case in CASES])
+
+
+def bits_of(op: Op, operands: list[np.ndarray]) -> list[np.ndarray]:
+    """Operands as the device takes them."""
+    bias_at = 2 if isinstance(op, ConvFprop) else None
+    return [
+        a if a.dtype == np.uint8 else a.astype(np.float32) if i == bias_at else to_bits(a)
+        for i, a in enumerate(operands)
+    ]
+
+
+def on_cpu(op: Op, operands: list[np.ndarray]) -> tuple[np.ndarray, ...]:
+    executor = CpuExecutor(threads=1)
+    results = run_op(executor, op, [a if a.dtype == np.uint8 else a.astype(np.float64) for a in operands])
+    executor.close()
+    return results
+
+
+def call_of(op: Op, operands: list[np.ndarray]) -> Call:
+    """The call as a launcher sees it, in no place."""
+    names = {np.dtype(np.uint16): "bf16", np.dtype(np.float32): "f32", np.dtype(np.uint8): "u2"}
+    inputs = tuple(Spec(a.shape, names[a.dtype]) for a in bits_of(op, operands))
+    scratch = conv_sm90.workspace_bytes(op, inputs, op.infer(*inputs), H200)
+    workspace = Slot(Spec((scratch,), "u8"), "arena") if scratch else None
+    return Call(
+        op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)), workspace
+    )
+
+
+def sizes_of(op: Op, operands: list[np.ndarray]) -> Sizes:
+    """The convolution that the kernel computes, taken from what the launcher makes of it."""
+    call = call_of(op, operands)
+    return conv_sm90._sizes(call)
+
+
+def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
+    monkeypatch.setattr(executor, "registry", Registry([Forced(conv_sm90, variant)], REGISTRY.folder))
+    return executor
+
+
+def check_exact(executor: CudaExecutor, op: Op, operands: list[np.ndarray], where: object = "") -> None:
+    got = run_op(executor, op, bits_of(op, operands))
+    for i, (result, true) in enumerate(zip(got, on_cpu(op, operands), strict=True)):
+        wanted = true if result.dtype == np.uint8 else to_bits(true + 0.0)
+        value = result if result.dtype == np.uint8 else np.where(result == 0x8000, np.uint16(0), result)
+        wrong = np.argwhere(value != wanted)
+        assert not wrong.size, (
+            f"{where} output {i}: {len(wrong)} of {value.size} differ, first at {wrong[0]}: "
+            f"{value[tuple(wrong[0])]:#x}, not {wanted[tuple(wrong[0])]:#x}"
+        )
+
+
+def random_of(*parts: object) -> np.random.Generator:
+    return np.random.default_rng(sum(map(ord, "".join(map(str, parts)))))
+
+
+# Without a GPU
+
+
+@cases
+def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    """Each candidate compiles, and keeps to its parameter table, its tensor maps' rules, the device and the plan's memory."""
+    problem = PROBLEMS[name]
+    op, operands = problem.op(kind), problem.integers(kind, random_of(name, kind))
+    found = conv_sm90.candidates(call_of(op, operands), H200)
+    assert found
+    for variant in found:
+        run_op(forced(null, variant, monkeypatch), op, bits_of(op, operands))
+
+
+def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
+    problem = PROBLEMS["64 channels"]
+    op, operands = problem.op("fused"), problem.integers("fused", random_of())
+    specs = call_of(op, operands).input_specs
+    assert null.registry.find(op, specs) is conv_sm90
+    assert "conv_sm90" in null.kernel_name(op, specs, op.infer(*specs))
+    ada = CudaExecutor.null("sm_89")
+    assert not ada.can_fuse(op, specs)
+
+
+def test_every_variant_is_listed() -> None:
+    listed = set(conv_sm90.variants())
+    for name, kind in CASES:
+        op = PROBLEMS[name].op(kind)
+        call = call_of(op, PROBLEMS[name].integers(kind, random_of()))
+        for variant in conv_sm90.candidates(call, H200):
+            assert {launch.kernel for launch in conv_sm90.launches(call, H200, variant)} <= listed
+
+
+def test_what_it_refuses() -> None:
+    x, w, b = Spec((2, 8, 8, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"), Spec((64,))
+    assert conv_sm90.supports(ConvFprop(bias=True), (x, w, b)) is None
+    refused = [
+        (ConvFprop(), (Spec((2, 8, 8, 64)), w), "bf16"),
+        (ConvFprop(), (x, Spec((64, 3, 3, 64))), "bf16"),
+        (ConvFprop(bias=True), (x, w, Spec((64,), "bf16")), "bias"),
+        (ConvFprop(act="gelu"), (x, w), "gelu"),
+        (ConvFprop(pool="avg"), (x, w), "avg"),
+        (ConvFprop(stride=(1, 9)), (x, w), "9"),
+        (ConvFprop(), (Spec((2, 8, 8, 20), "bf16"), Spec((64, 3, 3, 20), "bf16")), "multiples of 8"),
+        (ConvFprop(), (x, Spec((10, 3, 3, 64), "bf16")), "multiples of 8"),
+        (ConvFprop(pad=(2**14, 0, 0, 0)), (x, w), "16384"),
+        (ConvFprop(), (Spec((2**20, 8, 8, 64), "bf16"), w), "2**31"),
+        (ConvDgrad(image=(8, 8), stride=(2, 2)), (Spec((2, 3, 3, 64), "bf16"), w), "stride 1"),
+        (ConvDgrad(image=(8, 8), act="relu"), (Spec((2, 6, 6, 64), "bf16"), w, x), "activation"),
+        (ConvWgrad(filter=(3, 3)), (x, Spec((2, 6, 6, 64), "bf16")), "neither"),
+    ]
+    for op, inputs, reason in refused:
+        assert reason in (conv_sm90.supports(op, inputs) or "supported"), op
+
+
+def all_sizes() -> Iterator[tuple[Sizes, Variant]]:
+    for name, kind in CASES:
+        sizes = sizes_of(PROBLEMS[name].op(kind), PROBLEMS[name].integers(kind, random_of()))
+        for variant in tiles.candidates(sizes, H200):
+            yield sizes, variant
+
+
+def test_skipped_taps_lie_wholly_in_the_padding() -> None:
+    for sizes, variant in all_sizes():
+        if variant.serves != "tap":
+            continue
+        for axis, image, taps, outputs in ((0, sizes.h, sizes.r, sizes.p), (1, sizes.w, sizes.s, sizes.q)):
+            extent = variant.tile[1 - axis]
+            counts = tiles.live_taps(sizes, axis, extent)
+            assert len(counts) == ceil(outputs / extent)
+            for i, count in enumerate(counts):
+                first = [o * sizes.stride[axis] - sizes.pad[axis] for o in range(i * extent, (i + 1) * extent)]
+                hit = [any(0 <= f + t * sizes.dilation[axis] < image for f in first) for t in range(taps)]
+                needed = max(np.flatnonzero(hit)) - min(np.flatnonzero(hit)) + 1 if any(hit) else 1
+                assert needed <= count <= taps
+
+
+def test_every_item_is_dealt_once_and_evenly() -> None:
+    uneven = 0
+    for sizes, variant in all_sizes():
+        dealt = tiles.deal(sizes, variant, H200)
+        if dealt is None:
+            continue
+        uneven += 1
+        work = Work.of(sizes, variant, H200)
+        x, y, z = tiles.patches(sizes, variant.tile)
+        assert sorted(i for items in dealt for i in items) == list(range(x * y * z * work.k_inner))
+        assert len(dealt) == work.slots
+        assert all(dealt), "a block without work"
+    assert uneven > 20
+
+
+def test_blocks_never_exceed_shared_memory_and_always_have_two_stages() -> None:
+    for sizes, variant in all_sizes():
+        assert variant.x_stages >= 2
+        assert variant.w_stages >= (1 if variant.resident else 2)
+        assert variant.own_staging or variant.x_stages >= 2, f"{sizes} {variant}"
+
+
+def test_dgrad_of_a_layer_is_tuned_as_the_convolution_that_it_is() -> None:
+    """dgrad of 2000 x 15 x 15, 64 -> 256 is the convolution 256 -> 64, which has a row of measurements."""
+    op = ConvDgrad(pad=(1, 1, 1, 1), image=(15, 15))
+    inputs = (Spec((2000, 15, 15, 256), "bf16"), Spec((256, 3, 3, 64), "bf16"))
+    call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
+    best = conv_sm90.candidates(call, H200)[0]
+    assert (best.serves, best.tile, best.channels) == ("column", (15, 15, 1), 64)
+
+
+# On the device
+
+
+@pytest.mark.gpu
+@cases
+def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    problem = PROBLEMS[name]
+    op, operands = problem.op(kind), problem.integers(kind, random_of(name, kind))
+    for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
+        check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+
+
+SERVES = {
+    "tap": [(11, 5, 3), (5, 2, 6), (1, 1, 64), (11, 13, 1), (8, 4, 2)],
+    "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1)],
+    "window": [(8, 13, 1), (8, 4, 1), (8, 31, 1)],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("serves", SERVES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("c", "k"), [(24, 64), (64, 64), (64, 192), (136, 72), (256, 128)])
+def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str, kind: str, c: int, k: int) -> None:
+    """Tiles that hang over every border, in rings of as few stages as there may be, and of as many."""
+    problem = Problem(7, 13, 11, c, k)
+    op, operands = problem.op(kind), problem.integers(kind, random_of(serves, kind, c, k))
+    sizes = sizes_of(op, operands)
+    even = (lambda v: v + v % 2) if sizes.pool else (lambda v: v)
+    ran = 0
+    for w, h, n in SERVES[serves]:
+        for channels in (64, 128):
+            for x_stages in (0, 2):
+                shape = Shape(serves, (even(w), even(h), n), channels, x_stages)
+                variant = tiles.fit(sizes, shape, cuda.device)
+                if variant is not None:
+                    check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+                    ran += 1
+    assert ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fused", "pooled", "dgrad"])
+@pytest.mark.parametrize(("channels", "cb"), tiles.PIXELS)
+def test_every_compiled_tile(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int, cb: int
+) -> None:
+    wide = 32 if cb == 32 else 72
+    problem = Problem(70, 7, 9, *((72, wide) if kind == "dgrad" else (wide, 72)))
+    op, operands = problem.op(kind), problem.integers(kind, random_of(kind, channels, cb))
+    sizes, kernels = sizes_of(op, operands), set()
+    for pixels in tiles.PIXELS[channels, cb]:
+        for tile in ((2, 2, pixels // 4), (8, 2, pixels // 16)):
+            variant = tiles.fit(sizes, Shape("tap", tile, channels), cuda.device)
+            assert variant is not None
+            check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+            kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands), H200, variant)}
+    pool = {1, 2} if kind == "pooled" else {0}
+    macros = {"CB": cb, "CHANNELS": channels, "FLIPPED": int(kind == "dgrad")}
+    listed = {
+        k for k in conv_sm90.variants()
+        if k.entry == "conv_sm90" and dict(k.defines)["POOL"] in pool and macros.items() <= dict(k.defines).items()
+    }  # fmt: skip
+    assert listed == kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(300))
+def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
+    """The default choice on odd problems."""
+    random = np.random.default_rng(seed)
+    r, s = random.choice([1, 3, 5], 2) if seed % 3 else [random.choice([1, 3, 5])] * 2
+    n, h, w = random.integers(1, 6), random.integers(1, 34), random.integers(1, 34)
+    pad = random.integers(0, 3, 4) if seed % 2 else [random.integers(0, 3)] * 4
+    stride = random.choice([1, 2], 2) if seed % 4 == 0 else (1, 1)
+    c, k = random.choice([8, 24, 32, 64, 72, 256]), random.choice([8, 16, 64, 72, 128, 256])
+    numbers = [int(v) for v in (n, h, w, c, k, r, s)]
+    problem = Problem(*numbers, tuple(map(int, pad)), tuple(map(int, stride)))
+    kinds = [kind for kind in (*KINDS, "plain pooled") if problem.has(kind)]
+    for kind in kinds:
+        check_exact(cuda, problem.op(kind), problem.integers(kind, random), f"{problem} {kind}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["few channels", "64 channels", "many channels", "3x3 image of 1x1 tiles", "pointwise"]
+)
+def test_real_numbers(cuda: CudaExecutor, name: str, kind: str) -> None:
+    """A result errs by its rounding to bf16 and by 2**-19 of the sum of its terms' magnitudes, which fp32 sums keep to."""
+    problem = PROBLEMS[name]
+    op, operands = problem.op(kind), problem.normals(kind, random_of(name, kind))
+    geometry = {"stride": problem.stride, "pad": problem.pad, "dilation": problem.dilation}
+    got, *index = run_op(cuda, op, bits_of(op, operands))
+    value = from_bits(got)
+    assert np.isfinite(value).all()
+    if kind != "pooled":
+        (true,) = on_cpu(op, operands)
+        bare = problem.op({"fused": "fprop"}.get(kind, kind))
+        (magnitude,) = on_cpu(
+            bare, [np.abs(operands[0]), np.abs(operands[1]), *operands[2:]][: 3 if "dgrad" in kind else 2]
+        )
+        assert (np.abs(value - true) <= 2.0**-8 * np.abs(true) + 2.0**-19 * magnitude).all()
+        return
+    before = ConvFprop(**geometry, bias=True, act="relu")
+    (full,) = on_cpu(before, operands)
+    (magnitude,) = on_cpu(ConvFprop(**geometry), [np.abs(a) for a in operands[:2]])
+    n, p, q, k = value.shape
+    windows = full[:, : 2 * p, : 2 * q].reshape(n, p, 2, q, 2, k).transpose(0, 1, 3, 5, 2, 4).reshape(n, p, q, k, 4)
+    slack = 2.0**-8 * windows.max(-1) + 2.0**-19 * magnitude.max()
+    assert (np.abs(value - windows.max(-1)) <= slack).all()
+    winner = np.take_along_axis(windows, index[0][..., None].astype(int), -1)[..., 0]
+    assert (winner >= windows.max(-1) - 2 * slack).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fprop", "fused", "pooled", "plain pooled", "dgrad"])
+@pytest.mark.parametrize("c", [24, 64])
+def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, c: int) -> None:
+    """They reach the outputs that they reach in float64; the first NaN of a window wins it."""
+    problem = Problem(3, 13, 11, c, 64)
+    op, operands = problem.op(kind), problem.integers(kind, random_of(kind, c))
+    x = operands[0]
+    x[0, 3, 4, 5], x[1, 0, 0, 0], x[2, 7, 7, 3], x[2, 8, 7, 3] = np.nan, np.inf, -np.inf, np.nan
+    operands[1][operands[1] == 0] = 1  # infinity times zero depends on which taps are skipped in the padding
+    for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
+        check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fprop", "pooled", "dgrad"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(1500, 5, 6, 64, 64),
+        Problem(700, 6, 6, 128, 256),
+        Problem(900, 9, 8, 24, 64),
+        Problem(600, 7, 7, 256, 128),
+    ],
+    ids=str,
+)
+def test_many_tiles_give_the_same_bits_each_time(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, problem: Problem, kind: str
+) -> None:
+    """Blocks of many tiles, where rings go round often; eight runs of each candidate, against the first candidate's."""
+    op, operands = problem.op(kind), bits_of(problem.op(kind), problem.normals(kind, random_of(problem, kind)))
+    exact = bits_of(op, problem.integers(kind, random_of(problem, kind)))
+    wanted = None
+    for variant in conv_sm90.candidates(call_of(op, problem.integers(kind, random_of())), cuda.device):
+        executor = forced(cuda, variant, monkeypatch)
+        first = run_op(executor, op, operands)
+        for _ in range(7):
+            for again, once in zip(run_op(executor, op, operands), first, strict=True):
+                np.testing.assert_array_equal(again, once, err_msg=str(variant))
+        whole = run_op(executor, op, exact)
+        wanted = wanted or whole
+        for got, true in zip(whole, wanted, strict=True):
+            np.testing.assert_array_equal(got, true, err_msg=str(variant))
+    if problem.n < 800:
+        check_exact(cuda, op, problem.integers(kind, random_of(problem, kind)))
