@@ -4,71 +4,107 @@
 //   backward   dz = dy * act'(gamma*xhat + beta), recomputed;  dbeta = sum dz;  dgamma = sum dz*xhat;
 //              training: dx = gamma*rstd * (dz - (dbeta + xhat*dgamma)/rows);  frozen statistics: dx = gamma*rstd * dz
 //
-// Large tensors: a pass that leaves one partial result a block and channel, a small launch that merges them, a pass that
-//   writes (it walks the tensor backwards: what the first pass read last is still in the L2 cache).
-// Few rows (`_single`): one launch; a block owns a few channels, reads their column twice, the second time from cache.
+// Two launches: a pass that leaves one partial result a block and channel, and a pass whose blocks each merge the partial
+//   results of their channels, in the same order, and then write (it walks the tensor backwards: what the first pass read
+//   last is still in the L2 cache).
+// One launch (`_single`), for few rows or many channels: a block owns all rows of a few channels and keeps them in shared
+//   memory between the sums and the writing; each thread reads there only what it put there itself.
 // In every pass a block has 2^lanes_log2 lanes along channels (VEC each) and its other threads along rows; it takes tiles of
 //   UNROLL rows a thread. blockIdx.x: group of channels; blockIdx.y: which tiles.
-// Variances: a thread takes the mean and the sum of squared deviations of UNROLL rows at a time and merges them (Chan,
-//   Golub & LeVeque 1979), threads and blocks likewise: no difference of large numbers. Every order is fixed.
-// Bytes: forward reads x twice (training), writes y; backward reads dy and x twice (frozen: once), writes dx.
+// Variances: the mean comes before the squared deviations from it, and is corrected by the deviations. In two launches a
+//   thread takes both of UNROLL rows at a time and merges them (Chan, Golub & LeVeque 1979): no difference of large numbers.
+//   Every order is fixed.
+// Bytes: forward reads x twice (training, two launches), writes y; backward reads dy and x twice (frozen or one launch: once),
+//   writes dx.
 // Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of
-//   two, at most 512, and at least 2^lanes_log2. dx may be dy or x: an element is read for the last time by the thread that
-//   writes it.
+//   two, at least 32 and 2^lanes_log2; 2^lanes_log2 * VEC at most 32. dx may be dy or x: an element is read for the last time
+//   by the thread that writes it.
 // Macro: VEC.
 #include "common.cuh"
 
-#define MAX_THREADS 512
 #define UNROLL 4
+#define GROUP 32  // most channels of a block
+#define MOMENTS_THREADS 1024
+#define SUM_THREADS 512
+#define WRITE_THREADS 256
+#define SINGLE_THREADS 1024
 
 typedef Floats<VEC> Vector;
 
 struct Shape {
     int rows, channels, lanes_log2;
+    int tiles;  // of UNROLL rows a thread; in one launch: of one row a thread
 };
 
 // What a thread works on.
 struct Place {
-    int c;            // its first channel
-    int row;          // its first row in a tile; the next are `row_step` apart
-    int row_step;     // threads along rows
-    int tile_rows;
-    int tiles;
-    bool live;        // it has channels
+    int c;           // its first channel
+    int lane;        // its place among the threads of a row
+    u32 row;         // its first row in a tile; the next are row_step apart
+    int step_log2;   // of row_step, the threads along rows
+    size_t step;     // floats from one of its rows to the next
+    bool live;       // it has channels
 };
 
 __device__ __forceinline__ Place place(const Shape &shape) {
     Place at;
-    int lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
-    at.c = ((blockIdx.x << shape.lanes_log2) + lane) * VEC;
+    at.lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
+    at.c = ((blockIdx.x << shape.lanes_log2) + at.lane) * VEC;
     at.live = at.c < shape.channels;
     at.row = threadIdx.x >> shape.lanes_log2;
-    at.row_step = blockDim.x >> shape.lanes_log2;
-    at.tile_rows = at.row_step * UNROLL;
-    at.tiles = (int)(((long long)shape.rows + at.tile_rows - 1) / at.tile_rows);
+    at.step_log2 = 31 - __clz((int)blockDim.x) - shape.lanes_log2;
+    at.step = (size_t)shape.channels << at.step_log2;
     return at;
 }
 
-// Rows of a tile that the thread has (0..UNROLL), and where the first one's channels start.
-__device__ __forceinline__ int rows_in(const Place &at, const Shape &shape, int tile, size_t &start) {
-    long long row = (long long)tile * at.tile_rows + at.row;
-    start = row * shape.channels + at.c;
-    long long left = (long long)shape.rows - row;
-    return left <= 0 ? 0 : (int)min((left + at.row_step - 1) / at.row_step, (long long)UNROLL);
+// How many rows from `row` on the thread has, and where the first one's channels start.
+__device__ __forceinline__ int rows_from(u32 row, const Place &at, const Shape &shape, size_t &start) {
+    start = (size_t)row * shape.channels + at.c;
+    int left = at.live ? (int)((u32)shape.rows - row) : 0;
+    return left <= 0 ? 0 : ((left - 1) >> at.step_log2) + 1;
 }
 
-// Rows of all tiles that block `block` of `blocks` takes.
-__device__ __forceinline__ float rows_of_block(int block, int blocks, int rows, int tile_rows) {
-    int tiles = (int)(((long long)rows + tile_rows - 1) / tile_rows);
-    if (block >= tiles) return 0.0f;
-    long long own = (long long)((tiles - 1 - block) / blocks + 1) * tile_rows;
-    bool has_last = (tiles - 1 - block) % blocks == 0;
-    return (float)(has_last ? own - ((long long)tiles * tile_rows - rows) : own);
+// Those of a tile, at most UNROLL.
+__device__ __forceinline__ int rows_in(int tile, const Place &at, const Shape &shape, size_t &start) {
+    return min(rows_from(((u32)tile * UNROLL << at.step_log2) + at.row, at, shape, start), UNROLL);
 }
 
-__device__ __forceinline__ float normalise(float x, float mean, float scale, float beta, int relu) {
-    float z = (x - mean) * scale + beta;
-    return relu ? activate<ACT_RELU>(z) : z;
+__device__ __forceinline__ void load_rows(const float *x, int count, size_t step, Vector (&v)[UNROLL]) {
+#pragma unroll
+    for (int j = 0; j < UNROLL; ++j) v[j] = j < count ? load<VEC>(x + j * step) : splat<VEC>(0.0f);
+}
+
+// Sums over the threads of a block that share a lane, in a fixed order; every thread gets them.
+// Scratch: N vectors for each lane of each warp.
+template <int N> __device__ __forceinline__ void sum_rows(Vector (&v)[N], const Place &at, int lanes_log2, float *scratch) {
+    int warp = threadIdx.x / 32, warps = blockDim.x / 32, entries = warps << lanes_log2;
+    auto sum_warp = [&](Vector &sum) {
+        for (int offset = 16; offset >> lanes_log2; offset /= 2)
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) sum.v[e] += __shfl_xor_sync(0xffffffffu, sum.v[e], offset);
+    };
+#pragma unroll
+    for (int n = 0; n < N; ++n) sum_warp(v[n]);
+    __syncthreads();  // what an earlier sum left has been read
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+        if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + (warp << lanes_log2) + at.lane) * VEC, v[n]);
+    __syncthreads();
+    // Warp n sums what the warps left of v[n]; its lanes meet their own channels again, as 32 is a multiple of the lanes.
+    for (int n = warp; n < N; n += warps) {
+        Vector sum = splat<VEC>(0.0f);
+        for (int i = threadIdx.x % 32; i < entries; i += 32) {
+            Vector other = load<VEC>(scratch + (n * entries + i) * VEC);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) sum.v[e] += other.v[e];
+        }
+        sum_warp(sum);
+        __syncwarp();
+        if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + at.lane) * VEC, sum);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; ++n) v[n] = load<VEC>(scratch + (n * entries + at.lane) * VEC);
 }
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -90,44 +126,69 @@ __device__ __forceinline__ void merge(Moments &a, float count, const Vector &mea
     a.count = all;
 }
 
-// Moments of the rows in the tiles of this block; complete in the threads of row 0. Scratch: one entry a thread.
-__device__ __forceinline__ Moments block_moments(const float *x, const Place &at, const Shape &shape, float *counts,
-                                                 Vector *means, Vector *m2s) {
-    Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
-    if (at.live)
-        for (int tile = blockIdx.y; tile < at.tiles; tile += gridDim.y) {
-            size_t start;
-            int count = rows_in(at, shape, tile, start);
-            Vector v[UNROLL];
+// Merge `count` rows; the others are zero.
+__device__ __forceinline__ void add_rows(Moments &own, const Vector (&v)[UNROLL], int count) {
+    Vector mean, m2;
+    float share = 1.0f / (float)max(count, 1);
 #pragma unroll
-            for (int j = 0; j < UNROLL; ++j)
-                v[j] = j < count ? load<VEC>(x + start + (size_t)j * at.row_step * shape.channels) : splat<VEC>(0.0f);
-            Vector mean = splat<VEC>(0.0f), m2 = splat<VEC>(0.0f);
-            float share = 1.0f / (float)max(count, 1);
+    for (int e = 0; e < VEC; ++e) {
+        float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) {
+        for (int j = 0; j < UNROLL; ++j) sum += v[j].v[e];
+        mean.v[e] = sum * share;
 #pragma unroll
-                for (int j = 0; j < UNROLL; ++j) mean.v[e] += v[j].v[e];
-                mean.v[e] *= share;
-#pragma unroll
-                for (int j = 0; j < UNROLL; ++j) {
-                    float d = j < count ? v[j].v[e] - mean.v[e] : 0.0f;
-                    m2.v[e] += d * d;
-                }
-            }
-            merge(own, (float)count, mean, m2);
+        for (int j = 0; j < UNROLL; ++j) {
+            float d = j < count ? v[j].v[e] - mean.v[e] : 0.0f;
+            squares += d * d;
         }
-    for (int half = at.row_step / 2; half > 0; half /= 2) {
-        if (at.row >= half && at.row < 2 * half) {
-            counts[threadIdx.x] = own.count;
-            means[threadIdx.x] = own.mean;
-            m2s[threadIdx.x] = own.m2;
-        }
-        __syncthreads();
-        int other = threadIdx.x + (half << shape.lanes_log2);
-        if (at.row < half) merge(own, counts[other], means[other], m2s[other]);
+        m2.v[e] = squares;
     }
-    return own;
+    merge(own, (float)count, mean, m2);
+}
+
+// Correct a mean, and the sum of squared deviations from it, by the sum of the deviations, which exact arithmetic would make
+// zero (the corrected two-pass algorithm of Chan, Golub & LeVeque).
+__device__ __forceinline__ void correct(Moments &all, const Vector &deviations, const Vector &squares) {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) {
+        float shift = deviations.v[e] / all.count;
+        all.mean.v[e] += shift;
+        float m2 = squares.v[e] - deviations.v[e] * shift;
+        all.m2.v[e] = m2 < 0.0f ? 0.0f : m2;  // NaN stays
+    }
+}
+
+// Merge what the block's threads have, `rows` rows together; every thread gets it.
+__device__ __forceinline__ void merge_threads(Moments &own, float rows, const Place &at, int lanes_log2, float *scratch) {
+    float weight = own.count / rows;
+    Vector mean[1], sums[2];
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) mean[0].v[e] = own.mean.v[e] * weight;
+    sum_rows(mean, at, lanes_log2, scratch);
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) {
+        float d = own.mean.v[e] - mean[0].v[e];
+        sums[0].v[e] = own.count * d;
+        sums[1].v[e] = own.m2.v[e] + own.count * d * d;
+    }
+    sum_rows(sums, at, lanes_log2, scratch);
+    own.count = rows;
+    own.mean = mean[0];
+    correct(own, sums[0], sums[1]);
+}
+
+// How a pass that left partial results was divided.
+struct Split {
+    FastDiv blocks;
+    int tiles, tile_rows;
+};
+
+// Rows of all tiles that block `block` took.
+__device__ __forceinline__ float rows_of_block(int block, const Split &split, int rows) {
+    int rest, more = divide(split.tiles - 1 - block, split.blocks, rest);
+    long long own = (more + 1LL) * split.tile_rows;
+    if (rest == 0) own -= (long long)split.tiles * split.tile_rows - rows;  // it has the last tile
+    return (float)own;
 }
 
 struct Statistics {
@@ -135,283 +196,373 @@ struct Statistics {
     float eps, momentum;
 };
 
-// mean and m2 (sum of squared deviations) of channel c over all rows: keep them, and move the running statistics.
-__device__ __forceinline__ float keep_statistics(const Statistics &s, int c, float mean, float m2, int rows) {
-    float rstd = 1.0f / sqrtf(m2 / rows + s.eps);
-    s.mean[c] = mean;
-    s.rstd[c] = rstd;
-    s.running_mean[c] += s.momentum * (mean - s.running_mean[c]);
-    s.running_var[c] += s.momentum * (m2 / max(rows - 1, 1) - s.running_var[c]);
+__device__ __forceinline__ Vector rstd_of(const Moments &all, float eps) {
+    Vector rstd;
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) rstd.v[e] = 1.0f / sqrtf(all.m2.v[e] / all.count + eps);
     return rstd;
 }
 
-// y for the tiles of this block, last tiles first.
-__device__ __forceinline__ void write_normalised(const float *x, float *y, const Place &at, const Shape &shape,
-                                                 const Vector &mean, const Vector &scale, const Vector &beta, int relu) {
-    for (int tile = at.tiles - 1 - (int)blockIdx.y; tile >= 0; tile -= gridDim.y) {
-        size_t start;
-        int count = rows_in(at, shape, tile, start);
-        Vector v[UNROLL];
+// Keep the statistics of all rows, and move the running ones.
+__device__ __forceinline__ void keep_statistics(const Statistics &s, int c, const Moments &all, const Vector &rstd, int rows) {
+    store<VEC>(s.mean + c, all.mean);
+    store<VEC>(s.rstd + c, rstd);
+    Vector mean = load<VEC>(s.running_mean + c), var = load<VEC>(s.running_var + c);
 #pragma unroll
-        for (int j = 0; j < UNROLL; ++j)
-            if (j < count) v[j] = load<VEC>(x + start + (size_t)j * at.row_step * shape.channels);
+    for (int e = 0; e < VEC; ++e) {
+        mean.v[e] += s.momentum * (all.mean.v[e] - mean.v[e]);
+        var.v[e] += s.momentum * (all.m2.v[e] / max(rows - 1, 1) - var.v[e]);
+    }
+    store<VEC>(s.running_mean + c, mean);
+    store<VEC>(s.running_var + c, var);
+}
+
+// y of a row's channels in place of x.
+__device__ __forceinline__ void normalise(Vector &x, const Vector &mean, const Vector &scale, const Vector &beta, int relu) {
 #pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            if (j >= count) break;
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) v[j].v[e] = normalise(v[j].v[e], mean.v[e], scale.v[e], beta.v[e], relu);
-            store<VEC>(y + start + (size_t)j * at.row_step * shape.channels, v[j]);
-        }
+    for (int e = 0; e < VEC; ++e) {
+        float z = (x.v[e] - mean.v[e]) * scale.v[e] + beta.v[e];
+        x.v[e] = relu ? activate<ACT_RELU>(z) : z;
     }
 }
 
-// partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C).
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-batch_norm_moments(const float *__restrict__ x, float *__restrict__ partial, Shape shape) {
-    __shared__ float counts[MAX_THREADS];
-    __shared__ Vector means[MAX_THREADS], m2s[MAX_THREADS];
+__device__ __forceinline__ Vector product(Vector a, const Vector &b) {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) a.v[e] *= b.v[e];
+    return a;
+}
+
+// partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
+extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS)
+batch_norm_moments(const float *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
+    __shared__ float4 scratch[2 * MOMENTS_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
-    Moments own = block_moments(x, at, shape, counts, means, m2s);
+    Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
+    for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
+        size_t start;
+        int count = rows_in(tile, at, shape, start);
+        Vector v[UNROLL];
+        load_rows(x + start, count, at.step, v);
+        add_rows(own, v, count);
+    }
+    merge_threads(own, rows_of_block(blockIdx.y, split, shape.rows), at, shape.lanes_log2, &scratch->x);
     if (at.live && at.row == 0) {
         store<VEC>(partial + (size_t)blockIdx.y * shape.channels + at.c, own.mean);
         store<VEC>(partial + (size_t)(gridDim.y + blockIdx.y) * shape.channels + at.c, own.m2);
     }
 }
 
-// A block of 32 x 16 threads for 32 channels. tile_rows: of the pass that wrote the partial moments.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-batch_norm_merge_moments(const float *__restrict__ partial, Statistics s, int partials, int tile_rows, int rows, int channels) {
-    __shared__ float sums[2][16][32];
-    int lane = threadIdx.x & 31, part = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
-    bool live = c < channels;
-    const float *means = partial + c, *m2s = partial + (size_t)partials * channels + c;
-    float mean = 0.0f, m2 = 0.0f;
+// The second pass. split: of the first.
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
+batch_norm_train(const float *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                 const float *__restrict__ partial, float *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
+    __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
+    Place at = place(shape);
+    int tile = shape.tiles - 1 - (int)blockIdx.y;
+    size_t start;
+    int count = rows_in(tile, at, shape, start);
+    Vector v[UNROLL];
+    load_rows(x + start, count, at.step, v);  // on their way while the partial results are merged
+
+    int partials = split.blocks.d;
+    Moments all = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
+    const float *means = partial + at.c, *m2s = means + (size_t)partials * shape.channels;
 #pragma unroll 4
-    for (int i = part; live && i < partials; i += 16)
-        mean += rows_of_block(i, partials, rows, tile_rows) / rows * means[(size_t)i * channels];
-    sums[0][part][lane] = mean;
-    __syncthreads();
-    mean = 0.0f;
-    for (int i = 0; i < 16; ++i) mean += sums[0][i][lane];
-#pragma unroll 4
-    for (int i = part; live && i < partials; i += 16) {
-        float d = means[(size_t)i * channels] - mean;
-        m2 += m2s[(size_t)i * channels] + rows_of_block(i, partials, rows, tile_rows) * d * d;
+    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
+        size_t offset = (size_t)i * shape.channels;
+        merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
     }
-    sums[1][part][lane] = m2;
-    __syncthreads();
-    if (part > 0 || !live) return;
-    m2 = 0.0f;
-    for (int i = 0; i < 16; ++i) m2 += sums[1][i][lane];
-    keep_statistics(s, c, mean, m2, rows);
+    merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
+    if (!at.live) return;
+    Vector rstd = rstd_of(all, s.eps), scale = product(load<VEC>(gamma + at.c), rstd), shift = load<VEC>(beta + at.c);
+    if (blockIdx.y == 0 && at.row == 0) keep_statistics(s, at.c, all, rstd, shape.rows);
+
+    while (true) {
+#pragma unroll
+        for (int j = 0; j < UNROLL; ++j) {
+            if (j >= count) break;
+            normalise(v[j], all.mean, scale, shift, relu);
+            store<VEC>(y + start + j * at.step, v[j]);
+        }
+        tile -= gridDim.y;
+        if (tile < 0) return;
+        count = rows_in(tile, at, shape, start);
+        load_rows(x + start, count, at.step, v);
+    }
 }
 
-// Normalise with mean and rstd; or, with from_variance, `rstd` holds a variance.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-batch_norm_normalise(const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                     const float *__restrict__ mean, const float *__restrict__ rstd, float *y, Shape shape, float eps,
-                     int from_variance, int relu) {
+// Inference.
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
+batch_norm_infer(const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                 const float *__restrict__ mean, const float *__restrict__ var, float *y, Shape shape, float eps, int relu) {
     Place at = place(shape);
     if (!at.live) return;
-    Vector g = load<VEC>(gamma + at.c), r = load<VEC>(rstd + at.c);
+    for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
+        size_t start;
+        int count = rows_in(tile, at, shape, start);
+        Vector v[UNROLL];
+        load_rows(x + start, count, at.step, v);
+        Vector scale = load<VEC>(gamma + at.c), variance = load<VEC>(var + at.c);
+        Vector centre = load<VEC>(mean + at.c), shift = load<VEC>(beta + at.c);
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) g.v[e] *= from_variance ? 1.0f / sqrtf(r.v[e] + eps) : r.v[e];
-    write_normalised(x, y, at, shape, load<VEC>(mean + at.c), g, load<VEC>(beta + at.c), relu);
+        for (int e = 0; e < VEC; ++e) scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
+#pragma unroll
+        for (int j = 0; j < UNROLL; ++j) {
+            if (j >= count) break;
+            normalise(v[j], centre, scale, shift, relu);
+            store<VEC>(y + start + j * at.step, v[j]);
+        }
+    }
 }
 
-// grid: (groups of channels, 1)
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+// Start copies of all rows of a thread to its entries of shared memory, which lie a block's vectors apart.
+__device__ __forceinline__ void keep_rows(float *kept, const float *x, int count, size_t step) {
+    for (int k = 0; k < count; ++k) {
+        float *entry = kept + k * (int)blockDim.x * VEC;
+        if constexpr (VEC == 4)
+            copy_async16(entry, x + k * step, true);
+        else
+            copy_async4(entry, x + k * step, true);
+    }
+}
+
+// grid: (groups of channels, 1). Shared memory: the rows, then scratch.
+extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_train_single(const float *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         float *__restrict__ y, Statistics s, Shape shape, int relu) {
-    __shared__ float counts[MAX_THREADS];
-    __shared__ Vector means[MAX_THREADS], m2s[MAX_THREADS];
+    DYNAMIC_SHARED(float, shared);
     Place at = place(shape);
-    Moments own = block_moments(x, at, shape, counts, means, m2s);
-    int lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
-    if (at.live && at.row == 0) {
-        Vector rstd;
+    int stride = blockDim.x * VEC;
+    float *kept = shared + threadIdx.x * VEC, *scratch = shared + shape.tiles * stride;
+    size_t start;
+    int count = rows_from(at.row, at, shape, start);
+    keep_rows(kept, x + start, count, at.step);
+    copy_async_commit();
+    copy_async_wait<0>();
+
+    Vector sum[1] = {splat<VEC>(0.0f)};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+        Vector v = load<VEC>(kept + k * stride);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) rstd.v[e] = keep_statistics(s, at.c + e, own.mean.v[e], own.m2.v[e], shape.rows);
-        means[lane] = own.mean;  // entries of row 0: the merge of the rows does not use them
-        m2s[lane] = rstd;
+        for (int e = 0; e < VEC; ++e) sum[0].v[e] += v.v[e];
     }
-    __syncthreads();
-    if (!at.live) return;
-    Vector scale = load<VEC>(gamma + at.c);
+    sum_rows(sum, at, shape.lanes_log2, scratch);
+    Moments all;
+    all.count = (float)shape.rows;
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) scale.v[e] *= m2s[lane].v[e];
-    write_normalised(x, y, at, shape, means[lane], scale, load<VEC>(beta + at.c), relu);
+    for (int e = 0; e < VEC; ++e) all.mean.v[e] = sum[0].v[e] / all.count;
+    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+        Vector v = load<VEC>(kept + k * stride);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            float d = v.v[e] - all.mean.v[e];
+            sums[0].v[e] += d;
+            sums[1].v[e] += d * d;
+        }
+    }
+    sum_rows(sums, at, shape.lanes_log2, scratch);
+    correct(all, sums[0], sums[1]);
+    if (!at.live) return;
+    Vector rstd = rstd_of(all, s.eps), scale = product(load<VEC>(gamma + at.c), rstd), shift = load<VEC>(beta + at.c);
+    if (at.row == 0) keep_statistics(s, at.c, all, rstd, shape.rows);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+        Vector v = load<VEC>(kept + k * stride);
+        normalise(v, all.mean, scale, shift, relu);
+        store<VEC>(y + start + k * at.step, v);
+    }
 }
 
 // ---- Gradients ------------------------------------------------------------------------------------------------------
 
-// The layer's constants of a thread's channels.
+// The layer's constants of a thread's channels. scale: gamma * rstd.
 struct Affine {
-    Vector mean, rstd, gamma, beta;
+    Vector mean, rstd, scale, beta;
 };
 
 __device__ __forceinline__ Affine load_affine(const float *gamma, const float *beta, const float *mean, const float *rstd,
-                                              int c) {
-    return {load<VEC>(mean + c), load<VEC>(rstd + c), load<VEC>(gamma + c), load<VEC>(beta + c)};
+                                              const Place &at) {
+    if (!at.live) return {};
+    Vector r = load<VEC>(rstd + at.c);
+    return {load<VEC>(mean + at.c), r, product(load<VEC>(gamma + at.c), r), load<VEC>(beta + at.c)};
 }
 
-// dz and xhat of one element, the activation's derivative by the forward's own expression.
-__device__ __forceinline__ float error_before_act(const Affine &a, int e, float dy, float x, int relu, float &xhat) {
-    float centred = x - a.mean.v[e];
-    xhat = centred * a.rstd.v[e];
-    return relu ? activation_dgrad<ACT_RELU>(dy, centred * (a.gamma.v[e] * a.rstd.v[e]) + a.beta.v[e]) : dy;
+// dz of one element, the activation's derivative by the forward's own expression; centred = x - mean.
+__device__ __forceinline__ float error_before_act(const Affine &a, int e, float dy, float centred, int relu) {
+    return relu ? activation_dgrad<ACT_RELU>(dy, centred * a.scale.v[e] + a.beta.v[e]) : dy;
 }
 
-// Sums of dz*xhat and dz over this block's tiles; complete in the threads of row 0. With dx (frozen statistics) also
-// writes dx = gamma*rstd*dz. Scratch: one entry a thread.
-__device__ __forceinline__ void block_gradients(const float *dy, const float *x, float *dx, const Affine &a, const Place &at,
-                                                const Shape &shape, int relu, Vector &dgamma, Vector &dbeta,
-                                                Vector *dgammas, Vector *dbetas) {
-    dgamma = dbeta = splat<VEC>(0.0f);
-    if (at.live)
-        for (int tile = blockIdx.y; tile < at.tiles; tile += gridDim.y) {
-            size_t start;
-            int count = rows_in(at, shape, tile, start);
-            Vector vx[UNROLL], vdy[UNROLL];
-#pragma unroll
-            for (int j = 0; j < UNROLL; ++j)
-                if (j < count) {
-                    vx[j] = load<VEC>(x + start + (size_t)j * at.row_step * shape.channels);
-                    vdy[j] = load<VEC>(dy + start + (size_t)j * at.row_step * shape.channels);
-                }
-#pragma unroll
-            for (int j = 0; j < UNROLL; ++j) {
-                if (j >= count) break;
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) {
-                    float xhat, dz = error_before_act(a, e, vdy[j].v[e], vx[j].v[e], relu, xhat);
-                    dbeta.v[e] += dz;
-                    dgamma.v[e] += dz * xhat;
-                    vdy[j].v[e] = a.gamma.v[e] * a.rstd.v[e] * dz;
-                }
-                if (dx) store<VEC>(dx + start + (size_t)j * at.row_step * shape.channels, vdy[j]);
-            }
-        }
-    for (int half = at.row_step / 2; half > 0; half /= 2) {
-        if (at.row >= half && at.row < 2 * half) {
-            dgammas[threadIdx.x] = dgamma;
-            dbetas[threadIdx.x] = dbeta;
-        }
-        __syncthreads();
-        int other = threadIdx.x + (half << shape.lanes_log2);
-        if (at.row < half) {
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-                dgamma.v[e] += dgammas[other].v[e];
-                dbeta.v[e] += dbetas[other].v[e];
-            }
-        }
-    }
-}
-
-// dx for the tiles of this block, last tiles first.
-__device__ __forceinline__ void write_dx(const float *dy, const float *x, float *dx, const Affine &a, const Place &at,
-                                         const Shape &shape, int relu, Vector dgamma, Vector dbeta) {
-    float share = 1.0f / (float)shape.rows;
-    Vector scale;
+// Add dz*xhat and dz of a row's channels to sums[0] and sums[1]; dy becomes gamma*rstd*dz.
+__device__ __forceinline__ void add_row(Vector (&sums)[2], const Affine &a, Vector &dy, const Vector &x, int relu) {
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        scale.v[e] = a.gamma.v[e] * a.rstd.v[e];
-        dgamma.v[e] *= share;
-        dbeta.v[e] *= share;
+        float centred = x.v[e] - a.mean.v[e], dz = error_before_act(a, e, dy.v[e], centred, relu);
+        sums[0].v[e] += dz * (centred * a.rstd.v[e]);
+        sums[1].v[e] += dz;
+        dy.v[e] = a.scale.v[e] * dz;
     }
-    for (int tile = at.tiles - 1 - (int)blockIdx.y; tile >= 0; tile -= gridDim.y) {
-        size_t start;
-        int count = rows_in(at, shape, tile, start);
-        Vector vx[UNROLL], vdy[UNROLL];
+}
+
+// The sums become means.
+__device__ __forceinline__ void share_sums(Vector (&sums)[2], int rows) {
+    float share = 1.0f / (float)rows;
 #pragma unroll
-        for (int j = 0; j < UNROLL; ++j)
-            if (j < count) {
-                vx[j] = load<VEC>(x + start + (size_t)j * at.row_step * shape.channels);
-                vdy[j] = load<VEC>(dy + start + (size_t)j * at.row_step * shape.channels);
-            }
+    for (int e = 0; e < VEC; ++e) {
+        sums[0].v[e] *= share;
+        sums[1].v[e] *= share;
+    }
+}
+
+// dx of a row's channels in place of dy, from the means of dz*xhat and dz.
+__device__ __forceinline__ void to_dx(Vector &dy, const Vector &x, const Affine &a, const Vector (&means)[2], int relu) {
 #pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            if (j >= count) break;
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-                float xhat, dz = error_before_act(a, e, vdy[j].v[e], vx[j].v[e], relu, xhat);
-                vdy[j].v[e] = scale.v[e] * (dz - (dbeta.v[e] + xhat * dgamma.v[e]));
-            }
-            store<VEC>(dx + start + (size_t)j * at.row_step * shape.channels, vdy[j]);
-        }
+    for (int e = 0; e < VEC; ++e) {
+        float centred = x.v[e] - a.mean.v[e], dz = error_before_act(a, e, dy.v[e], centred, relu);
+        dy.v[e] = a.scale.v[e] * (dz - (means[1].v[e] + centred * a.rstd.v[e] * means[0].v[e]));
     }
 }
 
 // dgammas, dbetas: partial sums (gridDim.y, C). With from_variance (frozen statistics) `rstd` holds a variance and dx is
 // written here; else dx is null.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_gradients(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                      const float *__restrict__ mean, const float *__restrict__ rstd, float *dx, float *__restrict__ dgammas,
                      float *__restrict__ dbetas, Shape shape, float eps, int from_variance, int relu) {
-    __shared__ Vector scratch[2][MAX_THREADS];
+    __shared__ float4 scratch[2 * SUM_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
-    Affine a;
-    if (at.live) {
-        a = load_affine(gamma, beta, mean, rstd, at.c);
+    Affine a = load_affine(gamma, beta, mean, rstd, at);
+    if (from_variance && at.live) {
 #pragma unroll
-        for (int e = 0; e < VEC; ++e)
-            if (from_variance) a.rstd.v[e] = 1.0f / sqrtf(a.rstd.v[e] + eps);
+        for (int e = 0; e < VEC; ++e) a.rstd.v[e] = 1.0f / sqrtf(a.rstd.v[e] + eps);
+        a.scale = product(load<VEC>(gamma + at.c), a.rstd);
     }
-    Vector dgamma, dbeta;
-    block_gradients(dy, x, dx, a, at, shape, relu, dgamma, dbeta, scratch[0], scratch[1]);
+    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+    for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
+        size_t start;
+        int count = rows_in(tile, at, shape, start);
+        Vector vx[UNROLL], vdy[UNROLL];
+        load_rows(x + start, count, at.step, vx);
+        load_rows(dy + start, count, at.step, vdy);
+#pragma unroll
+        for (int j = 0; j < UNROLL; ++j) {
+            if (j >= count) break;
+            add_row(sums, a, vdy[j], vx[j], relu);
+            if (dx) store<VEC>(dx + start + j * at.step, vdy[j]);
+        }
+    }
+    sum_rows(sums, at, shape.lanes_log2, &scratch->x);
     if (at.live && at.row == 0) {
-        store<VEC>(dgammas + (size_t)blockIdx.y * shape.channels + at.c, dgamma);
-        store<VEC>(dbetas + (size_t)blockIdx.y * shape.channels + at.c, dbeta);
+        store<VEC>(dgammas + (size_t)blockIdx.y * shape.channels + at.c, sums[0]);
+        store<VEC>(dbetas + (size_t)blockIdx.y * shape.channels + at.c, sums[1]);
     }
 }
 
-// A block of 32 x 16 threads for 32 channels; blockIdx.y: dgamma or dbeta.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+// Frozen statistics: a block of 32 x 16 threads for 32 channels; blockIdx.y: dgamma or dbeta.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restrict__ dbetas, float *__restrict__ dgamma,
                          float *__restrict__ dbeta, int partials, int channels) {
     __shared__ float sums[16][32];
     const float *source = blockIdx.y ? dbetas : dgammas;
     int lane = threadIdx.x & 31, part = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
     float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = part; c < channels && i < partials; i += 16) sum += source[(size_t)i * channels + c];
     sums[part][lane] = sum;
     __syncthreads();
     if (part > 0 || c >= channels) return;
     sum = 0.0f;
+#pragma unroll
     for (int i = 0; i < 16; ++i) sum += sums[i][lane];
     (blockIdx.y ? dbeta : dgamma)[c] = sum;
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+// The second pass. dgammas, dbetas: `partials` sums of each channel that the first one left.
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_dgrad(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                 const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgamma,
-                 const float *__restrict__ dbeta, float *dx, Shape shape, int relu) {
+                 const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgammas,
+                 const float *__restrict__ dbetas, float *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
+                 int partials, Shape shape, int relu) {
+    __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
+    int tile = shape.tiles - 1 - (int)blockIdx.y;
+    size_t start;
+    int count = rows_in(tile, at, shape, start);
+    Vector vx[UNROLL], vdy[UNROLL];
+    load_rows(x + start, count, at.step, vx);  // on their way while the partial sums are added
+    load_rows(dy + start, count, at.step, vdy);
+
+    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+#pragma unroll 4
+    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
+        size_t offset = (size_t)i * shape.channels + at.c;
+        Vector g = load<VEC>(dgammas + offset), b = load<VEC>(dbetas + offset);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            sums[0].v[e] += g.v[e];
+            sums[1].v[e] += b.v[e];
+        }
+    }
+    sum_rows(sums, at, shape.lanes_log2, &scratch->x);
     if (!at.live) return;
-    write_dx(dy, x, dx, load_affine(gamma, beta, mean, rstd, at.c), at, shape, relu, load<VEC>(dgamma + at.c),
-             load<VEC>(dbeta + at.c));
+    if (blockIdx.y == 0 && at.row == 0) {
+        store<VEC>(dgamma + at.c, sums[0]);
+        store<VEC>(dbeta + at.c, sums[1]);
+    }
+    Affine a = load_affine(gamma, beta, mean, rstd, at);
+    share_sums(sums, shape.rows);
+
+    while (true) {
+#pragma unroll
+        for (int j = 0; j < UNROLL; ++j) {
+            if (j >= count) break;
+            to_dx(vdy[j], vx[j], a, sums, relu);
+            store<VEC>(dx + start + j * at.step, vdy[j]);
+        }
+        tile -= gridDim.y;
+        if (tile < 0) return;
+        count = rows_in(tile, at, shape, start);
+        load_rows(x + start, count, at.step, vx);
+        load_rows(dy + start, count, at.step, vdy);
+    }
 }
 
-// grid: (groups of channels, 1)
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+// grid: (groups of channels, 1). Shared memory: the rows of x, those of dy, then scratch.
+extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_dgrad_single(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                        const float *__restrict__ mean, const float *__restrict__ rstd, float *dx, float *__restrict__ dgammas,
-                        float *__restrict__ dbetas, Shape shape, int relu) {
-    __shared__ Vector scratch[2][MAX_THREADS];
+                        const float *__restrict__ mean, const float *__restrict__ rstd, float *dx, float *__restrict__ dgamma,
+                        float *__restrict__ dbeta, Shape shape, int relu) {
+    DYNAMIC_SHARED(float, shared);
     Place at = place(shape);
-    Affine a;
-    if (at.live) a = load_affine(gamma, beta, mean, rstd, at.c);
-    Vector dgamma, dbeta;
-    block_gradients(dy, x, nullptr, a, at, shape, relu, dgamma, dbeta, scratch[0], scratch[1]);
-    int lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
-    if (at.live && at.row == 0) {
-        store<VEC>(dgammas + at.c, dgamma);
-        store<VEC>(dbetas + at.c, dbeta);
-        scratch[0][lane] = dgamma;  // entries of row 0: the sum over the rows does not use them
-        scratch[1][lane] = dbeta;
+    int stride = blockDim.x * VEC, kept_floats = shape.tiles * stride;
+    float *kept_x = shared + threadIdx.x * VEC, *kept_dy = kept_x + kept_floats, *scratch = shared + 2 * kept_floats;
+    size_t start;
+    int count = rows_from(at.row, at, shape, start);
+    keep_rows(kept_x, x + start, count, at.step);
+    keep_rows(kept_dy, dy + start, count, at.step);
+    copy_async_commit();
+    Affine a = load_affine(gamma, beta, mean, rstd, at);
+    copy_async_wait<0>();
+
+    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+        Vector error = load<VEC>(kept_dy + k * stride);
+        add_row(sums, a, error, load<VEC>(kept_x + k * stride), relu);
     }
-    __syncthreads();
-    if (at.live) write_dx(dy, x, dx, a, at, shape, relu, scratch[0][lane], scratch[1][lane]);
+    sum_rows(sums, at, shape.lanes_log2, scratch);
+    if (!at.live) return;
+    if (at.row == 0) {
+        store<VEC>(dgamma + at.c, sums[0]);
+        store<VEC>(dbeta + at.c, sums[1]);
+    }
+    share_sums(sums, shape.rows);
+#pragma unroll 4
+    for (int k = 0; k < count; ++k) {
+        Vector error = load<VEC>(kept_dy + k * stride);
+        to_dx(error, load<VEC>(kept_x + k * stride), a, sums, relu);
+        store<VEC>(dx + start + k * at.step, error);
+    }
 }

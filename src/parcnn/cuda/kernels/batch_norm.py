@@ -1,13 +1,13 @@
-"""Launcher of batch normalisation: one launch for few rows, else passes over the tensor and a merge of partial sums."""
+"""Launcher of batch normalisation: one launch that keeps the rows, or one that sums and one that merges and writes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import lanes_for, refuse_dtype, vector_width
+from parcnn.cuda.kernels.common import fast_div, lanes_for, refuse_dtype, vector_width
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
@@ -15,25 +15,28 @@ from parcnn.ops.program import Call, Slot
 
 OPS = (BatchNormTrain, BatchNormInfer, BatchNormDgrad, BatchNormInferDgrad)
 
+WARP = 32
 UNROLL = 4  # rows that a thread has in flight
-THREADS = 256
-MOMENTS_THREADS = 512
-MERGE_CHANNELS = 32  # of a block that merges partial results
-MERGE_THREADS = 512
-LANES = 32  # most threads along channels
-BLOCKS_PER_SM = 2  # that sum: as many as are resident at once
-WRITING_BLOCKS_PER_SM = 8
-# Up to so many rows one block reads a column of channels on its own: a pass of several blocks needs two launches more.
-SINGLE_ROWS = 4096
-SINGLE_THREADS = 512
-# Fewest and most floats of a row that such a block takes: a 32-byte sector, and a 128-byte line.
-SINGLE_CHANNELS = (8, 32)
+GROUP = 32  # channels of a block, at most: a line of 128 bytes
+# The passes that sum have one block a multiprocessor, so that few partial results are to be merged by each block of the
+# passes that write, all of which are resident at once (their registers allow no more).
+MOMENTS_THREADS, GRADIENT_THREADS, LEAST_SUM_THREADS = 1024, 512, 256
+WRITE_THREADS = 256
+TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = 4, 3
+# One launch: channels of a block, from a line of 128 bytes to a sector of 32. The widest run wins whose rows fit into shared
+# memory and whose blocks leave few multiprocessors idle.
+SINGLE_THREADS = 1024
+SINGLE_RUNS = (32, 16, 8)
+SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
+FEW_ROWS = 1024  # one launch whatever the number of blocks
+SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
+MAX_GRID_Y = 65535
 
 ENTRIES = (
     "batch_norm_moments",
-    "batch_norm_merge_moments",
-    "batch_norm_normalise",
+    "batch_norm_train",
     "batch_norm_train_single",
+    "batch_norm_infer",
     "batch_norm_gradients",
     "batch_norm_sum_gradients",
     "batch_norm_dgrad",
@@ -50,24 +53,40 @@ class Geometry:
     width: int  # floats of one access
     lanes_log2: int  # threads along channels
     threads: int
-    row_blocks: int
+    row_blocks: int = 1
+    unroll: int = UNROLL
 
     @property
     def tile_rows(self) -> int:
-        return (self.threads >> self.lanes_log2) * UNROLL
+        return (self.threads >> self.lanes_log2) * self.unroll
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return -(-(self.channels // self.width) >> self.lanes_log2), self.row_blocks, 1
+    def tiles(self) -> int:
+        return -(-self.rows // self.tile_rows)
+
+    @property
+    def groups(self) -> int:
+        """Blocks along channels."""
+        return -(-(self.channels // self.width) >> self.lanes_log2)
 
     @property
     def shape(self) -> Struct:
         """The kernels' `Shape`."""
-        return Struct((np.int32(self.rows), np.int32(self.channels), np.int32(self.lanes_log2)))
+        return Struct(tuple(np.int32(v) for v in (self.rows, self.channels, self.lanes_log2, self.tiles)))
 
-    def launch(self, entry: str, *args: Argument) -> Launch:
+    @property
+    def split(self) -> Struct:
+        """The kernels' `Split`."""
+        return Struct((fast_div(self.row_blocks), np.int32(self.tiles), np.int32(self.tile_rows)))
+
+    def single_bytes(self, tensors: int) -> int:
+        """Shared memory of one launch: the rows of the tensors, and two sums of every warp."""
+        return 4 * self.width * (tensors * self.tiles * self.threads + 2 * (self.threads // WARP << self.lanes_log2))
+
+    def launch(self, entry: str, *args: Argument, shared_bytes: int = 0) -> Launch:
         """A launch of this geometry."""
-        return Launch(_kernel(entry, self.width), self.grid, (self.threads, 1, 1), args)
+        grid = (self.groups, self.row_blocks, 1)
+        return Launch(_kernel(entry, self.width), grid, (self.threads, 1, 1), args, shared_bytes)
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -79,33 +98,25 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
-    if isinstance(op, BatchNormInfer):
-        return 0
+    if isinstance(op, BatchNormTrain):
+        return 0 if _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
+    if isinstance(op, BatchNormDgrad):
+        return 0 if _single(x, 2, device) else _partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
-        row_blocks = _frozen(x, device).row_blocks
-        return 0 if row_blocks == 1 else _partial_bytes(row_blocks, x)
-    if _is_single(x):
-        return 0
-    threads = MOMENTS_THREADS if isinstance(op, BatchNormTrain) else THREADS
-    return _partial_bytes(_pass(x, threads, BLOCKS_PER_SM, device).row_blocks, x)
+        geometry = _frozen(x, device)
+        return 0 if geometry.row_blocks == 1 else _partial_bytes(geometry)
+    return 0
 
 
 def launches(call: Call, device: Device) -> list[Launch]:
-    """One launch for inference and for few rows, else three: sum, merge, write."""
+    """One launch for inference, for few rows and for many channels, else two: sum, then merge and write."""
     op = call.op
     if isinstance(op, BatchNormTrain):
         return _train(op, call, device)
     if isinstance(op, BatchNormInfer):
-        geometry = _pass(call.inputs[0].spec, THREADS, WRITING_BLOCKS_PER_SM, device)
-        args: tuple[Argument, ...] = (
-            *call.inputs,
-            call.outputs[0],
-            geometry.shape,
-            np.float32(op.eps),
-            np.int32(True),
-            _relu(op),
-        )
-        return [geometry.launch("batch_norm_normalise", *args)]
+        geometry = _infer(call.inputs[0].spec)
+        numbers = (np.float32(op.eps), _relu(op))
+        return [geometry.launch("batch_norm_infer", *call.inputs, call.outputs[0], geometry.shape, *numbers)]
     if isinstance(op, BatchNormDgrad):
         return _dgrad(op, call, device)
     if isinstance(op, BatchNormInferDgrad):
@@ -122,37 +133,33 @@ def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
     x, gamma, beta, running_mean, running_var = call.inputs
     y, mean, rstd = call.outputs
     statistics = Struct((running_mean, running_var, mean, rstd, np.float32(op.eps), np.float32(op.momentum)))
-    if _is_single(x.spec):
-        single = _single(x.spec, device)
+    single = _single(x.spec, 1, device)
+    args: tuple[Argument, ...]
+    if single:
         args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
-        return [single.launch("batch_norm_train_single", *args)]
-    moments = _pass(x.spec, MOMENTS_THREADS, BLOCKS_PER_SM, device)
-    numbers = (np.int32(v) for v in (moments.row_blocks, moments.tile_rows, moments.rows, moments.channels))
-    normalise = _pass(x.spec, THREADS, WRITING_BLOCKS_PER_SM, device)
-    not_variance = (np.float32(0.0), np.int32(False))
+        return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
+    sums, write = _sums(x.spec, MOMENTS_THREADS, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
+    args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
     return [
-        moments.launch("batch_norm_moments", x, call.workspace, moments.shape),
-        _merge("batch_norm_merge_moments", moments, 1, call.workspace, statistics, *numbers),
-        normalise.launch(
-            "batch_norm_normalise", x, gamma, beta, mean, rstd, y, normalise.shape, *not_variance, _relu(op)
-        ),
+        sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),
+        write.launch("batch_norm_train", *args),
     ]
 
 
 def _dgrad(op: BatchNormDgrad, call: Call, device: Device) -> list[Launch]:
-    x = call.inputs[1]
-    dx, dgamma, dbeta = call.outputs
-    if _is_single(x.spec):
-        single = _single(x.spec, device)
-        return [single.launch("batch_norm_dgrad_single", *call.inputs, dx, dgamma, dbeta, single.shape, _relu(op))]
-    sums = _pass(x.spec, THREADS, BLOCKS_PER_SM, device)
+    x = call.inputs[1].spec
+    single = _single(x, 2, device)
+    args: tuple[Argument, ...]
+    if single:
+        args = (*call.inputs, *call.outputs, single.shape, _relu(op))
+        return [single.launch("batch_norm_dgrad_single", *args, shared_bytes=single.single_bytes(2))]
+    sums, write = _sums(x, GRADIENT_THREADS, device), _write(x, DGRAD_BLOCKS_PER_SM, device)
     partials = _partials(call.workspace, sums)
-    write = _pass(x.spec, THREADS, WRITING_BLOCKS_PER_SM, device)
     numbers = (np.float32(0.0), np.int32(False), _relu(op))
+    args = (*call.inputs, *partials, *call.outputs, np.int32(sums.row_blocks), write.shape, _relu(op))
     return [
         sums.launch("batch_norm_gradients", *call.inputs, None, *partials, sums.shape, *numbers),
-        _sum_gradients(sums, partials, dgamma, dbeta),
-        write.launch("batch_norm_dgrad", *call.inputs, dgamma, dbeta, dx, write.shape, _relu(op)),
+        write.launch("batch_norm_dgrad", *args),
     ]
 
 
@@ -163,21 +170,13 @@ def _infer_dgrad(op: BatchNormInferDgrad, call: Call, device: Device) -> list[La
     if geometry.row_blocks == 1:
         return [geometry.launch("batch_norm_gradients", *call.inputs, dx, dgamma, dbeta, geometry.shape, *numbers)]
     partials = _partials(call.workspace, geometry)
+    grid = (-(-geometry.channels // SUM_CHANNELS), 2, 1)
+    sizes = (np.int32(geometry.row_blocks), np.int32(geometry.channels))
+    kernel = _kernel("batch_norm_sum_gradients", geometry.width)
     return [
         geometry.launch("batch_norm_gradients", *call.inputs, dx, *partials, geometry.shape, *numbers),
-        _sum_gradients(geometry, partials, dgamma, dbeta),
+        Launch(kernel, grid, (SUM_THREADS, 1, 1), (*partials, dgamma, dbeta, *sizes)),
     ]
-
-
-def _sum_gradients(sums: Geometry, partials: tuple[Argument, Argument], dgamma: Slot, dbeta: Slot) -> Launch:
-    numbers = (np.int32(sums.row_blocks), np.int32(sums.channels))
-    return _merge("batch_norm_sum_gradients", sums, 2, *partials, dgamma, dbeta, *numbers)
-
-
-def _merge(entry: str, geometry: Geometry, results: int, *args: Argument) -> Launch:
-    """The launch that merges what the blocks of a pass left."""
-    grid = (-(-geometry.channels // MERGE_CHANNELS), results, 1)
-    return Launch(_kernel(entry, geometry.width), grid, (MERGE_THREADS, 1, 1), args)
 
 
 def _kernel(entry: str, width: int) -> Kernel:
@@ -194,36 +193,53 @@ def _partials(workspace: Slot | None, geometry: Geometry) -> tuple[Argument, Arg
     return (None, None) if workspace is None else (Pointer(workspace, 0, half), Pointer(workspace, half, half))
 
 
-def _partial_bytes(row_blocks: int, x: Spec) -> int:
-    return 2 * 4 * row_blocks * x.shape[-1]
+def _partial_bytes(geometry: Geometry) -> int:
+    return 2 * 4 * geometry.row_blocks * geometry.channels
 
 
-def _is_single(x: Spec) -> bool:
-    return x.size // x.shape[-1] <= SINGLE_ROWS
-
-
-def _single(x: Spec, device: Device) -> Geometry:
-    """One block for all rows of a few channels: wider runs where the blocks still fill the device."""
+def _geometry(x: Spec, run: int, threads: int) -> Geometry:
+    """Blocks of `threads` threads for runs of `run` channels, or of all where they are fewer."""
     channels = x.shape[-1]
     width = vector_width(channels)
-    least, most = SINGLE_CHANNELS
-    run = most if -(-channels // most) >= device.sm_count else least
-    lanes_log2 = lanes_for(channels // width, run // width)
-    return Geometry(x.size // channels, channels, width, lanes_log2, SINGLE_THREADS, 1)
+    return Geometry(x.size // channels, channels, width, lanes_for(channels // width, run // width), threads)
+
+
+def _single(x: Spec, tensors: int, device: Device) -> Geometry | None:
+    """One block for all rows of a few channels of that many tensors; None where two launches are better."""
+    for run in SINGLE_RUNS:
+        geometry = replace(_geometry(x, run, WARP), unroll=1)
+        most = lanes_for(-(-(geometry.rows << geometry.lanes_log2) // UNROLL), SINGLE_THREADS)
+        geometry = replace(geometry, threads=max(WARP, 1 << most))
+        fits = geometry.single_bytes(tensors) <= device.shared_bytes_per_block
+        enough = geometry.groups >= SINGLE_FEWEST_BLOCKS * device.sm_count
+        if fits and (enough or (run == SINGLE_RUNS[-1] and geometry.rows <= FEW_ROWS)):
+            return geometry
+    return None
+
+
+def _sums(x: Spec, threads: int, device: Device) -> Geometry:
+    """A pass that sums: blocks of `threads` threads, of fewer where they would leave multiprocessors idle."""
+    geometry = _geometry(x, GROUP, threads)
+    while geometry.threads > LEAST_SUM_THREADS and geometry.tiles * geometry.groups < device.sm_count:
+        geometry = replace(geometry, threads=geometry.threads // 2)
+    return replace(geometry, row_blocks=min(geometry.tiles, max(1, device.sm_count // geometry.groups)))
 
 
 def _frozen(x: Spec, device: Device) -> Geometry:
     """The one pass of the gradients with frozen statistics."""
-    return _single(x, device) if _is_single(x) else _pass(x, THREADS, BLOCKS_PER_SM, device)
+    if x.size // x.shape[-1] <= FEW_ROWS:
+        return _geometry(x, SINGLE_RUNS[-1], GRADIENT_THREADS)
+    return _sums(x, GRADIENT_THREADS, device)
 
 
-def _pass(x: Spec, threads: int, blocks_per_sm: int, device: Device) -> Geometry:
-    """All blocks share the rows of each group of channels."""
-    channels = x.shape[-1]
-    rows, width = x.size // channels, vector_width(channels)
-    lanes_log2 = lanes_for(channels // width, LANES)
-    tiles = -(-rows // ((threads >> lanes_log2) * UNROLL))
-    groups = -(-(channels // width) >> lanes_log2)
-    return Geometry(
-        rows, channels, width, lanes_log2, threads, min(tiles, max(1, blocks_per_sm * device.sm_count // groups))
-    )
+def _write(x: Spec, blocks_per_sm: int, device: Device) -> Geometry:
+    """A pass that merges partial results and writes."""
+    geometry = _geometry(x, GROUP, WRITE_THREADS)
+    blocks = max(1, blocks_per_sm * device.sm_count // geometry.groups)
+    return replace(geometry, row_blocks=min(geometry.tiles, blocks, MAX_GRID_Y))
+
+
+def _infer(x: Spec) -> Geometry:
+    """A pass that only writes: a block for each tile."""
+    geometry = _geometry(x, GROUP, WRITE_THREADS)
+    return replace(geometry, row_blocks=min(geometry.tiles, MAX_GRID_Y))

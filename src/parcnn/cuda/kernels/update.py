@@ -70,7 +70,6 @@ def _group(op: Update, call: Call) -> tuple[Struct, int]:
         parameters.append(Struct((*own, *(None,) * (2 + BUFFERS - len(own)))))
     padded = [0] * (MAX_GROUP - op.count), [2**31 - 1] * (MAX_GROUP - op.count)
     numbers = [
-        Struct(tuple(np.int32(v) for v in (*values, *rest)))
-        for values, rest in zip((sizes, ends), padded, strict=True)
+        Struct(tuple(np.int32(v) for v in (*values, *rest))) for values, rest in zip((sizes, ends), padded, strict=True)
     ]
     return Struct((Struct(tuple(parameters)), *numbers)), ends[-1]
