@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from parcnn.cuda.launch import LaunchError, TensorMap
+from parcnn.cuda.arguments import pack
+from parcnn.cuda.cubin import Parameter
+from parcnn.cuda.launch import LaunchError, Pointer, TensorMap
 from parcnn.cuda.tensormap import check
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Slot
@@ -65,3 +68,29 @@ def test_every_rule_is_held(change: dict, message: str) -> None:
 def test_the_base_is_aligned() -> None:
     with pytest.raises(LaunchError, match="misaligned"):
         check(IMAGE, ADDRESS + 8, "test")
+
+
+def test_a_map_lies_where_the_kernel_reads_it() -> None:
+    """Its parameter's offset is the kernel's (64-byte alignment leaves a gap); its tensor is known to the checks."""
+
+    def encode(map: TensorMap, address: int) -> bytes:
+        return address.to_bytes(128, "little")
+
+    moved = replace(IMAGE, dims=(72, 7, 9, 3), offset=9072)
+    parameters = (Parameter(48, 128), Parameter(176, 4))
+    packed = pack((moved, np.int32(7)), parameters, lambda slot: ADDRESS, encode, "test")
+    assert packed.data[:48] == bytes(48)
+    assert int.from_bytes(packed.data[48:176], "little") == ADDRESS + 9072
+    assert packed.data[176:] == b"\7\0\0\0"
+    assert packed.pointers == ((48, Pointer(IMAGE.slot, 9072, 3 * 9072)),)
+
+
+def test_a_wrong_map_names_its_kernel_and_argument() -> None:
+    with pytest.raises(LaunchError, match="layer 3: kernel, argument 0"):
+        pack(
+            (replace(IMAGE, swizzle="64B"),),
+            (Parameter(0, 128),),
+            lambda slot: ADDRESS,
+            lambda map, at: b"",
+            "layer 3: kernel",
+        )

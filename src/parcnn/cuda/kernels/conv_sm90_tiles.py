@@ -188,7 +188,8 @@ class Work:
         tile = _footprint(sizes, variant)
         product = tile.cb / 16 * tile.pixels / 2 * variant.channels / 64
         x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant)
-        tap = 20 + max(product, (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40)
+        traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
+        tap = 20 + _overlapped(product, traffic)
         epilogue = 400 + (5 if sizes.pool else 2.5) * tile.pixels
         if variant.channels == 64:
             main = tap * sizes.r * sizes.s * ceil(sizes.c / tile.cb)
@@ -218,16 +219,20 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     waves = ceil(work.slots * work.k_groups / device.sm_count)
     start = 2500 + (blocks * sizes.r * sizes.s * tile.w_stage_bytes / 40 if variant.resident else 0)
     pixels = sizes.n * (sizes.h * sizes.w * sizes.c + sizes.p * sizes.q * sizes.k / (4 if sizes.pool else 1))
-    return start + max(busiest * waves, 2 * pixels / 2400)
+    return start + _overlapped(busiest * waves, 2 * pixels / 2400)
 
 
 @lru_cache(maxsize=1024)
 def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
-    """Variants for a problem, the best first: those of MEASURED, then by `cycles`."""
+    """Variants for a problem, the best first: those of MEASURED, then others by `cycles`."""
     measured = [fit(sizes, shape, device) for shape in MEASURED.get(_key(sizes), ())]
     estimated = [v for shape in dict.fromkeys(_shapes(sizes)) if (v := fit(sizes, shape, device))]
     estimated.sort(key=lambda v: cycles(sizes, v, device))
-    return tuple(dict.fromkeys([*(v for v in measured if v), *estimated[:MOST_CANDIDATES]]))
+    # The best of each kernel and way to serve: alike tiles cost alike.
+    kinds: dict[tuple[object, ...], Variant] = {}
+    for variant in estimated:
+        kinds.setdefault((variant.serves, variant.channels, _footprint(sizes, variant).pixels), variant)
+    return tuple(dict.fromkeys([*(v for v in measured if v), *list(kinds.values())[:MOST_CANDIDATES]]))
 
 
 def _shapes(sizes: Sizes) -> Iterator[Shape]:
@@ -271,6 +276,11 @@ def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | No
         slots[slot].append(item)
         heapq.heapreplace(loads, (load + costs[item % len(costs)], slot))
     return slots
+
+
+def _overlapped(first: float, second: float) -> float:
+    """Time of two that run side by side: the longer one, and a little of the other."""
+    return max(first, second) + 0.1 * min(first, second)
 
 
 def _footprint(sizes: Sizes, variant: Variant) -> Footprint:

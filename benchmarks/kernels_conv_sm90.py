@@ -1,0 +1,269 @@
+"""bf16 convolution on Hopper's tensor cores against cuDNN, layer by layer, every candidate tile.
+
+Both sides run many calls in a CUDA graph, one after the other, on copies of the operands that take turns, so that no call
+finds its own in L2. TFLOP/s counts the whole convolution, also outputs that a pool's floor drops. `*` marks the variant that
+the launcher's rule takes. cuDNN: PyTorch with channels_last and cudnn.benchmark, where it is installed; with a pool, its
+bias, ReLU and pool are kernels of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parcnn.bench.machine import Machine
+from parcnn.bench.peers import has_torch_on_gpu
+from parcnn.bench.rows import Row, append
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import Registry, conv_sm90
+from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.program import Call, Program, Slot
+from parcnn.plan.variable import align
+from parcnn.train.timing import StepTiming
+
+KERNELS = Path(conv_sm90.__file__).parent
+COPIES_BYTES, MOST_COPIES = 256 << 20, 8  # operands of all copies together: several times what L2 holds
+REPEATS, LEAST_SECONDS = 9, 0.01
+DIRECTIONS = ("fprop", "fused", "dgrad")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """N images H x W of C channels, K filters R x R, the stride, and the padding on every side."""
+
+    n: int
+    h: int
+    w: int
+    c: int
+    k: int
+    r: int
+    stride: int
+    pad: int
+
+    def __str__(self) -> str:
+        return f"{self.n},{self.h},{self.w},{self.c},{self.k},{self.r},{self.stride},{self.pad}"
+
+    @property
+    def flops(self) -> int:
+        p, q = ((v + 2 * self.pad - self.r) // self.stride + 1 for v in (self.h, self.w))
+        return 2 * self.n * p * q * self.k * self.r * self.r * self.c
+
+    def call(self, direction: str) -> tuple[Op, tuple[Spec, ...]]:
+        """The op and its operands."""
+        geometry: dict[str, Any] = {"stride": (self.stride,) * 2, "pad": (self.pad,) * 4}
+        x, w = Spec((self.n, self.h, self.w, self.c), "bf16"), Spec((self.k, self.r, self.r, self.c), "bf16")
+        if direction == "fprop":
+            return ConvFprop(**geometry), (x, w)
+        if direction == "fused":
+            return ConvFprop(**geometry, bias=True, act="relu", pool="max"), (x, w, Spec((self.k,)))
+        (dy,) = ConvFprop(**geometry).infer(x, w)
+        return ConvDgrad(**geometry, image=(self.h, self.w)), (dy, w)
+
+
+LAYERS = (
+    Layer(2000, 31, 31, 24, 64, 3, 1, 1),
+    Layer(2000, 15, 15, 64, 64, 3, 1, 1),
+    Layer(2000, 15, 15, 64, 256, 3, 1, 1),
+    Layer(2000, 7, 7, 256, 256, 3, 1, 1),
+    Layer(2000, 3, 3, 256, 256, 3, 1, 1),
+    Layer(256, 224, 224, 3, 64, 7, 2, 3),
+    Layer(256, 56, 56, 64, 64, 3, 1, 1),
+    Layer(256, 28, 28, 128, 128, 3, 1, 1),
+    Layer(256, 14, 14, 256, 256, 3, 1, 1),
+    Layer(256, 7, 7, 512, 512, 3, 1, 1),
+    Layer(256, 56, 56, 64, 256, 1, 1, 0),
+    Layer(256, 56, 56, 256, 64, 1, 1, 0),
+    Layer(256, 7, 7, 512, 2048, 1, 1, 0),
+    Layer(256, 56, 56, 256, 512, 1, 2, 0),
+    Layer(64, 224, 224, 64, 64, 3, 1, 1),
+    Layer(64, 28, 28, 512, 512, 3, 1, 1),
+)
+
+
+def bits(random: np.random.Generator, count: int) -> np.ndarray:
+    """bf16 standard normal, as bit patterns; long runs repeat themselves."""
+    drawn = random.standard_normal(min(count, 1 << 24), np.float32)
+    return np.resize((drawn.view(np.uint32) >> 16).astype(np.uint16), count)
+
+
+class Operands:
+    """Copies of a call's operands in one region of the device."""
+
+    def __init__(self, executor: CudaExecutor, op: Op, inputs: Sequence[Spec]) -> None:
+        self.op, self.inputs, self.outputs = op, tuple(inputs), op.infer(*inputs)
+        self.scratch = executor.workspace_bytes(op, self.inputs, self.outputs)
+        nbytes = sum(s.nbytes for s in (*self.inputs, *self.outputs))
+        self.copies = max(2, min(MOST_COPIES, ceil(COPIES_BYTES / nbytes)))
+        total, self.calls = 0, []
+        for i in range(self.copies):
+            slots = []
+            for spec in (*self.inputs, *self.outputs, Spec((self.scratch,), "u8")):
+                slots.append(Slot(spec, "arena", total))
+                total = align(slots[-1].end)
+            self.calls.append(
+                Call(
+                    op,
+                    tuple(slots[: len(self.inputs)]),
+                    tuple(slots[len(self.inputs) : -1]),
+                    slots[-1] if self.scratch else None,
+                    layer=op.name,
+                    after=(i - 1,) if i else (),
+                )
+            )
+        self.total, self.region = total, executor.region("arena", total)
+        random = np.random.default_rng(0)
+        for call in self.calls:
+            for slot in call.inputs:
+                size = slot.spec.size
+                drawn = bits(random, size) if slot.spec.dtype == "bf16" else random.standard_normal(size, np.float32)
+                self.region.write(drawn, slot.offset)
+
+
+def timing(run: Callable[[int], None], wait: Callable[[], None], calls: int) -> StepTiming:
+    """Microseconds of a call; run(steps) submits `steps` rounds of `calls`."""
+
+    def seconds(steps: int) -> float:
+        wait()
+        began = time.perf_counter()
+        run(steps)
+        wait()
+        return time.perf_counter() - began
+
+    seconds(9), seconds(8)  # the first launches, then the graphs
+    steps = 8 * max(1, ceil(LEAST_SECONDS / max(seconds(8), 1e-6)))
+    p20, p50, p80 = np.percentile([seconds(steps) / steps / calls * 1e6 for _ in range(REPEATS)], (20, 50, 80))
+    return StepTiming(float(p20), float(p50), float(p80))
+
+
+def time_variant(executor: CudaExecutor, operands: Operands, variant: object) -> StepTiming:
+    """Time of a call by one variant."""
+    usual = executor.registry
+    executor.registry = Registry([Forced(conv_sm90, variant)], KERNELS)
+    program = Program(operands.op.name, tuple(operands.calls), {"arena": operands.total})
+    loaded = executor.load(program, {"arena": operands.region})
+    executor.registry = usual
+    return timing(loaded.run, executor.synchronize, operands.copies)
+
+
+def time_cudnn(layer: Layer, direction: str, copies: int) -> StepTiming:
+    """Time of PyTorch's convolution (and bias, ReLU, pool) in a CUDA graph."""
+    import torch
+    from torch.nn import functional
+
+    torch.backends.cudnn.benchmark = True
+
+    def tensor(*shape: int) -> Any:
+        drawn = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+        return drawn.to(memory_format=torch.channels_last)
+
+    weights, bias = (
+        tensor(layer.k, layer.c, layer.r, layer.r),
+        torch.randn(layer.k, device="cuda", dtype=torch.bfloat16),
+    )
+    images = [tensor(layer.n, layer.c, layer.h, layer.w) for _ in range(copies)]
+    options = {"stride": layer.stride, "padding": layer.pad}
+    errors = (
+        [torch.randn_like(functional.conv2d(x, weights, **options)) for x in images] if direction == "dgrad" else images
+    )
+
+    def call(i: int) -> Any:
+        if direction == "fprop":
+            return functional.conv2d(images[i], weights, **options)
+        if direction == "fused":
+            return functional.max_pool2d(functional.relu(functional.conv2d(images[i], weights, bias, **options)), 2)
+        sizes = [[layer.stride] * 2, [layer.pad] * 2, [1, 1], False, [0, 0], 1, [True, False, False]]
+        return torch.ops.aten.convolution_backward(errors[i], images[i], weights, None, *sizes)
+
+    side = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        for i in (*range(copies), 0):
+            call(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        for i in range(copies):
+            call(i)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            graph.replay()
+
+    torch.cuda.empty_cache()  # of what cuDNN's own trials left, and the layer before
+    return timing(run, torch.cuda.synchronize, copies)
+
+
+def problems(only: str, directions: Sequence[str]) -> Iterator[tuple[Layer, str]]:
+    """The layers whose name has `only` in it, in each direction."""
+    for layer in LAYERS:
+        if only in str(layer):
+            for direction in directions:
+                yield layer, direction
+
+
+def measure(
+    executor: CudaExecutor, say: Callable[[str], None], only: str, directions: Sequence[str], every: bool, torch: bool
+) -> list[Row]:
+    """A row for each variant (or the chosen one) of each problem; `torch`: with cuDNN's time."""
+    machine, rows = Machine.of(executor), []
+    ratios: dict[str, list[float]] = {}
+    for layer, direction in problems(only, directions):
+        name = f"{direction} {layer}"
+        op, inputs = layer.call(direction)
+        reason = conv_sm90.supports(op, inputs)
+        if reason:
+            say(f"{name}: {reason}")
+            continue
+        operands = Operands(executor, op, inputs)
+        found = conv_sm90.candidates(operands.calls[0], executor.device)
+        chosen = found[0]
+        timings = {v: time_variant(executor, operands, v) for v in (found if every else found[:1])}
+        copies = operands.copies
+        operands.region.free()
+        peer = time_cudnn(layer, direction, copies) if torch else None
+        best = min(t.p50_us for t in timings.values())
+        against = f", cuDNN {peer.p50_us:.1f} us, {peer.p50_us / timings[chosen].p50_us:.2f}x" if peer else ""
+        say(f"{name}: {timings[chosen].p50_us:.1f} us, {timings[chosen].p50_us / best:.2f} of the best{against}")
+        if peer:
+            ratios.setdefault(direction, []).append(peer.p50_us / timings[chosen].p50_us)
+        for variant in sorted(timings, key=lambda v: timings[v].p50_us):
+            took = timings[variant]
+            mark = "*" if variant == chosen else " "
+            say(f"  {mark} {variant!s:44}{took.p50_us:9.1f} us{layer.flops / took.p50_us / 1e6:7.0f} TFLOP/s")
+            rows.append(
+                machine.row(
+                    "kernels conv sm90", name, str(variant), took, flops=layer.flops, chosen=variant == chosen,
+                    peer="cudnn" if peer else None, peer_p50_us=peer.p50_us if peer else None,
+                )
+            )  # fmt: skip
+    for direction, found_ratios in ratios.items():
+        mean = float(np.exp(np.mean(np.log(found_ratios))))
+        say(f"{direction}: {mean:.2f}x cuDNN (geometric mean of {len(found_ratios)}), worst {min(found_ratios):.2f}x")
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and keep the rows where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="layers whose N,H,W,C,K,R,stride,pad has this in it")
+    parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
+    parser.add_argument("--chosen", action="store_true", help="only the variants that the launcher takes")
+    parser.add_argument("--no-torch", action="store_true", help="leave cuDNN out")
+    parser.add_argument("--rows", type=Path, help="append the rows to this .jsonl file")
+    arguments = parser.parse_args()
+    torch = has_torch_on_gpu() and not arguments.no_torch
+    rows = measure(CudaExecutor(), print, arguments.only, arguments.directions, not arguments.chosen, torch)
+    if arguments.rows:
+        append(arguments.rows, rows)
+
+
+if __name__ == "__main__":
+    main()
