@@ -5,12 +5,12 @@
 //
 // grid (runs of images, groups of channels); a block keeps its channels of all filters in shared memory and takes image
 //   after image. A warp takes whole windows. Wherever the winner is, the window reaches (R+1) x (S+1) pixels, and lane l
-//   holds floats l, l + 32, .. of them (T registers). Filters lie in shared memory with zeros around them, so that the
+//   holds floats l, l + 32, .. of them (FLOATS registers). Filters lie in shared memory with zeros around them, so that the
 //   winner's position only moves the address. The windows' sums go to shared memory, where each pixel adds, in the order
 //   of the windows, those that reach it.
 //
 // Bytes: dy, idx (saved, addend) are read once for each group of channels, w once a block; dx is written once.
-// Preconditions: stride 1, dilation 1, 2x2 max-pooling; (R+1)(S+1) * channels of a group <= 32 T; tensors of less than
+// Preconditions: stride 1, dilation 1, 2x2 max-pooling; (R+1)(S+1) * channels of a group <= 32 FLOATS; tensors of less than
 // 2^31 elements. dx may be the memory of saved or addend. A loser's zero is not multiplied: 0 * Inf is not in the sum.
 
 #include "conv_common.cuh"
@@ -33,8 +33,8 @@ extern "C" __global__ void __launch_bounds__(512)
                       const float *addend, float *dx, Conv g, DirectDgrad d) {
     DYNAMIC_SHARED(float, shared);
     float *winners = shared;                                  // [window][filter]: error, and where its weights start
-    float *reach = winners + 2 * d.windows * d.filters;       // [window][32 T]
-    float *weights = reach + d.windows * 32 * T;
+    float *reach = winners + 2 * d.windows * d.filters;       // [window][32 FLOATS]
+    float *weights = reach + d.windows * 32 * FLOATS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int c0 = blockIdx.y * d.channels;
 
@@ -65,20 +65,20 @@ extern "C" __global__ void __launch_bounds__(512)
 
         for (int window = warp; window < d.windows; window += warps) {
             const float *list = winners + 2 * window * d.filters;
-            float acc[T] = {};
+            float acc[FLOATS] = {};
             for (int k = 0; k < d.filters; k += 4) {
 #pragma unroll
                 for (int pair = 0; pair < 2; ++pair) {
                     float4 two = load4(list + 2 * k + 4 * pair);
                     const float *first = weights + __float_as_int(two.y) + lane, *second = weights + __float_as_int(two.w) + lane;
 #pragma unroll
-                    for (int i = 0; i < T; ++i) acc[i] += two.x * first[32 * i];
+                    for (int i = 0; i < FLOATS; ++i) acc[i] += two.x * first[32 * i];
 #pragma unroll
-                    for (int i = 0; i < T; ++i) acc[i] += two.z * second[32 * i];
+                    for (int i = 0; i < FLOATS; ++i) acc[i] += two.z * second[32 * i];
                 }
             }
 #pragma unroll
-            for (int i = 0; i < T; ++i) reach[(window * T + i) * 32 + lane] = acc[i];
+            for (int i = 0; i < FLOATS; ++i) reach[(window * FLOATS + i) * 32 + lane] = acc[i];
         }
         __syncthreads();
 
@@ -90,8 +90,8 @@ extern "C" __global__ void __launch_bounds__(512)
             int q_first = max(0, (to_w - g.s + 1) >> 1), q_last = min(to_w >> 1, g.q - 1);
             float sum = 0.0f;
             for (int p = p_first; p <= p_last; ++p) {
-                const float *from = reach + p * g.q * 32 * T + (to_h - 2 * p) * d.row + to_w * d.channels + c;
-                for (int q = q_first; q <= q_last; ++q) sum += from[q * (32 * T - 2 * d.channels)];
+                const float *from = reach + p * g.q * 32 * FLOATS + (to_h - 2 * p) * d.row + to_w * d.channels + c;
+                for (int q = q_first; q <= q_last; ++q) sum += from[q * (32 * FLOATS - 2 * d.channels)];
             }
             int at = ((n * g.h + h) * g.w + left) * g.c + c0 + c;
             if (addend) sum += addend[at];

@@ -25,7 +25,7 @@ class Direct(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        return Kernel(SOURCE, "conv_dgrad_direct", (("T", self.t),))
+        return Kernel(SOURCE, "conv_dgrad_direct", (("FLOATS", self.t),))
 
     def __str__(self) -> str:
         return f"direct {self.t}"

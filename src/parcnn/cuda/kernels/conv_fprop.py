@@ -78,7 +78,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
         if plan:
             warps = plan.block_x * plan.block_y / 32
             filters_taps = direct.kt * conv.taps_c
-            work = 1.1 * warps * filters_taps + 1.3 * plan.shared_bytes / 4 + 18 * warps * direct.kt
+            work = 1.1 * warps * filters_taps + 1.3 * plan.shared_bytes / 4 + 40 * warps * direct.kt
             alone = 700 + 18.5 * filters_taps
             rounds = plan.grid_x * plan.grid_y / device.sm_count
             resident = max(1, int(32 / warps))

@@ -3,11 +3,11 @@
 //     dw[k,r,s,c] = sum_{n,p,q} dy[n,p,q,k] * x[n, i+r-top, j+s-left, c],  (i, j) the winner of window (n,p,q) for filter k
 //     db[k]       = sum_{n,p,q} dy[n,p,q,k]
 //
-// grid (runs of images, groups of filters, groups of 32 T filter elements); a block keeps some images, zeros around them, and
-//   their errors in shared memory at a time. A warp owns KG filters and every so-many-th window: lane l sums filter elements
-//   l, l + 32, .. (T registers a filter); the winner's position only moves the address of x. Rows of x are laid out so that
-//   the 32 lanes read 32 banks: their distance is s * c modulo 32. At the end the warps of a filter add up in a fixed order;
-//   with several runs the sums are rows [run][dw, then db] of `partial`, which conv_wgrad_sum adds.
+// grid (runs of images, groups of filters, groups of 32 FLOATS filter elements); a block keeps some images, zeros around
+//   them, and their errors in shared memory at a time. A warp owns KG filters and every so-many-th window: lane l sums filter
+//   elements l, l + 32, .. (FLOATS registers a filter); the winner's position only moves the address of x. Rows of x are laid
+//   out so that the 32 lanes read 32 banks: their distance is s * c modulo 32. At the end the warps of a filter add up in a
+//   fixed order; with several runs the sums are rows [run][dw, then db] of `partial`, which conv_wgrad_sum adds.
 //
 // Bytes: x is read once for each group of filters, dy and idx once; dw and db are written once a run.
 // Preconditions: stride 1, dilation 1, 2x2 max-pooling; tensors of less than 2^31 elements. A loser's zero is not
@@ -46,12 +46,12 @@ extern "C" __global__ void __launch_bounds__(512)
     float *patch = winners + 2 * d.images * d.windows * d.filters;     // [image][patch_h][pitch]
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int group = warp % d.groups, part = warp / d.groups;
-    const int k0 = blockIdx.y * d.filters, j0 = blockIdx.z * 32 * T;
+    const int k0 = blockIdx.y * d.filters, j0 = blockIdx.z * 32 * FLOATS;
 
     // Bytes from a winner's x to that of the lane's filter elements; those that there are not read a float of their own bank.
-    u32 offset[T];
+    u32 offset[FLOATS];
 #pragma unroll
-    for (int i = 0; i < T; ++i) {
+    for (int i = 0; i < FLOATS; ++i) {
         int j = j0 + 32 * i + lane, c, s;
         int r = divide(divide(j, g.by_c, c), g.by_s, s);
         offset[i] = 4 * (j < g.taps_c ? r * d.pitch + s * g.c + c : lane);
@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(512)
     int bias_k;
     const int bias_part = divide((int)threadIdx.x, d.by_filters, bias_k), bias_parts = quotient((int)blockDim.x, d.by_filters);
     const bool sums_bias = db && blockIdx.z == 0 && bias_part < bias_parts;
-    float acc[KG][T] = {}, bias_sum = 0.0f;
+    float acc[KG][FLOATS] = {}, bias_sum = 0.0f;
 
     for (int n0 = blockIdx.x * d.images; n0 < d.batch; n0 += gridDim.x * d.images) {
         const int windows = min(d.images, d.batch - n0) * d.windows;
@@ -101,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(512)
                 float4 two = load4(list + 2 * e);
                 u32 first = __float_as_uint(two.y), second = __float_as_uint(two.w);
 #pragma unroll
-                for (int i = 0; i < T; ++i) acc[e][i] += two.x * read_shared(first + offset[i]);
+                for (int i = 0; i < FLOATS; ++i) acc[e][i] += two.x * read_shared(first + offset[i]);
 #pragma unroll
-                for (int i = 0; i < T; ++i) acc[e + 1][i] += two.z * read_shared(second + offset[i]);
+                for (int i = 0; i < FLOATS; ++i) acc[e + 1][i] += two.z * read_shared(second + offset[i]);
             }
         }
         if (sums_bias)
@@ -125,21 +125,21 @@ extern "C" __global__ void __launch_bounds__(512)
         }
     }
     // The parts' sums, one part after the other.
-    float *sums = shared + group * KG * T * 32 + lane;
+    float *sums = shared + group * KG * FLOATS * 32 + lane;
     for (int turn = d.parts - 1; turn > 0; --turn) {
         __syncthreads();
         if (part == turn) {
 #pragma unroll
             for (int e = 0; e < KG; ++e)
 #pragma unroll
-                for (int i = 0; i < T; ++i) sums[(e * T + i) * 32] = acc[e][i];
+                for (int i = 0; i < FLOATS; ++i) sums[(e * FLOATS + i) * 32] = acc[e][i];
         }
         __syncthreads();
         if (part == turn - 1) {
 #pragma unroll
             for (int e = 0; e < KG; ++e)
 #pragma unroll
-                for (int i = 0; i < T; ++i) acc[e][i] += sums[(e * T + i) * 32];
+                for (int i = 0; i < FLOATS; ++i) acc[e][i] += sums[(e * FLOATS + i) * 32];
         }
     }
     if (part != 0) return;
@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(512)
     for (int e = 0; e < KG; ++e) {
         int k = k0 + group * KG + e;
 #pragma unroll
-        for (int i = 0; i < T; ++i) {
+        for (int i = 0; i < FLOATS; ++i) {
             int j = j0 + 32 * i + lane;
             if (k < g.k && j < g.taps_c) dw_out[k * g.taps_c + j] = acc[e][i];
         }

@@ -15,6 +15,7 @@ from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 SOURCE = "conv_wgrad_direct.cu"
 MOST_WARPS = 16
 MOST_IMAGES = 4  # at a time in a block
+MOST_TAPS_C = 160  # elements of a filter: with more, a tile's dense product reads less of shared memory for each FMA
 SHARED_BYTES = 100 * 1024  # of a block, so that two share an SM
 
 
@@ -26,7 +27,7 @@ class Direct(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        return Kernel(SOURCE, "conv_wgrad_direct", (("KG", self.kg), ("T", self.t)))
+        return Kernel(SOURCE, "conv_wgrad_direct", (("KG", self.kg), ("FLOATS", self.t)))
 
     def __str__(self) -> str:
         return f"direct {self.kg}x{self.t}"
@@ -55,6 +56,8 @@ class Plan(NamedTuple):
 def plan(conv: Conv, direct: Direct, device: Device) -> Plan | None:
     """How `direct` cuts the problem; None where it does not fit."""
     if conv.pool != "max" or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.rows == 0:
+        return None
+    if conv.taps_c > MOST_TAPS_C:
         return None
     windows = conv.p * conv.q
     patch_h, patch_row = 2 * conv.p + conv.r - 1, (2 * conv.q + conv.s - 1) * conv.c
