@@ -70,7 +70,8 @@ extern "C" __global__ void __launch_bounds__(512)
 #pragma unroll
                 for (int pair = 0; pair < 2; ++pair) {
                     float4 two = load4(list + 2 * k + 4 * pair);
-                    const float *first = weights + __float_as_int(two.y) + lane, *second = weights + __float_as_int(two.w) + lane;
+                    const float *first = weights + __float_as_int(two.y) + lane;
+                    const float *second = weights + __float_as_int(two.w) + lane;
 #pragma unroll
                     for (int i = 0; i < FLOATS; ++i) acc[i] += two.x * first[32 * i];
 #pragma unroll

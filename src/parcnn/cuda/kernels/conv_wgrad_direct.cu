@@ -39,8 +39,8 @@ __device__ __forceinline__ float read_shared(u32 address) {
 #endif
 
 extern "C" __global__ void __launch_bounds__(512)
-    conv_wgrad_direct(const float *__restrict__ x, const float *__restrict__ dy, const u8 *__restrict__ idx, float *__restrict__ dw,
-                      float *__restrict__ db, float *__restrict__ partial, Conv g, DirectWgrad d) {
+    conv_wgrad_direct(const float *__restrict__ x, const float *__restrict__ dy, const u8 *__restrict__ idx,
+                      float *__restrict__ dw, float *__restrict__ db, float *__restrict__ partial, Conv g, DirectWgrad d) {
     DYNAMIC_SHARED(float, shared);
     float *winners = shared;                                           // [window][filter]: error, and where its x starts
     float *patch = winners + 2 * d.images * d.windows * d.filters;     // [image][patch_h][pitch]
@@ -107,7 +107,8 @@ extern "C" __global__ void __launch_bounds__(512)
             }
         }
         if (sums_bias)
-            for (int window = bias_part; window < windows; window += bias_parts) bias_sum += winners[2 * (window * d.filters + bias_k)];
+            for (int window = bias_part; window < windows; window += bias_parts)
+                bias_sum += winners[2 * (window * d.filters + bias_k)];
     }
 
     const int row_size = g.k * g.taps_c + (db ? g.k : 0);
