@@ -64,7 +64,12 @@ class ConvFprop(ConvGeometry):
         if self.act:
             (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
         idx = outputs[1:2]
-        geometry: dict[str, Any] = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation, "pool": self.pool}
+        geometry: dict[str, Any] = {
+            "stride": self.stride,
+            "pad": self.pad,
+            "dilation": self.dilation,
+            "pool": self.pool,
+        }
         (dx,) = emit(ConvDgrad(**geometry, image=image_of(x)), dy, w, *idx)
         dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=image_of(w)), x, dy, *idx)
         return dx, *dw_db
