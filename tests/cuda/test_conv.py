@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
 
@@ -182,6 +182,54 @@ def test_every_variant_is_tested() -> None:
                         reached |= {launch.kernel for launch in family.launches(call, H100, variant)}
     listed = {kernel for family in FAMILIES.values() for kernel in family.variants()}
     assert listed - reached == set()
+
+
+LENET_CONV_1, LENET_CONV_2 = PROBLEMS["lenet conv 1"], PROBLEMS["lenet conv 2"]
+CIFARNET_FIRST = Problem(0, 32, 32, 3, 64, 3, 3, pad=(1, 1, 1, 1))
+CIFARNET_MIDDLE = Problem(0, 8, 8, 128, 128, 3, 3, pad=(1, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("problem", "pool", "kind", "expected"),
+    [
+        (LENET_CONV_1, "max", "fprop", ["direct 6"] * 3),
+        (LENET_CONV_1, "max", "wgrad", ["direct 6x1 in 64", "direct 6x1 in 256", "direct 6x1 in 256"]),
+        (LENET_CONV_2, "max", "fprop", ["64x16x32/4x4/4/3", "direct 8", "direct 8"]),
+        (LENET_CONV_2, "max", "dgrad", ["direct 4", "direct 7", "direct 7"]),
+        (LENET_CONV_2, "max", "wgrad", ["direct 6x1 in 64", "direct 4x5 in 256", "direct 4x5 in 256"]),
+        (LENET_CONV_1, None, "fprop", ["128x16x16/4x4/2/3"] * 3),
+        (LENET_CONV_1, None, "wgrad", [f"8x32x64/4x4/16/3 in {splits}" for splits in (262, 262, 396)]),
+        (LENET_CONV_2, None, "fprop", ["64x16x32/4x4/4/3", "64x16x32/4x4/4/3", "128x16x16/4x4/2/3"]),
+        (LENET_CONV_2, None, "dgrad", ["64x8x32/4x4/4/3"] * 3),
+        (LENET_CONV_2, None, "wgrad", [f"64x32x32/4x4/2/3 in {splits}" for splits in (25, 52, 105)]),
+        (CIFARNET_FIRST, "max", "fprop", [None, "64x64x16/8x4/1/4", None]),
+        (CIFARNET_FIRST, "max", "wgrad", [None, "direct 8x1 in 256", None]),
+        (CIFARNET_MIDDLE, None, "fprop", [None, "128x128x16/8x8/1/3", None]),
+        (CIFARNET_MIDDLE, None, "dgrad", [None, "64x64x16/8x4/1/4", None]),
+        (CIFARNET_MIDDLE, None, "wgrad", [None, "128x128x16/8x8/1/3 in 29", None]),
+    ],
+)
+def test_choices(problem: Problem, pool: str | None, kind: str, expected: list[str | None]) -> None:
+    """What a GPU of 132 multiprocessors takes at batches of 64, 512 and 4096; to change on measurements alone."""
+    for batch, choice in zip((64, 512, 4096), expected, strict=True):
+        if choice:
+            op, specs = call_specs(replace(problem, n=batch), pool, kind)
+            slots = [tuple(Slot(s, "arena") for s in part) for part in (specs, op.infer(*specs))]
+            assert str(FAMILIES[type(op)].candidates(Call(op, *slots), H100)[0]) == choice, f"batch {batch}"
+
+
+def call_specs(problem: Problem, pool: str | None, kind: str) -> tuple[Op, list[Spec]]:
+    """An op with bias and its operands, no tensor of which is made."""
+    shape = {**problem.geometry, "pool": pool}
+    x, w = Spec((problem.n, problem.h, problem.w, problem.c)), Spec((problem.k, problem.r, problem.s, problem.c))
+    fprop = ConvFprop(**shape, bias=True, act="relu")
+    b = Spec((problem.k,))
+    dy, *idx = fprop.infer(x, w, b)
+    return {
+        "fprop": (fprop, [x, w, b]),
+        "dgrad": (ConvDgrad(**shape, image=(problem.h, problem.w)), [dy, w, *idx]),
+        "wgrad": (ConvWgrad(**shape, bias=True, filter=(problem.r, problem.s)), [x, dy, *idx]),
+    }[kind]
 
 
 @pools

@@ -134,13 +134,16 @@ class Tile(NamedTuple):
         return f"{self.bm}x{self.bn}x{self.bk}/{self.tm}x{self.tn}/{self.slices}/{self.stages}"
 
 
-def tile_cycles(tile: Tile, blocks: int, depth: int, copies: float, sm_count: int) -> float:
+def tile_cycles(
+    tile: Tile, blocks: int, depth: int, copies: float, sm_count: int, resident_threads: int = 320
+) -> float:
     """Estimated clock cycles of `blocks` blocks that each reduce over `depth`: what the choice of a tile rests on.
 
     The larger of two bounds. Throughput: what the busiest SM does, its arithmetic (128 FMA a cycle), its reads of shared
     memory, its copies (`copies` instructions a warp for every 32 floats). Latency: what one block needs alone, times the
-    rounds of blocks that fit at once. The constants are fitted to an H200's times of every tile on LeNet-5's and
-    cifarnet's layers at batches of 64 to 4096: 15 % off in the mean, and the tile taken costs 2 % more than the best.
+    rounds of blocks that gain from being on an SM at once, `resident_threads` together. The constants are fitted to an
+    H200's times of every tile on LeNet-5's and cifarnet's layers, pooled as they are, at batches of 64 to 4096: 15 % off
+    in the mean, and the tile taken costs 2 % more than the best.
     """
     steps = ceil(depth / tile.bk)
     warps = tile.threads / 32
@@ -150,5 +153,5 @@ def tile_cycles(tile: Tile, blocks: int, depth: int, copies: float, sm_count: in
     work = 650 + steps * (max(arithmetic, reads) + 0.65 * min(arithmetic, reads) + copy)
     own_pace = max(1.0, warps / 4) * tile.bk / 4 / tile.slices * (4 * tile.tm * tile.tn + 6 * (tile.tm + tile.tn))
     alone = 425 + steps * (own_pace + copy + 234)
-    resident = max(1, 320 // tile.threads)
+    resident = max(1, resident_threads // tile.threads)
     return max(ceil(blocks / sm_count) * work, ceil(blocks / (sm_count * resident)) * alone)

@@ -31,7 +31,8 @@ TILES = (
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
     (0, 4, 4): TILES,
-    (0, 1, 1): (TILES[0], TILES[4]),
+    (0, 4, 1): (TILES[0], TILES[2]),
+    (0, 1, 1): (TILES[0], TILES[2], TILES[4]),
     (1, 4, 4): (TILES[0], TILES[3]),
     (1, 4, 1): (TILES[0], TILES[2]),
     (1, 1, 1): (TILES[0], TILES[2]),

@@ -27,7 +27,8 @@ TILES = (
     Tile(16, 16, 64, 4, 4, 8, 4),
     Tile(8, 8, 128, 4, 4, 32, 4),
 )
-SCALAR_TILES = (TILES[1], Tile(64, 16, 32, 4, 4, 4, 3), TILES[4])  # C not a multiple of 4
+# C not a multiple of 4. 128x16 is the fastest tile of LeNet-5's first layer, which has a direct kernel only if pooled.
+SCALAR_TILES = (TILES[1], Tile(128, 16, 16, 4, 4, 2, 3), Tile(64, 16, 32, 4, 4, 4, 3), TILES[4])
 DIRECT_SHARED_BYTES = 48 * 1024
 DIRECT_CHANNELS = 8
 

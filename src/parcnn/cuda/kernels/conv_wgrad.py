@@ -19,6 +19,8 @@ from parcnn.ops.program import Call
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_wgrad.cu"
 PARTS = 8
+SCALAR_X_COPY = 1.5  # cost of copying a float of x alone, 0.25 in a vector: so that 64x32 precedes 64x64 for K = 16, C = 6
+RESIDENT_THREADS = 768  # of an SM: three blocks of 256 were measured to be worth their splits
 SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sum", (("PARTS", PARTS),))
 
 # Filters x filter elements x pixels: from large filter banks down to LeNet-5's 6 filters of 25 elements.
@@ -35,7 +37,7 @@ TILES = (
 TILES_OF = {
     (0, 4, 4): (TILES[0], TILES[2], TILES[5]),
     (0, 4, 1): (TILES[2], TILES[3]),
-    (0, 1, 1): (TILES[2], TILES[5]),
+    (0, 1, 1): (TILES[2], TILES[5], TILES[6]),
     (1, 4, 4): (TILES[1], TILES[2]),
     (1, 4, 1): (TILES[3], TILES[4]),
     (1, 1, 1): (TILES[2], TILES[6]),
@@ -131,17 +133,18 @@ def _chunk(conv: Conv, tile: Tile, splits: int) -> int:
 
 def _ranked(op: ConvWgrad, conv: Conv, device: Device) -> list[Variant]:
     _, vec_k, vec_c = key = _key(op, conv)
-    copies = 1.0 if vec_k == 1 or vec_c == 1 else 0.25
     costs: dict[Variant, float] = {}
     for tile in TILES_OF[key]:
+        dy_copies, x_copies = tile.bm * (0.25 if vec_k == 4 else 1.0), tile.bn * (0.25 if vec_c == 4 else SCALAR_X_COPY)
+        copies = (dy_copies + x_copies) / (tile.bm + tile.bn)
         blocks = tile.blocks(conv.k, conv.taps_c)
         steps = max(1, ceil(conv.rows / tile.bk))
         for waves in (1, 2, 3, 4, 6):
             each = ceil(steps / max(1, min(steps, waves * device.sm_count // blocks)))
             splits = ceil(steps / each)  # none is empty
-            cycles = tile_cycles(tile, blocks * splits, each * tile.bk, copies, device.sm_count)
+            cycles = tile_cycles(tile, blocks * splits, each * tile.bk, copies, device.sm_count, RESIDENT_THREADS)
             costs[Variant(tile, splits)] = cycles + _sum_cycles(op, conv, splits)
-        costs[Variant(tile, 1)] = tile_cycles(tile, blocks, steps * tile.bk, copies, device.sm_count)
+        costs[Variant(tile, 1)] = tile_cycles(tile, blocks, steps * tile.bk, copies, device.sm_count, RESIDENT_THREADS)
     for direct in DIRECTS:
         cut = conv_wgrad_direct.plan(conv, direct, device)
         if cut:
