@@ -6,7 +6,7 @@ tests; when they change, `status` says that the record is stale.
     python tools/gpu_record.py require                      # fails where no GPU can be used
     python tools/gpu_record.py hash                         # the hash of the sources as they are now
     python tools/gpu_record.py status                       # one line: fresh, stale or missing
-    python tools/gpu_record.py write --junit FILE --figures FILE
+    python tools/gpu_record.py write --junit FILE ... --figures FILE
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,20 @@ def status(root: Path) -> str:
     return f"GPU record: stale, older than the sources ({passed_on}); `make gpu-check` renews it"
 
 
-def count_tests(junit: Path) -> dict[str, int]:
-    """How many tests passed, failed (errors count) and were skipped, from pytest's JUnit XML."""
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+def count_tests(junit: Sequence[Path]) -> dict[str, int]:
+    """How many tests passed, failed (errors count) and were skipped, from the JUnit XML of one or more runs of pytest."""
+    suites = [suite for file in junit for suite in ElementTree.parse(file).getroot().iter("testsuite")]
     total, failures, errors, skipped = (
         sum(int(suite.get(name, "0")) for suite in suites) for name in ("tests", "failures", "errors", "skipped")
     )
     return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
 
 
-def write(root: Path, junit: Path, figures: Path) -> Path:
+def write(root: Path, junit: Sequence[Path], figures: Path) -> Path:
     """Write the record of a run in which every test passed, atomically; raises RecordError for any other run."""
     tests = count_tests(junit)
     if tests["failed"] or not tests["passed"]:
-        raise RecordError(f"a record needs tests that pass and none that fails; {junit} has {tests}")
+        raise RecordError(f"a record needs tests that pass and none that fails; {', '.join(map(str, junit))}: {tests}")
     record = {
         **machine(),
         "sources_sha256": source_hash(root),
@@ -141,7 +142,7 @@ def main() -> int:
     for name in ("require", "hash", "status"):
         commands.add_parser(name)
     writer = commands.add_parser("write")
-    writer.add_argument("--junit", type=Path, required=True, help="pytest's --junitxml")
+    writer.add_argument("--junit", type=Path, nargs="+", required=True, help="pytest's --junitxml")
     writer.add_argument("--figures", type=Path, required=True, help="JSON of `parcnn bench gpu-check`")
     arguments = parser.parse_args()
     try:

@@ -7,7 +7,7 @@ eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,16 @@ def time_on_cpu(network: str, shape: tuple[int, ...], batch: int, train: bool, t
         torch.set_num_threads(before)
 
 
-def time_on_gpu(network: str, shape: tuple[int, ...], batch: int, steps: int, repeats: int) -> dict[str, float]:
-    """Median microseconds of a training step (fp32 without TF32, SGD with momentum) in each of MODES."""
+def time_on_gpu(
+    network: str, shape: tuple[int, ...], batch: int, steps: int, repeats: int, modes: Sequence[str] = MODES
+) -> dict[str, float]:
+    """Median microseconds of a training step (fp32 without TF32, SGD with momentum) in each of `modes`."""
     import torch
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     times = {}
-    for mode in MODES:
+    for mode in modes:
         torch._dynamo.reset()
         torch.cuda.empty_cache()
         step = _step(network, shape, batch, True, "cuda", compiled=mode == "compile", in_place=mode == "graph")

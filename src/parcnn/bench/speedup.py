@@ -49,10 +49,10 @@ class Size:
 
 
 FULL = Size(
-    {"lenet5": (16, 64, 256, 1024, 4096), "cifarnet": (32, 128, 512)},
-    {"lenet5": 64, "cifarnet": 128},
-    seconds=2,
-    repeats=7,
+    {"lenet5": (16, 64, 512, 4096), "cifarnet": (64, 512)},
+    {"lenet5": 64, "cifarnet": 64},
+    seconds=1,
+    repeats=5,
     epochs={"mnist": 3, "digits": 20},
 )
 # Two minutes on two cores without a GPU.
@@ -289,7 +289,7 @@ def _peer(subject: Subject, batch: int, mode: str, variant: str, threads: int | 
         name = f"torch, {threads} CPU thread{'s' * (threads > 1)}"
         return {name: peers.time_on_cpu(subject.network, shape, batch, mode == "train", threads, repeats)}
     if variant == GPU and mode == "train" and peers.has_torch_on_gpu():
-        times = peers.time_on_gpu(subject.network, shape, batch, steps=30, repeats=repeats)
+        times = peers.time_on_gpu(subject.network, shape, batch, steps=30, repeats=repeats, modes=("eager", "graph"))
         return {f"torch, {mode}": us for mode, us in times.items()}
     return {}
 
