@@ -19,7 +19,8 @@ from parcnn.ops.program import Call
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_wgrad.cu"
 PARTS = 8
-SCALAR_X_COPY = 1.5  # cost of copying a float of x alone, 0.25 in a vector: so that 64x32 precedes 64x64 for K = 16, C = 6
+# Cost of copying a float of x alone (0.25 in a vector), so that 64x32 precedes 64x64 for 16 filters of 6 channels.
+SCALAR_X_COPY = 1.5
 RESIDENT_THREADS = 768  # of an SM: three blocks of 256 were measured to be worth their splits
 SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sum", (("PARTS", PARTS),))
 
