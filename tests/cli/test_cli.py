@@ -200,7 +200,8 @@ def test_plan_switches() -> None:
 
     assert calls("--no-fuse") > calls()
     assert calls("--mode", "predict") < calls()
-    assert "3 streams" in succeed("plan", "lenet5", "--device", "cpu")
+    assert "3 streams" in succeed("plan", "lenet5", "--device", "cuda")
+    assert "3 streams" not in succeed("plan", "lenet5", "--device", "cpu")
     assert "1 streams" in succeed("plan", "lenet5", "--device", "cpu", "--no-parallel")
 
 
