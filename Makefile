@@ -57,7 +57,7 @@ gpu-check:
 	$(SETUP) test
 	@$(PY) tools/gpu_record.py require
 	@mkdir -p runs/gpu-check
-	$(PY) -m pytest -m gpu -n 4 --ignore=tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/kernels.xml
+	$(PY) -m pytest -m "gpu or torch" -n 4 --ignore=tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/kernels.xml
 	$(PY) -m pytest -m gpu tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/runtime.xml
 	$(PY) -m parcnn bench gpu-check --json runs/gpu-check/figures.json
 	$(PY) tools/gpu_record.py write --junit runs/gpu-check/kernels.xml runs/gpu-check/runtime.xml --figures runs/gpu-check/figures.json
