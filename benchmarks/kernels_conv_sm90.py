@@ -22,10 +22,10 @@ from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
 from parcnn.bench.rows import Row, append
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import Registry, conv_sm90
+from parcnn.cuda.kernels import Registry, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.ops.base import Op, Spec
-from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Program, Slot
 from parcnn.plan.variable import align
 from parcnn.train.timing import StepTiming
@@ -33,7 +33,7 @@ from parcnn.train.timing import StepTiming
 KERNELS = Path(conv_sm90.__file__).parent
 COPIES_BYTES, MOST_COPIES = 256 << 20, 8  # operands of all copies together: several times what L2 holds
 REPEATS, LEAST_SECONDS = 9, 0.01
-DIRECTIONS = ("fprop", "fused", "dgrad")
+DIRECTIONS = ("fprop", "fused", "dgrad", "wgrad")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Layer:
         if direction == "fused":
             return ConvFprop(**geometry, bias=True, act="relu", pool="max"), (x, w, Spec((self.k,)))
         (dy,) = ConvFprop(**geometry).infer(x, w)
+        if direction == "wgrad":
+            return ConvWgrad(**geometry, filter=(self.r, self.r)), (x, dy)
         return ConvDgrad(**geometry, image=(self.h, self.w)), (dy, w)
 
 
@@ -95,12 +97,20 @@ def bits(random: np.random.Generator, count: int) -> np.ndarray:
     return np.resize((drawn.view(np.uint32) >> 16).astype(np.uint16), count)
 
 
+def family_of(op: Op) -> Any:
+    """The launcher that is measured."""
+    return conv_wgrad_sm90 if isinstance(op, ConvWgrad) else conv_sm90
+
+
 class Operands:
-    """Copies of a call's operands in one region of the device."""
+    """Copies of a call's operands in one region of the device, and the variants that they have room for."""
 
     def __init__(self, executor: CudaExecutor, op: Op, inputs: Sequence[Spec]) -> None:
         self.op, self.inputs, self.outputs = op, tuple(inputs), op.infer(*inputs)
-        self.scratch = executor.workspace_bytes(op, self.inputs, self.outputs)
+        inputs_outputs = (tuple(Slot(spec, "arena") for spec in specs) for specs in (self.inputs, self.outputs))
+        family, device = family_of(op), executor.device
+        self.variants = family.candidates(Call(op, *inputs_outputs), device)
+        self.scratch = max(family.workspace_bytes(op, self.inputs, self.outputs, device, v) for v in self.variants)
         nbytes = sum(s.nbytes for s in (*self.inputs, *self.outputs))
         self.copies = max(2, min(MOST_COPIES, ceil(COPIES_BYTES / nbytes)))
         total, self.calls = 0, []
@@ -147,7 +157,7 @@ def timing(run: Callable[[int], None], wait: Callable[[], None], calls: int) -> 
 def time_variant(executor: CudaExecutor, operands: Operands, variant: object) -> StepTiming:
     """Time of a call by one variant."""
     usual = executor.registry
-    executor.registry = Registry([Forced(conv_sm90, variant)], KERNELS)
+    executor.registry = Registry([Forced(family_of(operands.op), variant)], KERNELS)
     program = Program(operands.op.name, tuple(operands.calls), {"arena": operands.total})
     loaded = executor.load(program, {"arena": operands.region})
     executor.registry = usual
@@ -171,16 +181,16 @@ def time_cudnn(layer: Layer, direction: str, copies: int) -> StepTiming:
     )
     images = [tensor(layer.n, layer.c, layer.h, layer.w) for _ in range(copies)]
     options = {"stride": layer.stride, "padding": layer.pad}
-    errors = (
-        [torch.randn_like(functional.conv2d(x, weights, **options)) for x in images] if direction == "dgrad" else images
-    )
+    backward = direction in ("dgrad", "wgrad")
+    errors = [torch.randn_like(functional.conv2d(x, weights, **options)) for x in images] if backward else images
 
     def call(i: int) -> Any:
         if direction == "fprop":
             return functional.conv2d(images[i], weights, **options)
         if direction == "fused":
             return functional.max_pool2d(functional.relu(functional.conv2d(images[i], weights, bias, **options)), 2)
-        sizes = [[layer.stride] * 2, [layer.pad] * 2, [1, 1], False, [0, 0], 1, [True, False, False]]
+        wanted = [direction == "dgrad", direction == "wgrad", False]
+        sizes = [[layer.stride] * 2, [layer.pad] * 2, [1, 1], False, [0, 0], 1, wanted]
         return torch.ops.aten.convolution_backward(errors[i], images[i], weights, None, *sizes)
 
     side = torch.cuda.Stream()
@@ -218,12 +228,12 @@ def measure(
     for layer, direction in problems(only, directions):
         name = f"{direction} {layer}"
         op, inputs = layer.call(direction)
-        reason = conv_sm90.supports(op, inputs)
+        reason = family_of(op).supports(op, inputs)
         if reason:
             say(f"{name}: {reason}")
             continue
         operands = Operands(executor, op, inputs)
-        found = conv_sm90.candidates(operands.calls[0], executor.device)
+        found = operands.variants
         chosen = found[0]
         timings = {v: time_variant(executor, operands, v) for v in (found if every else found[:1])}
         copies = operands.copies

@@ -113,7 +113,8 @@ class ConvDgrad(ConvGeometry):
 @dataclass(frozen=True)
 class ConvWgrad(ConvGeometry):
     """dL/dw and dL/db. inputs: x (N,H,W,C), dy (N,P,Q,K) (pooled error where `pool`), idx if max-pooled;
-    outputs: dw (K,R,S,C), db (K) if `bias`. Sums over pixels run in a fixed order."""
+    outputs: dw (K,R,S,C), db (K) if `bias`. Sums over pixels run in a fixed order. Of bf16 tensors the gradients are f32,
+    as the weights are that they update."""
 
     side_branch: ClassVar[bool] = True
     filter: tuple[int, int] = (1, 1)  # R, S
@@ -121,8 +122,9 @@ class ConvWgrad(ConvGeometry):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         x, dy = inputs[:2]
-        dw = Spec((dy.shape[3], *self.filter, x.shape[3]), x.dtype)
-        return (dw, Spec((dy.shape[3],), x.dtype)) if self.bias else (dw,)
+        dtype = "f32" if x.dtype == "bf16" else x.dtype
+        dw = Spec((dy.shape[3], *self.filter, x.shape[3]), dtype)
+        return (dw, Spec((dy.shape[3],), dtype)) if self.bias else (dw,)
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return self.conv_flops(inputs[1], outputs[0])

@@ -12,6 +12,7 @@ from parcnn.cuda.kernels import (
     conv_fprop,
     conv_sm90,
     conv_wgrad,
+    conv_wgrad_sm90,
     feed,
     loss,
     pointwise,
@@ -78,5 +79,5 @@ class Registry:
 REGISTRY = Registry(
     [conv_fprop, conv_dgrad, conv_wgrad, pool, pointwise, batch_norm, shape, loss, update, feed],
     Path(__file__).parent,
-    only_on={"sm_90a": [conv_sm90]},
+    only_on={"sm_90a": [conv_sm90, conv_wgrad_sm90]},
 )

@@ -27,7 +27,7 @@
 #include "conv_sm90_epilogue.cuh"
 #include "sm90_wgmma.cuh"
 
-DEFINE_WGMMA(multiply, PIXELS, FLIPPED)
+DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
 
 constexpr bool ALTERNATE = CHANNELS == 64;
 constexpr int CONSUMER_WARPS = ALTERNATE ? 4 : 8;  // that must give a stage back

@@ -88,7 +88,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         return [_convolution(sizes, chosen, device, call.outputs, dy, w)]
     if call.workspace is None:
         raise ValueError("an input gradient behind a pool needs its workspace")
-    return [_unpool(dy, idx[0], call.workspace), _convolution(sizes, chosen, device, call.outputs, call.workspace, w)]
+    return [unpool(dy, idx[0], call.workspace), _convolution(sizes, chosen, device, call.outputs, call.workspace, w)]
 
 
 def variants() -> Iterable[Kernel]:
@@ -100,10 +100,10 @@ def variants() -> Iterable[Kernel]:
             yield _kernel(count, cb, channels, 1, False)
             if tiles.pools_in_registers(True, 8, channels) and count % 16 == 0:
                 yield _kernel(count, cb, channels, 2, False)
-    yield _UNPOOL
+    yield UNPOOL
 
 
-_UNPOOL = Kernel(UNPOOL_SOURCE, "conv_unpool")
+UNPOOL = Kernel(UNPOOL_SOURCE, "conv_unpool")
 
 
 def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool) -> Kernel:
@@ -221,14 +221,14 @@ def _problem(
 
 def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMap:
     box = (tile.cb, tile.pitch * sizes.stride[1], tile.rows * sizes.stride[0], variant.tile[2])
-    return _image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
+    return image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
 
 
 def _y_map(y: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
-    return _image_map(y, (sizes.k, sizes.q, sizes.p, sizes.n), (64, *variant.tile), (), 64)
+    return image_map(y, (sizes.k, sizes.q, sizes.p, sizes.n), (64, *variant.tile), (), 64)
 
 
-def _image_map(
+def image_map(
     slot: Slot, dims: tuple[int, int, int, int], box: tuple[int, ...], element_strides: tuple[int, ...], channels: int
 ) -> TensorMap:
     """Of a tensor NHWC; a box's rows of channels are swizzled over their own width."""
@@ -246,12 +246,13 @@ def _w_map(w: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     return TensorMap(w, (inner, taps, outer), (2 * inner, 2 * inner * taps), box, (), swizzle)
 
 
-def _unpool(dy: Slot, idx: Slot, out: Slot) -> Launch:
+def unpool(dy: Slot, idx: Slot, out: Slot) -> Launch:
+    """The launch that spreads pooled errors dy (N,P,Q,K) over their windows: out (N,2P,2Q,K), bf16."""
     q, k = dy.spec.shape[2:]
     chunks = dy.spec.size // CHANNEL_UNIT
     divisors = Struct((fast_div(k // CHANNEL_UNIT), fast_div(q)))
     return Launch(
-        _UNPOOL,
+        UNPOOL,
         (ceil(chunks / UNPOOL_THREADS), 1, 1),
         (UNPOOL_THREADS, 1, 1),
         (dy, idx, out, np.int32(chunks), divisors),

@@ -178,13 +178,14 @@
 #define WGMMA_STRING_(a) #a
 #define WGMMA_STRING(a) WGMMA_STRING_(a)
 
-// Define `name(sums, a, b, add)` for N columns; TransA = 1: A's tile in shared memory is [k][m], 0: [m][k]; B's is [n][k].
-#define DEFINE_WGMMA(name, N, TransA)                                                                                    \
+// Define `name(sums, a, b, add)` for N columns. Tiles in shared memory are [m][k] and [n][k], with TransA = 1 [k][m], with
+// TransB = 1 [k][n].
+#define DEFINE_WGMMA(name, N, TransA, TransB)                                                                            \
     __device__ __forceinline__ void name(float (&d)[N / 2], u64 a, u64 b, u32 add) {                                     \
         asm volatile("{ .reg .pred p; setp.ne.b32 p, " WGMMA_PASTE(WGMMA_ADD_, N) ", 0; "                                \
                      "wgmma.mma_async.sync.aligned.m64n" WGMMA_STRING(N) "k16.f32.bf16.bf16 {"                           \
                      WGMMA_PASTE(WGMMA_TEXT_, N) "}, " WGMMA_PASTE(WGMMA_A_, N) ", " WGMMA_PASTE(WGMMA_B_, N)            \
-                     ", p, 1, 1, " WGMMA_STRING(TransA) ", 0; }"                                                         \
+                     ", p, 1, 1, " WGMMA_STRING(TransA) ", " WGMMA_STRING(TransB) "; }"                                   \
                      : WGMMA_PASTE(WGMMA_SUMS_, N)(d)                                                                    \
                      : "l"(a), "l"(b), "r"(add));                                                                        \
     }
@@ -203,5 +204,9 @@ template <int Pending> __device__ __forceinline__ void wgmma_wait() {
 #define SWIZZLE_64B 2u
 __device__ __forceinline__ u32 descriptor_high(u32 group_stride_bytes, u32 swizzle) { return group_stride_bytes >> 4 | swizzle << 30; }
 
-// Descriptor of the tile at shared-memory address `at`. The leading offset is not used: operands are one swizzle span wide.
+// Descriptor of the tile at shared-memory address `at`: of an operand one swizzle span wide, or of one of several spans along
+// its rows (a transposed operand's m or n), `leading_bytes` apart.
 __device__ __forceinline__ u64 descriptor(u32 high, u32 at) { return (u64)high << 32 | 1u << 16 | (at & 0x3FFFF) >> 4; }
+__device__ __forceinline__ u64 descriptor(u32 high, u32 leading_bytes, u32 at) {
+    return (u64)high << 32 | (u64)(leading_bytes >> 4) << 16 | (at & 0x3FFFF) >> 4;
+}
