@@ -49,7 +49,7 @@ class Size:
 
 
 FULL = Size(
-    {"lenet5": (16, 64, 512, 4096), "cifarnet": (64, 512)},
+    {"lenet5": (16, 64, 512, 4096), "cifarnet": (32, 128)},
     {"lenet5": 64, "cifarnet": 64},
     seconds=1,
     repeats=5,

@@ -77,8 +77,8 @@ def outline(
         targets=Spec((1,), "i32"),
         order=batch,
         steps=1,
-        scale=(1 / 255,) * sample[0],
-        shift=(0.0,) * sample[0],
+        scale=(1 / 255,),
+        shift=(0.0,),
     )
     return build(
         model,

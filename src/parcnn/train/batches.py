@@ -72,6 +72,8 @@ class DeviceData:
         self, mean: tuple[float, ...], std: tuple[float, ...], order: int, flip: bool = False, shift_px: int = 0
     ) -> Feed:
         """How batches are made of this data: normalised by mean and std (of pixels in 0..1; of floats as they are)."""
+        if len(set(mean)) == len(set(std)) == 1:
+            mean, std = mean[:1], std[:1]  # one entry serves all channels, however many
         unit = 255.0 if self.image_spec.dtype == "u8" else 1.0
         return Feed(
             sample=tuple(self.images.shape[1:]),
