@@ -8,7 +8,7 @@ implementation from one seed), `ablation` (a training step with each switch of t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -103,8 +103,11 @@ def subjects(data_dir: Path | None, say: Say) -> tuple[Subject, Subject]:
     return lenet, Subject("cifarnet", colour, None)
 
 
-def run(size: Size, data_dir: Path | None, say: Say, with_peers: bool = True) -> list[Row]:
-    """Measure everything; `say` is told, in words, what is going on. with_peers: PyTorch too, where it is installed."""
+def run(size: Size, data_dir: Path | None, say: Say, with_peers: bool = True) -> Iterator[list[Row]]:
+    """Measure everything and give the rows of each part when it is done, so that a run cut short keeps what it has.
+
+    `say` is told, in words, what is going on. with_peers: PyTorch too, where it is installed.
+    """
     lenet, cifar = subjects(data_dir, say)
     found = executors()
     machines = {variant: Machine.of(executor) for variant, executor in found.items()}
@@ -112,16 +115,15 @@ def run(size: Size, data_dir: Path | None, say: Say, with_peers: bool = True) ->
     peak = peak_gflops()
     say(f"One core's peak, measured with a large matrix product: {peak:.0f} GFLOP/s")
 
-    rows = train_each(lenet, size.epochs[lenet.train.name], found, machines, say)
+    yield train_each(lenet, size.epochs[lenet.train.name], found, machines, say)
     for subject in (lenet, cifar):
-        rows += time_each(subject, size, found, machines, peak, say, with_peers)
+        yield time_each(subject, size, found, machines, peak, say, with_peers)
     best = GPU if GPU in found else ALL_CORES
     for network, batch in size.ablation_batch.items():
         subject = next(s for s in (lenet, cifar) if s.network == network)
-        rows += ablations(subject, batch, size, found[best], machines[best], best, say)
+        yield ablations(subject, batch, size, found[best], machines[best], best, say)
     for executor in found.values():
         executor.close()
-    return rows
 
 
 def train_each(

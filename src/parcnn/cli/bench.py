@@ -47,8 +47,10 @@ def speedup(
             "each optimization off in turn to see what it brings, and writes a page with graphs. This takes one to two\n"
             "minutes.\n"
         )
-    rows = speedup_bench.run(speedup_bench.DEMO if demo else speedup_bench.FULL, data_dir, say, peers)
-    append(folder / "speedup.jsonl", rows)
+    rows: list[Row] = []
+    for part in speedup_bench.run(speedup_bench.DEMO if demo else speedup_bench.FULL, data_dir, say, peers):
+        append(folder / "speedup.jsonl", part)
+        rows += part
     path = page.write(folder / "speedup.html", rows, plots.graphs(rows))
     fault = speedup_bench.disagreement(rows)
     say(
