@@ -95,6 +95,7 @@ class Session:
             return
         if old is not None:
             self.generation += 1
+            del self._regions[name]  # so that a failure below leaves no freed memory behind
             old.free()
         self._regions[name] = self.executor.region(name, nbytes)
 
