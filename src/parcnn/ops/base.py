@@ -17,6 +17,8 @@ from parcnn.errors import ArgumentError
 # Bytes of one element. `u2` is a 2-bit pool index: four channels of a pixel share a byte, and each pixel starts a byte.
 # `bf16` is the upper half of an f32; on the host its bit patterns are uint16, as NumPy has no such type.
 ITEM_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "i32": 4, "u32": 4, "u8": 1}
+# What sums, statistics and masters of weights are kept in, for tensors of each type.
+ACCUMULATORS = {"f32": "f32", "f64": "f64", "bf16": "f32"}
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 # Activations whose derivative follows from their output: backward keeps that, never the input. All are monotone, so
 # they commute with a maximum.
@@ -41,6 +43,11 @@ class Spec:
         if self.dtype == "u2":
             return prod(self.shape[:-1]) * -(-self.shape[-1] // 4)
         return self.size * ITEM_BYTES[self.dtype]
+
+
+def accumulator(dtype: str) -> str:
+    """The type that statistics, gradients of weights and losses have, for data of type `dtype`."""
+    return ACCUMULATORS[dtype]
 
 
 @dataclass(eq=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, image_of
+from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, accumulator, image_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class ConvGeometry(Op):
     pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
     dilation: tuple[int, int] = (1, 1)
     pool: str | None = None  # None, 'max' or 'avg': 2x2, stride 2, floor
+    groups: int = 1  # filter k sees the C/groups channels of its group, k // (K/groups)
 
     def output_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
         """Convolution outputs (p, q), before the pool, for an image (h, w) and a filter (r, s)."""
@@ -44,7 +45,7 @@ class ConvGeometry(Op):
 
 @dataclass(frozen=True)
 class ConvFprop(ConvGeometry):
-    """inputs: x (N,H,W,C), w (K,R,S,C), b (K) if `bias`; outputs: y (N,P,Q,K), and with max-pooling idx (N,P,Q,K) u2."""
+    """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), and with max-pooling idx (N,P,Q,K) u2."""
 
     bias: bool = False
     act: str | None = None
@@ -69,6 +70,7 @@ class ConvFprop(ConvGeometry):
             "pad": self.pad,
             "dilation": self.dilation,
             "pool": self.pool,
+            "groups": self.groups,
         }
         (dx,) = emit(ConvDgrad(**geometry, image=image_of(x)), dy, w, *idx)
         dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=image_of(w)), x, dy, *idx)
@@ -80,7 +82,8 @@ class ConvFprop(ConvGeometry):
 
 @dataclass(frozen=True)
 class ConvDgrad(ConvGeometry):
-    """dL/dx. inputs: dy (N,P,Q,K), w (K,R,S,C), idx if max-pooled, saved if `act`, addend if `add`; output: dx (N,H,W,C).
+    """dL/dx. inputs: dy (N,P,Q,K), w (K,R,S,C/groups), idx if max-pooled, saved if `act`, addend if `add`; output: dx
+    (N,H,W,C).
 
     dy is the *pooled* error where `pool` is set; it is routed by idx on the fly. Epilogue:
     dx = (dgrad + addend) * act'(saved), `saved` being the output of the activation below (shape of dx).
@@ -92,7 +95,7 @@ class ConvDgrad(ConvGeometry):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         dy, w = inputs[:2]
-        return (Spec((dy.shape[0], *self.image, w.shape[3]), dy.dtype),)
+        return (Spec((dy.shape[0], *self.image, w.shape[3] * self.groups), dy.dtype),)
 
     def operands(self, inputs: tuple[object, ...]) -> dict[str, object]:
         """The inputs by name: dy, w, and idx, saved, addend where the op has them."""
@@ -113,8 +116,8 @@ class ConvDgrad(ConvGeometry):
 @dataclass(frozen=True)
 class ConvWgrad(ConvGeometry):
     """dL/dw and dL/db. inputs: x (N,H,W,C), dy (N,P,Q,K) (pooled error where `pool`), idx if max-pooled;
-    outputs: dw (K,R,S,C), db (K) if `bias`. Sums over pixels run in a fixed order. Of bf16 tensors the gradients are f32,
-    as the weights are that they update."""
+    outputs: dw (K,R,S,C/groups), db (K) if `bias`. Sums over pixels run in a fixed order. Of bf16 tensors the gradients are
+    f32, as the weights are that they update."""
 
     side_branch: ClassVar[bool] = True
     filter: tuple[int, int] = (1, 1)  # R, S
@@ -122,8 +125,8 @@ class ConvWgrad(ConvGeometry):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         x, dy = inputs[:2]
-        dtype = "f32" if x.dtype == "bf16" else x.dtype
-        dw = Spec((dy.shape[3], *self.filter, x.shape[3]), dtype)
+        dtype = accumulator(x.dtype)
+        dw = Spec((dy.shape[3], *self.filter, x.shape[3] // self.groups), dtype)
         return (dw, Spec((dy.shape[3],), dtype)) if self.bias else (dw,)
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import Op, Spec, accumulator
 
 STATE = Spec((8,), "i32")
 
@@ -34,7 +34,7 @@ class GatherBatch(Op):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         images, targets = inputs[:2]
-        target_dtype = "i32" if targets.dtype == "i32" else self.dtype
+        target_dtype = "i32" if targets.dtype == "i32" else accumulator(self.dtype)
         return Spec((self.batch, *images.shape[1:]), self.dtype), Spec((self.batch, *targets.shape[1:]), target_dtype)
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parcnn.ops.base import Emit, Grads, Op, Spec, Value
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CrossEntropy(Op):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         logits = inputs[0]
-        outputs = (Spec((1,), logits.dtype), Spec((1,), "i32"))
+        outputs = (Spec((1,), accumulator(logits.dtype)), Spec((1,), "i32"))
         return (*outputs, logits) if self.train else outputs
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
@@ -40,7 +40,7 @@ class MeanSquaredError(Op):
     train: bool = True
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
-        loss = Spec((1,), inputs[0].dtype)
+        loss = Spec((1,), accumulator(inputs[0].dtype))
         return (loss, inputs[0]) if self.train else (loss,)
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parcnn.ops.base import Emit, Grads, Op, Spec, Value
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class BatchNormTrain(Op):
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         x = inputs[0]
-        stat = Spec((x.shape[-1],), x.dtype)
+        stat = Spec((x.shape[-1],), accumulator(x.dtype))
         return x, stat, stat
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
@@ -81,7 +81,7 @@ class BatchNormDgrad(Op):
     act: str | None = None
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
-        stat = Spec((inputs[1].shape[-1],), inputs[1].dtype)
+        stat = Spec((inputs[1].shape[-1],), accumulator(inputs[1].dtype))
         return inputs[0], stat, stat
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
@@ -105,7 +105,7 @@ class BatchNormInferDgrad(Op):
     act: str | None = None
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
-        stat = Spec((inputs[1].shape[-1],), inputs[1].dtype)
+        stat = Spec((inputs[1].shape[-1],), accumulator(inputs[1].dtype))
         return inputs[0], stat, stat
 
     def inplace(self) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""Element by element: activations, sums, dropout."""
+"""Element by element: activations, sums, dropout, changes of the element type."""
 
 from __future__ import annotations
 
@@ -88,3 +88,20 @@ class Dropout(Op):
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return outputs[0].size
+
+
+@dataclass(frozen=True)
+class Cast(Op):
+    """y = x in `dtype`, rounded to nearest even. inputs: any number; outputs: one each."""
+
+    dtype: str = "f32"
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return tuple(Spec(x.shape, self.dtype) for x in inputs)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        """A gradient comes in the type that its op sums in; where that is the input's, it is what is wanted."""
+        return tuple(
+            dy if dy is None or dy.dtype == x.dtype else emit(Cast(dtype=x.dtype), dy)[0]
+            for x, dy in zip(inputs, dys, strict=True)
+        )

@@ -101,6 +101,8 @@ def unsupported(
             return f"the fp32 convolution kernels take f32 operands, not {spec.dtype}"
         if spec.size >= 2**31:
             return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"
+    if op.groups != 1:
+        return f"the fp32 convolution kernels have one group, not {op.groups}"
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
         return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"

@@ -33,6 +33,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, w = inputs[:2]
     if x.dtype != "bf16" or w.dtype != "bf16":
         return f"the tensor-core convolutions take bf16 operands, not {x.dtype} and {w.dtype}"
+    if op.groups != 1:
+        return f"the tensor-core convolutions have one group, not {op.groups}"
     if op.pool not in (None, "max"):
         return f"the tensor-core convolutions pool by the maximum, not '{op.pool}'"
     if isinstance(op, ConvFprop):

@@ -95,6 +95,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, dy = inputs[:2]
     if x.dtype != "bf16" or dy.dtype != "bf16":
         return f"the tensor-core filter gradient takes bf16 operands, not {x.dtype} and {dy.dtype}"
+    if op.groups != 1:
+        return f"the tensor-core filter gradient has one group, not {op.groups}"
     if op.pool not in (None, "max"):
         return f"the tensor-core filter gradient takes errors of a maximum, not of '{op.pool}'"
     if max(op.stride) > MAX_ELEMENT_STRIDE:
