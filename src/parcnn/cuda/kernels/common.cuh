@@ -107,29 +107,28 @@ template <int Threads> __device__ __forceinline__ float block_sum(float v, float
     return sum;
 }
 
-// ---- Vectors and shared memory --------------------------------------------------------------------------------------
+// ---- Accesses of several bytes at once ------------------------------------------------------------------------------
 
-// 16 (8) bytes at once; the address must be a multiple of as many.
-__device__ __forceinline__ float4 load4(const float *p) {
+// The address must be a multiple of the word's size.
+template <class Word> __device__ __forceinline__ Word load_word(const void *p) {
 #ifdef HOST_EMULATION
-    emulation::check_aligned(p, 16);
+    emulation::check_aligned(p, sizeof(Word));
 #endif
-    return *reinterpret_cast<const float4 *>(p);
+    return *reinterpret_cast<const Word *>(p);
 }
 
-__device__ __forceinline__ float2 load2(const float *p) {
+template <class Word> __device__ __forceinline__ void store_word(void *p, Word value) {
 #ifdef HOST_EMULATION
-    emulation::check_aligned(p, 8);
+    emulation::check_aligned(p, sizeof(Word));
 #endif
-    return *reinterpret_cast<const float2 *>(p);
+    *reinterpret_cast<Word *>(p) = value;
 }
 
-__device__ __forceinline__ void store4(float *p, float4 v) {
-#ifdef HOST_EMULATION
-    emulation::check_aligned(p, 16);
-#endif
-    *reinterpret_cast<float4 *>(p) = v;
-}
+__device__ __forceinline__ float4 load4(const float *p) { return load_word<float4>(p); }
+__device__ __forceinline__ float2 load2(const float *p) { return load_word<float2>(p); }
+__device__ __forceinline__ void store4(float *p, float4 v) { store_word(p, v); }
+
+// ---- Shared memory -----------------------------------------------------------------------------------------------------
 
 // Names the block's dynamic shared memory.
 #ifdef HOST_EMULATION
@@ -161,7 +160,29 @@ template <int Pending> __device__ __forceinline__ void copy_async_wait() {
 }
 #endif
 
-// ---- A run of V neighbouring floats, V 4 (one access of 16 bytes) or 1 ------------------------------------------------
+// ---- Elements of tensors: float, or bf16, the upper half of a float --------------------------------------------------
+
+struct bf16 {
+    unsigned short bits;
+};
+
+// Two floats as bf16, `low` in the lower half, each rounded to the nearest, ties to even; every NaN becomes 0x7fff.
+__device__ __forceinline__ u32 round_bf16x2(float low, float high) {
+#ifdef HOST_EMULATION
+    auto round = [](float v) { return v != v ? 0x7fffu : (__float_as_uint(v) + 0x7fffu + (__float_as_uint(v) >> 16 & 1u)) >> 16; };
+    return round(high) << 16 | round(low);
+#else
+    u32 two;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+#endif
+}
+
+__device__ __forceinline__ float low_bf16(u32 two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high_bf16(u32 two) { return __uint_as_float(two & 0xffff0000u); }
+
+// ---- A run of V (1, 2, 4, 8) neighbouring elements, in registers always floats ---------------------------------------
+// An access moves up to 16 bytes, and the address must be a multiple of what it moves: V elements, or 16 bytes.
 
 template <int V> struct Floats {
     float v[V];
@@ -169,20 +190,57 @@ template <int V> struct Floats {
 
 template <int V> __device__ __forceinline__ Floats<V> load(const float *p) {
     Floats<V> r;
-    if constexpr (V == 4) {
+    if constexpr (V == 8) {
+        float4 t = load4(p), u = load4(p + 4);
+        r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+        r.v[4] = u.x, r.v[5] = u.y, r.v[6] = u.z, r.v[7] = u.w;
+    } else if constexpr (V == 4) {
         float4 t = load4(p);
         r.v[0] = t.x, r.v[1] = t.y, r.v[2] = t.z, r.v[3] = t.w;
+    } else if constexpr (V == 2) {
+        float2 t = load2(p);
+        r.v[0] = t.x, r.v[1] = t.y;
     } else {
         r.v[0] = *p;
     }
     return r;
 }
 
+template <int V> __device__ __forceinline__ Floats<V> load(const bf16 *p) {
+    Floats<V> r;
+    if constexpr (V == 8) {
+        uint4 t = load_word<uint4>(p);
+        r.v[0] = low_bf16(t.x), r.v[1] = high_bf16(t.x), r.v[2] = low_bf16(t.y), r.v[3] = high_bf16(t.y);
+        r.v[4] = low_bf16(t.z), r.v[5] = high_bf16(t.z), r.v[6] = low_bf16(t.w), r.v[7] = high_bf16(t.w);
+    } else if constexpr (V == 4) {
+        uint2 t = load_word<uint2>(p);
+        r.v[0] = low_bf16(t.x), r.v[1] = high_bf16(t.x), r.v[2] = low_bf16(t.y), r.v[3] = high_bf16(t.y);
+    } else if constexpr (V == 2) {
+        u32 t = load_word<u32>(p);
+        r.v[0] = low_bf16(t), r.v[1] = high_bf16(t);
+    } else {
+        r.v[0] = low_bf16(p->bits);
+    }
+    return r;
+}
+
 template <int V> __device__ __forceinline__ void store(float *p, const Floats<V> &r) {
-    if constexpr (V == 4)
-        store4(p, make_float4(r.v[0], r.v[1], r.v[2], r.v[3]));
+    if constexpr (V >= 4) store4(p, make_float4(r.v[0], r.v[1], r.v[2], r.v[3]));
+    if constexpr (V == 8) store4(p + 4, make_float4(r.v[4], r.v[5], r.v[6], r.v[7]));
+    if constexpr (V == 2) store_word(p, make_float2(r.v[0], r.v[1]));
+    if constexpr (V == 1) *p = r.v[0];
+}
+
+template <int V> __device__ __forceinline__ void store(bf16 *p, const Floats<V> &r) {
+    if constexpr (V == 8)
+        store_word(p, make_uint4(round_bf16x2(r.v[0], r.v[1]), round_bf16x2(r.v[2], r.v[3]),
+                                 round_bf16x2(r.v[4], r.v[5]), round_bf16x2(r.v[6], r.v[7])));
+    else if constexpr (V == 4)
+        store_word(p, make_uint2(round_bf16x2(r.v[0], r.v[1]), round_bf16x2(r.v[2], r.v[3])));
+    else if constexpr (V == 2)
+        store_word(p, round_bf16x2(r.v[0], r.v[1]));
     else
-        *p = r.v[0];
+        p->bits = (unsigned short)round_bf16x2(r.v[0], 0.0f);
 }
 
 template <int V> __device__ __forceinline__ Floats<V> splat(float value) {
@@ -192,22 +250,22 @@ template <int V> __device__ __forceinline__ Floats<V> splat(float value) {
     return r;
 }
 
-// The first `count` of four floats (all four where count >= 4, in one access); the others are zero.
-__device__ __forceinline__ Floats<4> load_part(const float *p, long long count) {
-    if (count >= 4) return load<4>(p);
-    Floats<4> r = splat<4>(0.0f);
+// The first `count` of V elements (all where count >= V, then in accesses of 16 bytes); the others are zero.
+template <int V = 4, class Element> __device__ __forceinline__ Floats<V> load_part(const Element *p, long long count) {
+    if (count >= V) return load<V>(p);
+    Floats<V> r = splat<V>(0.0f);
 #pragma unroll
-    for (int e = 0; e < 3; ++e)
-        if (e < count) r.v[e] = p[e];
+    for (int e = 0; e < V - 1; ++e)
+        if (e < count) r.v[e] = load<1>(p + e).v[0];
     return r;
 }
 
-__device__ __forceinline__ void store_part(float *p, const Floats<4> &r, long long count) {
-    if (count >= 4) {
-        store<4>(p, r);
+template <int V, class Element> __device__ __forceinline__ void store_part(Element *p, const Floats<V> &r, long long count) {
+    if (count >= V) {
+        store<V>(p, r);
         return;
     }
 #pragma unroll
-    for (int e = 0; e < 3; ++e)
-        if (e < count) p[e] = r.v[e];
+    for (int e = 0; e < V - 1; ++e)
+        if (e < count) store<1>(p + e, {r.v[e]});
 }

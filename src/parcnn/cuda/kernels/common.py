@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from parcnn.cuda.launch import Struct
 from parcnn.ops.base import ACTIVATIONS, Spec
+
+ELEMENTS = {"f32": "float", "bf16": "bf16"}  # the kernels' macro ELEMENT for each type of tensors that they compute on
+VECTOR_WIDTHS = {"f32": (4, 1), "bf16": (8, 4, 1)}
 
 
 def fast_div(divisor: int) -> Struct:
@@ -22,9 +27,12 @@ def act_code(act: str | None) -> int:
     return ACTIVATIONS.index(act) + 1 if act else 0
 
 
-def refuse_dtype(*tensors: Spec) -> str | None:
-    """Why kernels for 32-bit floats cannot take these tensors; None where they can."""
-    return next((f"tensors must be f32, one is {t.dtype}" for t in tensors if t.dtype != "f32"), None)
+def refuse_dtype(*tensors: Spec, among: Sequence[str] = ("f32",)) -> str | None:
+    """Why kernels for one element type, out of `among`, cannot take these tensors; None where they can."""
+    found = sorted({t.dtype for t in tensors})
+    if len(found) == 1 and found[0] in among:
+        return None
+    return f"tensors must be all {' or all '.join(among)}, they are {' and '.join(found)}"
 
 
 def refuse_size(*tensors: Spec) -> str | None:
@@ -32,9 +40,13 @@ def refuse_size(*tensors: Spec) -> str | None:
     return next((f"{t.shape} has 2**31 elements or more" for t in tensors if t.size >= 2**31), None)
 
 
-def vector_width(*runs: int) -> int:
-    """4 where every run of neighbouring floats is a multiple of 4, so that 16-byte accesses are aligned; else 1."""
-    return 1 if any(run % 4 for run in runs) else 4
+def vector_width(*runs: int, dtype: str = "f32") -> int:
+    """Elements that a thread takes at once, so that every run of neighbouring ones is a multiple and accesses are aligned.
+
+    4 f32 or 8 bf16 (16 bytes), 4 bf16, or one.
+    """
+    widths = VECTOR_WIDTHS[dtype]
+    return next(width for width in widths if not any(run % width for run in runs))
 
 
 def lanes_for(vectors: int, most: int) -> int:

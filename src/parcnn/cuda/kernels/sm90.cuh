@@ -112,12 +112,6 @@ __device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1, u32 m2, u
 
 // ---- Pairs of bf16 in a register ---------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 round_bf16x2(float low, float high) {
-    u32 d;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
 // Maximum of each half; NaN where either is NaN.
 __device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
     u32 d;
