@@ -67,7 +67,7 @@ def test_the_other_tables() -> None:
     assert lines["step"] == [("lenet5, batch 64", "H200", "50.0 µs", "1,280,000", "900 µs", "60.0 µs", "–", "1.20×")]
     assert lines["fused"] == [("conv1", "H200", "10.0 µs", "25.0 µs", "2.50×", "1.00 MiB / 4.00 MiB", "1.0 / 4.0 MB")]
     assert lines["memory"] == [("cifarnet, 8 GiB", "H200", "40", "2.00 GiB", "–", "–")]
-    assert lines["accuracy"] == [("mnist-lenet5", "H200", "2", "99.10%", "99.00%", "99.20%", "2.0 s")]
+    assert lines["accuracy"] == [("mnist-lenet5", "fp32", "H200", "2", "99.10%", "99.00%", "99.20%", "2.0 s")]
     assert lines["speedup"] == []
 
 

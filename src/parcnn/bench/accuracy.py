@@ -20,9 +20,12 @@ def run(
     say: Callable[[str], None],
     recipe_name: str = RECIPE,
     data_dir: Path | None = None,
+    precision: str = "fp32",
+    epochs: int | None = None,
 ) -> list[Row]:
     """Rows `accuracy`: one for each seed, with the accuracy on the test images after the last epoch."""
-    recipe = recipes.read(recipe_name)
+    recipe = replace(recipes.read(recipe_name), precision=precision)
+    recipe = replace(recipe, epochs=epochs or recipe.epochs)
     train, test = (data.load(recipe.data, split, data_dir, notice=say) for split in ("train", "test"))
     machine = Machine.of(executor)
     rows = []
@@ -34,11 +37,12 @@ def run(
         rows.append(
             machine.row(
                 "accuracy",
-                f"{recipe_name}, seed {seed}",
+                f"{recipe_name}, " + f"{precision}, " * (precision != "fp32") + f"seed {seed}",
                 executor.name,
                 peak_bytes=trainer.peak_bytes,
                 recipe=recipe_name,
                 seed=seed,
+                precision=precision,
                 epochs=recipe.epochs,
                 accuracy=scores.accuracy,
                 loss=scores.loss,

@@ -1,13 +1,16 @@
 """What a user would take instead: PyTorch, timed in the same run. Optional: where it is not installed, rows have no peer.
 
 Its batch lies ready on the device (ours is gathered from the data set inside the step). On a GPU three modes are timed:
-eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead.
+eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead. In bf16 each of them by autocast (fp32
+weights, as ours are) and with the whole network in bf16, which is faster and learns worse.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,14 @@ from parcnn.bench.machine import installed
 
 MODES = ("eager", "graph", "compile")
 WARM_UP = 15  # torch.compile's graphs are recorded by then
+
+
+@dataclass(frozen=True)
+class PeerStep:
+    """What PyTorch takes for a training step: median microseconds, and bytes at its peak, weights and batch among them."""
+
+    p50_us: float
+    peak_bytes: int
 
 
 def has_torch() -> bool:
@@ -64,22 +75,35 @@ def time_on_cpu(network: str, shape: tuple[int, ...], batch: int, train: bool, t
 
 
 def time_on_gpu(
-    network: str, shape: tuple[int, ...], batch: int, steps: int, repeats: int, modes: Sequence[str] = MODES
-) -> dict[str, float]:
-    """Median microseconds of a training step (fp32 without TF32, SGD with momentum) in each of `modes`."""
+    network: str,
+    shape: tuple[int, ...],
+    batch: int,
+    steps: int,
+    repeats: int,
+    modes: Sequence[str] = MODES,
+    precision: str = "fp32",
+) -> dict[str, PeerStep]:
+    """A training step (SGD with momentum) in each of `modes`; fp32 is without TF32."""
     import torch
 
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    times = {}
-    for mode in modes:
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-        step = _step(network, shape, batch, True, "cuda", compiled=mode == "compile", in_place=mode == "graph")
-        if mode == "graph":
-            step = _captured(step)
-        times[mode] = _median(step, torch.cuda.synchronize, steps, repeats)
-    return times
+    results = {}
+    for numbers in ("fp32",) if precision == "fp32" else ("autocast", "bf16 weights"):
+        for mode in modes:
+            torch._dynamo.reset()
+            gc.collect()
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step = _step(network, shape, batch, True, "cuda", numbers, mode == "compile", mode == "graph")
+            if mode == "graph":
+                step = _captured(step)
+            p50_us = _median(step, torch.cuda.synchronize, steps, repeats)
+            name = mode if precision == "fp32" else f"{mode}, {numbers}"
+            results[name] = PeerStep(p50_us, torch.cuda.max_memory_allocated() - before)
+            del step
+    return results
 
 
 def _step(
@@ -88,10 +112,11 @@ def _step(
     batch: int,
     train: bool,
     device: str,
+    numbers: str = "fp32",
     compiled: bool = False,
     in_place: bool = False,
 ) -> Callable[[], object]:
-    """One training step, or one forward pass, on a random batch."""
+    """One training step, or one forward pass, on a random batch; numbers: 'fp32', 'autocast' or 'bf16 weights'."""
     import torch
     import torch.nn.functional as F
 
@@ -102,6 +127,8 @@ def _step(
     if shape[0] > 1:
         model = model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
+    if numbers == "bf16 weights":
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
     run = torch.compile(model, mode="reduce-overhead") if compiled else model
     if not train:
         model.eval()
@@ -114,7 +141,9 @@ def _step(
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device == "cuda")
 
     def step() -> None:
-        F.cross_entropy(run(x), y).backward()
+        with torch.autocast(device, torch.bfloat16, enabled=numbers == "autocast", cache_enabled=not in_place):
+            logits = run(x)
+        F.cross_entropy(logits.float(), y).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=not in_place)
 

@@ -73,9 +73,13 @@ class Subject:
     train: Dataset
     test: Dataset | None
 
-    def trainer(self, executor: Executor, batch: int, options: Options | None = None) -> Trainer:
+    def trainer(
+        self, executor: Executor, batch: int, options: Options | None = None, precision: str = "fp32"
+    ) -> Trainer:
         """A trainer for timing: SGD with momentum, as in the peers; a small rate, so that hundreds of steps stay finite."""
-        recipe = recipes.Recipe(self.network, self.train.name, batch=batch, optimizer=SGD(1e-3, momentum=0.9))
+        recipe = recipes.Recipe(
+            self.network, self.train.name, batch=batch, optimizer=SGD(1e-3, momentum=0.9), precision=precision
+        )
         return recipe.trainer(self.train, executor, options)
 
 
@@ -292,7 +296,7 @@ def _peer(subject: Subject, batch: int, mode: str, variant: str, threads: int | 
         return {name: peers.time_on_cpu(subject.network, shape, batch, mode == "train", threads, repeats)}
     if variant == GPU and mode == "train" and peers.has_torch_on_gpu():
         times = peers.time_on_gpu(subject.network, shape, batch, steps=30, repeats=repeats, modes=("eager", "graph"))
-        return {f"torch, {mode}": us for mode, us in times.items()}
+        return {f"torch, {mode}": taken.p50_us for mode, taken in times.items()}
     return {}
 
 

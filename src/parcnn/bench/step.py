@@ -17,13 +17,14 @@ from parcnn.train.timing import time_steps
 
 SHAPES = {"lenet5": (1, 28, 28), "cifarnet": (3, 32, 32)}
 PROBLEMS = (("lenet5", 64), ("lenet5", 512), ("lenet5", 4096), ("cifarnet", 512))
+PRECISIONS = ("fp32", "bf16")
 # Steps between two waits, for both sides: a wait costs the host ten microseconds, the smallest step takes fifty.
 STEPS = 48
 REPEATS = 9
 
 
-def run(executor: Executor, say: Callable[[str], None]) -> list[Row]:
-    """Rows `step`: fp32, SGD with momentum, images that are noise (a step's time does not depend on them)."""
+def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32") -> list[Row]:
+    """Rows `step`: SGD with momentum, images that are noise (a step's time does not depend on them)."""
     machine = Machine.of(executor)
     with_torch = executor.name == "cuda" and peers.has_torch_on_gpu()
     if not with_torch:
@@ -32,29 +33,37 @@ def run(executor: Executor, say: Callable[[str], None]) -> list[Row]:
     for network, batch in PROBLEMS:
         steps = STEPS if executor.name == "cuda" else 1
         subject = noise(network, batch, steps)
-        trainer = subject.trainer(executor, batch)
+        trainer = subject.trainer(executor, batch, precision=precision)
         plan = trainer.plan("train", subject.train)
         timing = time_steps(trainer, subject.train, "train", steps=steps, repeats=REPEATS)
-        modes = peers.time_on_gpu(network, SHAPES[network], batch, steps, REPEATS) if with_torch else {}
-        peer = min(modes, key=lambda mode: modes[mode]) if modes else None
+        modes = (
+            peers.time_on_gpu(network, SHAPES[network], batch, steps, REPEATS, precision=precision)
+            if with_torch
+            else {}
+        )
+        peer = min(modes, key=lambda mode: modes[mode].p50_us) if modes else None
         rows.append(
             machine.row(
                 "step",
-                f"{network}, batch {batch}",
+                f"{network}, batch {batch}" + f", {precision}" * (precision != "fp32"),
                 executor.name,
                 timing,
                 peer=f"torch {machine.torch}, {peer}" if peer else None,
-                peer_p50_us=modes[peer] if peer else None,
+                peer_p50_us=modes[peer].p50_us if peer else None,
                 peak_bytes=plan.peak_bytes,
                 network=network,
                 batch=batch,
                 images_per_second=batch / timing.p50_us * 1e6,
                 flops=flops(plan),
-                peer_modes_us=modes,
+                peer_modes_us={mode: taken.p50_us for mode, taken in modes.items()},
+                peer_modes_bytes={mode: taken.peak_bytes for mode, taken in modes.items()},
+                precision=precision,
             )
         )
-        against = "".join(f"   torch {mode} {us:,.1f}" for mode, us in modes.items())
-        say(f"  {network}, batch {batch}: {timing.p50_us:,.1f} us{against}")
+        against = "".join(f"   torch {mode} {taken.p50_us:,.1f}" for mode, taken in modes.items())
+        say(
+            f"  {network}, batch {batch}, {precision}: {timing.p50_us:,.1f} us, {plan.peak_bytes / 2**20:.2f} MiB{against}"
+        )
     return rows
 
 

@@ -71,9 +71,14 @@ def fused(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) 
 
 
 @app.command()
-def step(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) -> None:
+def step(
+    device: Device = "auto",
+    threads: Threads = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(step_bench.PRECISIONS)}.")] = "fp32",
+    out: Out = RESULTS,
+) -> None:
     """A whole training step against PyTorch's modes in the same run."""
-    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say))
+    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say, precision))
 
 
 @app.command()
@@ -93,12 +98,14 @@ def accuracy(
     recipe: Annotated[str, typer.Option(help="A recipe's name or path.")] = accuracy_bench.RECIPE,
     device: Device = "auto",
     threads: Threads = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 on the GPU.")] = "fp32",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data. [default: the recipe's]")] = None,
     data_dir: DataDir = None,
     out: Out = RESULTS,
 ) -> None:
     """The accuracy that a recipe reaches over seeds."""
     executor = resolve_executor(device, threads)
-    _keep(out, "accuracy", accuracy_bench.run(executor, range(seeds), say, recipe, data_dir))
+    _keep(out, "accuracy", accuracy_bench.run(executor, range(seeds), say, recipe, data_dir, precision, epochs))
 
 
 @app.command("gpu-check")

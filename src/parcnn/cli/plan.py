@@ -17,6 +17,7 @@ from parcnn.optim import SGD
 from parcnn.plan.build import MODES, Plan
 from parcnn.plan.describe import CallRow, describe, outline
 from parcnn.plan.options import Options
+from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.train import resolve_executor
 
 INPUTS = {"lenet5": "1,28,28", "cifarnet": "3,32,32"}
@@ -37,6 +38,7 @@ def plan(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads: each has scratch memory. [default: all]")
     ] = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(TENSOR_TYPES)}.")] = "fp32",
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Fused kernels.")] = True,
     reuse: Annotated[bool, typer.Option("--reuse/--no-reuse", help="Tensors share memory.")] = True,
     inplace: Annotated[bool, typer.Option("--inplace/--no-inplace", help="Written over an operand.")] = True,
@@ -45,6 +47,8 @@ def plan(
     """Print the plan of a step (SGD with momentum), and the exact peak memory of training and of inference."""
     if mode not in MODES:
         raise ArgumentError("unknown mode", where="--mode", expected=", ".join(MODES), got=mode)
+    if precision not in TENSOR_TYPES:
+        raise ArgumentError("unknown precision", where="--precision", expected=", ".join(TENSOR_TYPES), got=precision)
     sample = _shape(input_shape or INPUTS.get(model, "3,224,224"))
     options = Options(fuse=fuse, reuse=reuse, inplace=inplace, parallel=parallel)
     executor = _executor(device, threads)
@@ -59,6 +63,7 @@ def plan(
             loss=nn.CrossEntropyLoss(),
             optimizer=SGD(momentum=0.9),
             options=options,
+            precision=precision,
         )
 
     shown = plan_of(mode)

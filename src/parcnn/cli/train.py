@@ -39,6 +39,7 @@ def train(
     lr: Annotated[float | None, typer.Option(min=0, help="Learning rate (the schedule's peak).")] = None,
     optimizer: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes.recipe.OPTIMIZERS)}.")] = None,
     schedule: Annotated[str | None, typer.Option(help=f"One of {', '.join(recipes.recipe.SCHEDULES)}.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32; bf16 on the GPU; fp64 on the CPU.")] = None,
     device: Device = "auto",
     threads: Threads = None,
     seed: Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout.")] = None,
@@ -49,7 +50,7 @@ def train(
 ) -> None:
     """Train a network; leaves a checkpoint and metrics. Ctrl-C stops after the step in flight and keeps the checkpoint."""
     recipe = _recipe(source, data_name, optimizer, schedule, lr)
-    chosen: dict[str, Any] = {"epochs": epochs, "batch": batch, "seed": seed}
+    chosen: dict[str, Any] = {"epochs": epochs, "batch": batch, "seed": seed, "precision": precision}
     recipe = replace(recipe, **{key: value for key, value in chosen.items() if value is not None})
     folder = out or Path("runs") / f"{recipe.model}-{Path(recipe.data).name}"
     checkpoint = folder / CHECKPOINT

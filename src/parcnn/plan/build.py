@@ -10,6 +10,7 @@ from parcnn.errors import ArgumentError, OutOfMemoryError, ShapeError
 from parcnn.ops.base import Spec, Value
 from parcnn.ops.conv import ConvDgrad, ConvWgrad
 from parcnn.ops.feed import STATE, EndStep, GatherBatch, WriteOutput
+from parcnn.ops.pointwise import Cast
 from parcnn.ops.program import Call, Executor, Program, Slot
 from parcnn.ops.shape import View
 from parcnn.ops.update import MAX_GROUP, Update
@@ -18,11 +19,11 @@ from parcnn.plan.autodiff import differentiate
 from parcnn.plan.fuse import fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.options import Options
+from parcnn.plan.precision import cast_filters, cast_filters_together
 from parcnn.plan.schedule import schedule
 from parcnn.plan.trace import Tensor, Trace, input_tensor
 from parcnn.plan.variable import Layout, Variable
 
-FLOAT_OF = {"fp32": "f32", "fp64": "f64"}  # tensor type of each precision
 MODES = ("train", "eval", "predict")
 
 
@@ -104,9 +105,11 @@ def build(
     loss: Callable[[Tensor, Tensor], LossResult] | None = None,
     optimizer: Optimizer | None = None,
     options: Options | None = None,
+    dtype: str | None = None,
 ) -> Plan:
     """The plan of one step in `mode`: 'train' (needs loss and optimizer), 'eval' (needs loss) or 'predict'.
 
+    dtype: type of the tensors between layers (None: that of the layout, which has the type that `dtype` is summed in).
     Raises ShapeError, UnsupportedError or ArgumentError, naming the layer, when the model does not fit the input, and
     ArgumentError when there is nothing to train.
     """
@@ -115,9 +118,10 @@ def build(
     options = options or Options()
     if not executor.concurrent:
         options = replace(options, parallel=False)  # side branches would cost memory and bring nothing
-    graph = Graph(mode, layout.dtype)
+    graph = Graph(mode, dtype or layout.dtype)
     output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
     graph.drop_dead([] if result is None else [result.value])
+    cast_filters(graph)
     if options.fuse:
         fuse_forward(graph, executor.can_fuse)
     if mode == "train" and result is not None:
@@ -131,6 +135,7 @@ def build(
             )
     _end_step(graph, batch, feed, result)
     graph.drop_dead()
+    cast_filters_together(graph)
     if mode == "train":
         if options.fuse:
             fuse_backward(graph, executor.can_fuse)
@@ -155,7 +160,7 @@ def _forward(
     targets = graph.place(feed.targets, "targets", 0, "targets")
     order = graph.place(Spec((feed.order,), "i32"), "order", 0, "order")
     trace.state = graph.place(STATE, "state", 0, "state")
-    gather = GatherBatch(batch, layout.dtype, feed.scale, feed.shift, feed.flip, feed.shift_px)
+    gather = GatherBatch(batch, graph.dtype, feed.scale, feed.shift, feed.flip, feed.shift_px)
     if graph.mode != "train":
         gather = replace(gather, flip=False, shift_px=0)
     x, target = graph.emit(gather, images, targets, order, trace.state)
@@ -172,6 +177,8 @@ def _forward(
     graph.layer = "loss" if graph.mode != "predict" else "output"
     if graph.mode == "predict":
         value = output.value if output.ndim == 4 else output.in_user_order()
+        if value.dtype != layout.dtype:
+            (value,) = graph.emit(Cast(layout.dtype), value)
         out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")
         graph.emit(WriteOutput(), value, trace.state, out)
         return output.with_value(value), None

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from parcnn.ops.base import Spec
+from parcnn.ops.base import Spec, accumulator
 from parcnn.ops.program import Call, Executor
-from parcnn.plan.build import FLOAT_OF, Feed, Optimizer, Plan, build
+from parcnn.plan.build import Feed, Optimizer, Plan, build
 from parcnn.plan.options import Options
+from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.plan.trace import Tensor, physical
 from parcnn.plan.variable import Layout
 
@@ -68,7 +69,7 @@ def outline(
     Targets are class numbers. The data set does not count in a plan's memory, so this plan takes what any other of that
     batch takes. Raises what `parcnn.plan.build.build` raises.
     """
-    layout = Layout.of(model.named_variables(), FLOAT_OF[precision])
+    layout = Layout.of(model.named_variables(), accumulator(TENSOR_TYPES[precision]))
     if optimizer is not None:
         layout.add_state(optimizer.slots)
     feed = Feed(
@@ -90,6 +91,7 @@ def outline(
         loss=loss,
         optimizer=optimizer,
         options=options,
+        dtype=TENSOR_TYPES[precision],
     )
 
 

@@ -170,16 +170,18 @@ def _memory(rows: Sequence[Row]) -> Table:
 
 
 def _accuracy(rows: Sequence[Row]) -> Table:
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in select(rows, "accuracy"):
-        groups.setdefault((row.extra["recipe"], machine_name(row)), []).append(row)
+        groups.setdefault((row.extra["recipe"], row.extra.get("precision", "fp32"), machine_name(row)), []).append(row)
     lines = []
-    for (recipe, machine), own in groups.items():
+    for (recipe, precision, machine), own in groups.items():
         values = [row.extra["accuracy"] for row in own]
         seconds = sum(row.extra["seconds"] for row in own) / len(own)
         shares = (sum(values) / len(values), min(values), max(values))
-        lines.append((recipe, machine, str(len(own)), *(f"{share:.2%}" for share in shares), f"{seconds:.1f} s"))
-    return Table(("recipe", "on", "seeds", "mean accuracy", "lowest", "highest", "training time"), lines, labels=2)
+        shown = (f"{share:.2%}" for share in shares)
+        lines.append((recipe, precision, machine, str(len(own)), *shown, f"{seconds:.1f} s"))
+    columns = ("recipe", "precision", "on", "seeds", "mean accuracy", "lowest", "highest", "training time")
+    return Table(columns, lines, labels=3)
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {

@@ -10,9 +10,11 @@ import numpy as np
 
 from parcnn.errors import ArgumentError
 from parcnn.nn import Module
+from parcnn.ops.base import accumulator
 from parcnn.ops.program import Executor, LoadedProgram, Region
-from parcnn.plan.build import FLOAT_OF, Feed, Optimizer, Plan, build, check_memory
+from parcnn.plan.build import Feed, Optimizer, Plan, build, check_memory
 from parcnn.plan.options import Options
+from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.plan.variable import Layout, Variable
 
 
@@ -33,11 +35,17 @@ class Session:
         precision: str = "fp32",
         options: Options | None = None,
     ) -> None:
-        if precision not in FLOAT_OF or (precision == "fp64" and executor.name != "cpu"):
-            raise ArgumentError("unknown precision", expected="'fp32', or 'fp64' on the CPU", got=precision)
+        known = ("fp32", "fp64") if executor.name == "cpu" else ("fp32", "bf16")
+        if precision not in known:
+            raise ArgumentError(
+                f"the {executor.name} executor has no such precision",
+                expected=f"one of {known}",
+                got=precision,
+                remedy="fp64 runs on the CPU, bf16 on the GPU: choose the device by device= or --device",
+            )
         self.model, self.executor, self.loss, self.optimizer = model, executor, loss, optimizer
-        self.options = options or Options()
-        self.layout = Layout.of(model.named_variables(), FLOAT_OF[precision])
+        self.options, self.dtype = options or Options(), TENSOR_TYPES[precision]
+        self.layout = Layout.of(model.named_variables(), accumulator(self.dtype))
         if optimizer is not None:
             self.layout.add_state(optimizer.slots)
         self._plans: dict[tuple[Any, ...], Plan] = {}
@@ -65,6 +73,7 @@ class Session:
             loss=self.loss,
             optimizer=self.optimizer if mode == "train" else None,
             options=self.options,
+            dtype=self.dtype,
         )
 
     def load(self, plans: Mapping[str, Plan], feeds: Mapping[str, Region]) -> dict[str, LoadedProgram]:
