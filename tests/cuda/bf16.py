@@ -15,3 +15,13 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 def from_bits(bits: np.ndarray) -> np.ndarray:
     """The values, float64."""
     return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Floats as a tensor of type `dtype`, f32 or bf16."""
+    return to_bits(values) if dtype == "bf16" else values.astype(np.float32)
+
+
+def values_of(tensor: np.ndarray) -> np.ndarray:
+    """What a tensor holds: bit patterns as float64, all else as it is."""
+    return from_bits(tensor) if tensor.dtype == np.uint16 else tensor

@@ -12,6 +12,7 @@ from parcnn.cpu import CpuExecutor
 from parcnn.cuda.launch import Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Executor
+from tests.cuda.bf16 import from_bits, to_bits, values_of
 from tests.cuda.host_emulation import runner
 from tests.op_runner import DTYPE_NAMES, run_op
 
@@ -71,32 +72,40 @@ def check(
 ) -> tuple[np.ndarray, ...]:
     """Run op; its floats may err at most twice as much as the float32 CPU executor's, and `ulps` of the largest element.
 
-    Integers must be equal, and NaN and infinities where they are in float64. Returns what the kernels gave.
+    A bf16 result must be one that a float within these bounds rounds to. Integers must be equal, and NaN and infinities
+    where they are in float64. Tensors of bf16 come and go as bit patterns. Returns what the kernels gave.
     """
     assert not isinstance(executor, runner.EmulationExecutor) or executor.can_fuse(op, specs_of(arrays))
-    wide = [a.astype(np.float64) if a.dtype == np.float32 else a for a in arrays]
-    exact, single = on_cpu(op, wide), on_cpu(op, arrays)
+    wide = [a.astype(np.float64) if a.dtype == np.float32 else values_of(a) for a in arrays]
+    exact = on_cpu(op, wide)
+    single = on_cpu(op, [a.astype(np.float32) if a.dtype == np.float64 else a for a in wide])
     got = run_op(executor, op, arrays, alias=alias)
     assert len(got) == len(exact)
     for i, (result, true, cpu) in enumerate(zip(got, exact, single, strict=True)):
         where = f"{op} output {i}"
         assert result.shape == true.shape
-        if result.dtype.kind != "f":
+        if true.dtype.kind != "f":
             np.testing.assert_array_equal(result, true, err_msg=where)
             continue
         finite = np.isfinite(true)
-        np.testing.assert_array_equal(result[~finite], true[~finite].astype(np.float32), err_msg=where)
+        np.testing.assert_array_equal(values_of(result)[~finite], true[~finite].astype(np.float32), err_msg=where)
+        if not finite.any():
+            continue
+        allowed = 2 * np.abs(cpu[finite] - true[finite]).max() + ulps * EPS * np.abs(true[finite]).max()
+        if result.dtype == np.uint16:
+            values = from_bits(result[finite])
+            lowest, highest = (from_bits(to_bits(true[finite] + d)) for d in (-allowed, allowed))
+            wrong = ~((lowest <= values) & (values <= highest))  # NaN is wrong, too
+            assert not wrong.any(), f"{where}: {wrong.sum()} wrong, {values[wrong][:3]} for {true[finite][wrong][:3]}"
+            continue
         assert np.isfinite(result[finite]).all(), f"{where}: not finite"
-        if finite.any():
-            error, allowed = (np.abs(v[finite] - true[finite]).max() for v in (result, cpu))
-            allowed = 2 * allowed + ulps * EPS * np.abs(true[finite]).max()
-            assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
+        error = np.abs(result[finite] - true[finite]).max()
+        assert error <= allowed, f"{where}: error {error:.3g}, allowed {allowed:.3g}"
     return got
 
 
 def specs_of(arrays: Sequence[np.ndarray]) -> tuple[Spec, ...]:
     """Specs of plain arrays."""
-
     return tuple(Spec(a.shape, DTYPE_NAMES[a.dtype]) for a in arrays)
 
 
