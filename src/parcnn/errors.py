@@ -67,5 +67,9 @@ class DeviceError(ParcnnError, RuntimeError):
     """No usable GPU, driver, PyCUDA or compiler; or a launch that the driver refused."""
 
 
+class TuningError(ParcnnError, ValueError):
+    """A table of measured kernels that is damaged, another GPU's, or older than the kernels."""
+
+
 class KernelCompileError(DeviceError):
     """NVRTC refused a kernel: carries its log."""

@@ -11,8 +11,7 @@ import parcnn
 from parcnn.bench.machine import Machine, installed
 from parcnn.cli.console import say
 from parcnn.cuda.compiler import default_cache
-from parcnn.errors import DeviceError
-from parcnn.train import resolve_executor
+from parcnn.errors import DeviceError, TuningError
 
 # Package -> what it is for and which extra brings it.
 OPTIONAL = {
@@ -39,11 +38,17 @@ def info() -> None:
         "data cache": _folder(default_cache().parent / "data"),
         "$PARCNN_DATA": os.environ.get("PARCNN_DATA") or "not set",
     }
+    obstacle: DeviceError | TuningError | None = None
     try:
-        gpu = Machine.of(resolve_executor("cuda"))
+        from parcnn.cuda.executor import CudaExecutor
+
+        executor = CudaExecutor()
+        gpu, tuning = Machine.of(executor), executor.tuning
+        facts["tuned kernels"] = (
+            f"{tuning.digest or 'none'}: {len(tuning.user)} problems in {tuning.path}, {len(tuning.shipped)} as shipped"
+        )
         facts["GPU"] = f"{gpu.gpu}, driver {gpu.driver or 'unknown'}, CUDA {gpu.cuda}"
-        obstacle = None
-    except DeviceError as error:
+    except (DeviceError, TuningError) as error:
         facts["GPU"], obstacle = "none that can be used", error
     for name, (purpose, extra) in OPTIONAL.items():
         missing = "not installed: pip install " + (f"'parcnn[{extra}]'" if extra else name)

@@ -17,11 +17,12 @@ import numpy as np
 from parcnn.cuda.arguments import pack
 from parcnn.cuda.compiler import Compiler, Cubin, default_cache
 from parcnn.cuda.driver import Allocation, BoundLaunch, Driver
-from parcnn.cuda.kernels import REGISTRY, Registry
+from parcnn.cuda.kernels import REGISTRY, Registry, family_name
 from parcnn.cuda.launch import Kernel, Launch, LaunchError
 from parcnn.cuda.null import NullDriver
 from parcnn.cuda.runtime import PycudaDriver
-from parcnn.errors import ArgumentError, DeviceError, OutOfMemoryError
+from parcnn.cuda.tuning import REMEDY, Choice, Tuning, problem_key, user_folder
+from parcnn.errors import ArgumentError, DeviceError, OutOfMemoryError, TuningError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Program, Region, Slot
 
@@ -41,6 +42,12 @@ _DTYPES = {
 
 def _host_shape(spec: Spec) -> tuple[int, ...]:
     return (*spec.shape[:-1], -(-spec.shape[-1] // 4)) if spec.dtype == "u2" else spec.shape
+
+
+def _placeless(op: Op, inputs: Sequence[Spec], outputs: Sequence[Spec], scratch_bytes: int = 0) -> Call:
+    """The call as a launcher sees it, in no place yet."""
+    scratch = Slot(Spec((scratch_bytes,), "u8"), "arena") if scratch_bytes else None
+    return Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs), scratch)
 
 
 class Transfer:
@@ -275,9 +282,11 @@ class LoadedCudaProgram:
 class CudaExecutor:
     """Runs programs by our own kernels (`parcnn.cuda.kernels`) on the GPU number `device`.
 
-    `memory_limit` (bytes) bounds what all regions take together. `cache` is the folder of compiled kernels. `driver` and
-    `registry` are for tests. Raises DeviceError where GPU, driver, PyCUDA or NVRTC lack, each with its remedy. Belongs
-    to the main thread (see `parcnn.cuda.runtime`).
+    `memory_limit` (bytes) bounds what all regions take together. `cache` is the folder of compiled kernels. `tuning` says
+    which variants of kernels run; by default what ships for the GPU, and the user's own table before it. Assign another
+    one only between programs: a plan's scratch memory is that of the variants it was made for. `driver` and `registry`
+    are for tests. Raises DeviceError where GPU, driver, PyCUDA or NVRTC lack, each with its remedy, and TuningError for a
+    damaged table. Belongs to the main thread (see `parcnn.cuda.runtime`).
     """
 
     name = "cuda"
@@ -290,12 +299,14 @@ class CudaExecutor:
         memory_limit: int | None = None,
         registry: Registry | None = None,
         cache: Path | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.driver: Driver = driver if driver is not None else PycudaDriver(device)
         self.device = self.driver.device
         self.memory_limit = memory_limit
         self.allocated_bytes = 0
         self.registry = (registry if registry is not None else REGISTRY).on(self.device.arch)
+        self.tuning = tuning if tuning is not None else Tuning.of(self.device, user_folder())
         self._compiler = Compiler(self.device.arch, self.registry.folder, cache or default_cache())
         self._regions: weakref.WeakSet[CudaRegion] = weakref.WeakSet()
         self._modules: dict[Cubin, Any] = {}
@@ -314,8 +325,12 @@ class CudaExecutor:
         memory_limit: int | None = None,
         registry: Registry | None = None,
     ) -> CudaExecutor:
-        """An executor that runs no kernel and checks every launch (`NullDriver`); it needs NVRTC but no GPU."""
-        return cls(NullDriver(arch, sm_count), memory_limit=memory_limit, registry=registry)
+        """An executor that runs no kernel and checks every launch (`NullDriver`); it needs NVRTC but no GPU.
+
+        Of tables it has what ships, never the user's.
+        """
+        driver = NullDriver(arch, sm_count)
+        return cls(driver, memory_limit=memory_limit, registry=registry, tuning=Tuning.of(driver.device))
 
     # What the plan asks
 
@@ -324,19 +339,32 @@ class CudaExecutor:
         return self.registry.supports(op, inputs)
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        """Scratch memory that the call needs. Raises UnsupportedError where no kernel runs it."""
-        return self.registry.find(op, inputs).workspace_bytes(op, inputs, outputs, self.device)
+        """Scratch memory that the call needs. Raises UnsupportedError where no kernel runs it, and TuningError."""
+        launcher, variant = self._choose(_placeless(op, inputs, outputs))
+        return launcher.workspace_bytes(op, inputs, outputs, self.device, **variant)
 
     def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
         """The call's kernels in order, each once, joined by ' + '."""
-        scratch = self.workspace_bytes(op, inputs, outputs)
-        call = Call(
-            op,
-            tuple(Slot(s, "arena") for s in inputs),
-            tuple(Slot(s, "arena") for s in outputs),
-            Slot(Spec((scratch,), "u8"), "arena") if scratch else None,
-        )
+        call = _placeless(op, inputs, outputs, self.workspace_bytes(op, inputs, outputs))
         return " + ".join(dict.fromkeys(launch.kernel.label for launch in self._launches(call)))
+
+    def choices(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> list[Choice]:
+        """Every variant of every family that runs the call; first the one that runs it by the tables or the family's rule.
+
+        Empty where the op has no variants.
+        """
+        call = _placeless(op, inputs, outputs)
+        families = self.registry.tunable(op, inputs)
+        found = [Choice(f, str(v)) for f, launcher in families.items() for v in launcher.candidates(call, self.device)]
+        launcher, tuned = self._choose(call)
+        if tuned:
+            found.insert(0, Choice(family_name(launcher), str(tuned["variant"])))
+        return list(dict.fromkeys(found))
+
+    @property
+    def tuning_digest(self) -> str:
+        """Names the tables that decide which variants run; '' where they are silent."""
+        return self.tuning.digest
 
     def available_bytes(self) -> int:
         """Memory that new regions may take: what is free, and within `memory_limit`."""
@@ -457,8 +485,31 @@ class CudaExecutor:
         return region
 
     def _launches(self, call: Call) -> list[Launch]:
-        launcher = self.registry.find(call.op, call.input_specs, call.layer)
-        return launcher.launches(call, self.device)
+        launcher, variant = self._choose(call)
+        return launcher.launches(call, self.device, **variant)
+
+    def _choose(self, call: Call) -> tuple[Any, dict[str, Any]]:
+        """The launcher that runs the call, and `variant=` where a table says which.
+
+        What ships may lag behind the kernels: a variant that is gone leaves the choice to the family. The user's table
+        was made on purpose: there it is a TuningError.
+        """
+        op, inputs = call.op, call.input_specs
+        choice = self.tuning.find(op, inputs)
+        if choice is not None:
+            launcher = self.registry.tunable(op, inputs).get(choice.family)
+            for variant in launcher.candidates(call, self.device) if launcher else ():
+                if str(variant) == choice.variant:
+                    return launcher, {"variant": variant}
+            if self.tuning.is_users(op, inputs):
+                raise TuningError(
+                    "the table names a kernel that there is no longer",
+                    where=str(self.tuning.path),
+                    expected=f"one of the variants that run {problem_key(op, inputs)}",
+                    got=choice,
+                    remedy=REMEDY,
+                )
+        return self.registry.find(op, inputs, call.layer), {}
 
     def _prepare(self, kernel: Kernel, cubin: Cubin, dynamic_shared_bytes: int) -> None:
         """Load the kernel, or raise its dynamic shared memory, which never sinks: older programs rely on it."""

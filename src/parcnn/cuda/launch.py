@@ -6,9 +6,9 @@ its functions are pure functions of the problem and the device's description: th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -124,3 +124,11 @@ class Launcher(Protocol):
 
     def variants(self) -> Iterable[Kernel]:
         """Every kernel that `launches` may name, for ahead-of-time checks."""
+
+
+@runtime_checkable
+class TunableLauncher(Launcher, Protocol):
+    """A launcher with several ways to run a call. Its `workspace_bytes` and `launches` take `variant=`, one of them."""
+
+    def candidates(self, call: Call, device: Device) -> Sequence[Any]:
+        """Variants that can run the call, the best by the family's own rule first; each has a name of its own, its str()."""

@@ -111,6 +111,10 @@ class Executor(Protocol):
     name: str
     concurrent: bool  # whether calls that do not wait for each other may run at the same time
 
+    @property
+    def tuning_digest(self) -> str:
+        """Names the tables that decide which code runs an op: with others the same sums may round differently. '': none."""
+
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the executor runs this fused form on these operands as one call."""
 

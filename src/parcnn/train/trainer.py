@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,6 +116,7 @@ class Trainer:
         self._passes: WeakKeyDictionary[Dataset, dict[tuple[str, int], Pass]] = WeakKeyDictionary()
         self._pending_state: dict[str, np.ndarray] = {}  # of a checkpoint, until the training plan is loaded
         self._counted = 0  # training steps that the model's batch counters know of
+        self._tuning = self.executor.tuning_digest  # of the steps so far
 
     # -- what users call ----------------------------------------------------------------------------------------
 
@@ -130,8 +132,13 @@ class Trainer:
 
         Writes `checkpoint` after each epoch. Ctrl-C ends the run after the step in flight, writes the checkpoint and
         raises KeyboardInterrupt. Raises ShapeError, LabelError, OutOfMemoryError before the first step, and
-        NonFiniteLossError when the loss is NaN or infinite (the model keeps the weights of the last epoch's end).
+        NonFiniteLossError when the loss is NaN or infinite (the model keeps the weights of the last epoch's end). Warns
+        where the loaded checkpoint was trained with other tables of measured kernels, which may round sums differently.
         """
+        if self._tuning != self.executor.tuning_digest:
+            tables = f"'{self._tuning}', now '{self.executor.tuning_digest}'"
+            warnings.warn(f"trained so far with other tables of kernels ({tables}): not bit for bit", stacklevel=2)
+            self._tuning = self.executor.tuning_digest
         self.classes, self.normalization = train.classes, (train.mean, train.std)
         run = self.ready_pass("train", train)
         if self._pending_state:
@@ -225,6 +232,7 @@ class Trainer:
             "classes": list(self.classes),
             "mean": list(mean),
             "std": list(std),
+            "tuning": self.executor.tuning_digest,
         }
         state = self._pending_state or self.session.optimizer_state()
         save_checkpoint(path, Checkpoint(self.model.state_dict(), state, info))
@@ -249,6 +257,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint.weights)
         self.epoch, self.step, self.trained = info["epoch"], info["step"], info["trained"]
         self._counted = self.trained
+        self._tuning = info.get("tuning", "") if self.trained else self.executor.tuning_digest
         self.classes = tuple(info["classes"])
         self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
         self._pending_state = checkpoint.optimizer

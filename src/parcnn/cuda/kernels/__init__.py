@@ -20,7 +20,7 @@ from parcnn.cuda.kernels import (
     shape,
     update,
 )
-from parcnn.cuda.launch import Kernel, Launcher
+from parcnn.cuda.launch import Kernel, Launcher, TunableLauncher
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import Op, Spec
 
@@ -43,6 +43,11 @@ class Registry:
         """The registry of a device of architecture `arch`."""
         return Registry((*self._only_on.get(arch, ()), *self._launchers), self.folder)
 
+    @property
+    def portable(self) -> Registry:
+        """Only what runs on every architecture."""
+        return Registry(self._launchers, self.folder)
+
     def supports(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether some launcher runs the op on these operands."""
         return any(launcher.supports(op, inputs) is None for launcher in self._of(op))
@@ -63,6 +68,11 @@ class Registry:
             remedy="use the CPU: device='cpu', `--device cpu`",
         )
 
+    def tunable(self, op: Op, inputs: tuple[Spec, ...]) -> dict[str, TunableLauncher]:
+        """The launchers that have variants for the op on these operands, by family name."""
+        able = (launcher for launcher in self._of(op) if launcher.supports(op, inputs) is None)
+        return {family_name(launcher): launcher for launcher in able if isinstance(launcher, TunableLauncher)}
+
     @property
     def ops(self) -> tuple[type[Op], ...]:
         """Every op that some launcher runs."""
@@ -74,6 +84,11 @@ class Registry:
 
     def _of(self, op: Op) -> list[Launcher]:
         return [launcher for launcher in self._launchers if type(op) in launcher.OPS]
+
+
+def family_name(launcher: Launcher) -> str:
+    """What tables call a family: its module's own name."""
+    return str(getattr(launcher, "__name__", type(launcher).__name__)).rpartition(".")[2]
 
 
 REGISTRY = Registry(
