@@ -23,6 +23,8 @@ def seeded() -> None:
     [
         (nn.Conv2d(24, 64, (3, 5)), 24 * 15),
         (nn.Conv2d(100, 70, 1), 100),
+        (nn.Conv2d(24, 64, (3, 5), groups=4), 6 * 15),
+        (nn.Conv2d(300, 300, 3, groups=300), 9),
         (nn.Linear(300, 200), 300),
         (nn.Linear(1, 5000), 1),
     ],
@@ -70,7 +72,10 @@ BAD: list[tuple[Callable[[], nn.Module], type[ParcnnError], str]] = [
     (lambda: nn.Conv2d(2, 2, 3, padding="same", stride=2), ArgumentError, "Conv2d"),
     (lambda: nn.Conv2d(2, 2, (3, 3, 3)), ArgumentError, "Conv2d"),
     (lambda: nn.Conv2d(2, 2, 2.5), ArgumentError, "Conv2d"),
-    (lambda: nn.Conv2d(2, 2, 3, groups=2), UnsupportedError, "Conv2d"),
+    (lambda: nn.Conv2d(3, 2, 3, groups=2), ArgumentError, "Conv2d"),
+    (lambda: nn.Conv2d(2, 3, 3, groups=2), ArgumentError, "Conv2d"),
+    (lambda: nn.Conv2d(2, 2, 3, groups=0), ArgumentError, "Conv2d"),
+    (lambda: nn.Conv2d(2, 2, 3, groups=2.0), ArgumentError, "Conv2d"),
     (lambda: nn.Conv2d(2, 2, 3, padding_mode="reflect"), UnsupportedError, "Conv2d"),
     (lambda: nn.Linear(0, 2), ArgumentError, "Linear"),
     (lambda: nn.Dropout(1.0), ArgumentError, "Dropout"),
@@ -103,3 +108,11 @@ def test_numpy_integers_are_sizes() -> None:
     layer = nn.Conv2d(1, 2, np.int64(3), padding=(np.int32(1), 2))
     assert layer.weight.shape == (2, 1, 3, 3)
     assert layer.padding == (1, 2)
+
+
+def test_a_filter_of_a_group_has_the_groups_channels() -> None:
+    layer = nn.Conv2d(8, 12, (3, 5), groups=np.int64(4))
+    assert {name: value.shape for name, value in layer.state_dict().items()} == {"weight": (12, 2, 3, 5), "bias": (12,)}
+    assert layer.groups == 4
+    assert "groups=4" in repr(layer)
+    assert "groups" not in repr(nn.Conv2d(8, 12, 3))

@@ -102,12 +102,46 @@ class Net(nn.Module):
         return self.classifier(x) + self.side(x.mean([2, 3])) + self.side(F.adaptive_avg_pool2d(x, 1).flatten(1))
 '''
 
+GROUPED = """
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Inverted(nn.Module):
+    def __init__(self, channels, hidden, stride, kernel):
+        super().__init__()
+        self.expand = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.depthwise = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=hidden)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.project = nn.Conv2d(hidden, channels, 1, groups=2)
+        self.stride = stride
+
+    def forward(self, x):
+        y = self.project(F.silu(self.norm(self.depthwise(F.relu(self.expand(x))))))
+        return x + y if self.stride == 1 else y
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, 2, 1)
+        self.blocks = nn.Sequential(Inverted(12, 24, 1, 3), Inverted(12, 36, 2, 5), Inverted(12, 20, 1, 7))
+        self.multiplied = nn.Conv2d(12, 24, 3, padding="same", dilation=2, groups=12, bias=False)
+        self.grouped = nn.Conv2d(24, 30, (3, 2), (2, 1), (1, 0), groups=6)
+        self.last = nn.Linear(30, 10)
+
+    def forward(self, x):
+        x = F.relu(self.grouped(F.max_pool2d(F.relu(self.multiplied(self.blocks(F.relu(self.stem(x))))), 2)))
+        return self.last(x.mean((2, 3)))
+"""
+
 # name: (source for torch, class, shape of an image)
 MODELS: dict[str, tuple[str, str, tuple[int, int, int]]] = {
     "lenet5": (inspect.getsource(lenet5), "LeNet5", (1, 28, 28)),
     "cifarnet": (inspect.getsource(cifarnet), "CifarNet", (3, 32, 32)),
     "residual": (RESIDUAL, "Net", (3, 33, 31)),
     "plain": (PLAIN, "Net", (3, 19, 23)),
+    "grouped": (GROUPED, "Net", (3, 33, 31)),
 }
 TO_TORCH = {"from parcnn.plan.trace import Tensor": "from torch import Tensor", "parcnn": "torch"}
 TO_PARCNN = {

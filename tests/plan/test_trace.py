@@ -18,6 +18,7 @@ from parcnn.errors import ArgumentError, ParcnnError, ShapeError, UnknownNameErr
 from parcnn.nn import functional as F
 from parcnn.ops.base import Spec
 from parcnn.plan.build import build
+from parcnn.plan.describe import describe
 from parcnn.plan.trace import Tensor
 from tests.plan.step import Step, feed_of, lay_out, make_plan
 
@@ -314,9 +315,24 @@ def test_sizes_of_a_convolution(cpu: CpuExecutor, arguments: dict[str, Any]) -> 
     with pytest.raises(ArgumentError) as caught:
         _shape(cpu, nn.Sequential(Net(lambda x: F.conv2d(x, layer.weight, **arguments), layer)), (2, 3, 7, 11))
     _check(caught.value, "0")
-    with pytest.raises(UnsupportedError) as unsupported:
-        _shape(cpu, nn.Sequential(Net(lambda x: F.conv2d(x, layer.weight, groups=3), layer)), (2, 3, 7, 11))
-    _check(unsupported.value, "0")
+
+
+@pytest.mark.parametrize(
+    ("groups", "error"),
+    [(2, ArgumentError), (0, ArgumentError), (3.0, ArgumentError), (9, ShapeError), (1, ShapeError)],
+)
+def test_groups_of_a_convolution(cpu: CpuExecutor, groups: Any, error: type[ParcnnError]) -> None:
+    layer = nn.Conv2d(3, 9, 3, groups=3)
+    with pytest.raises(error) as caught:
+        _shape(cpu, nn.Sequential(Net(lambda x: F.conv2d(x, layer.weight, groups=groups), layer)), (2, 3, 7, 11))
+    _check(caught.value, "0")
+
+
+def test_a_grouped_convolution_has_its_shape_and_flops(cpu: CpuExecutor) -> None:
+    model = nn.Conv2d(6, 12, 3, stride=2, padding=1, groups=3)
+    assert _shape(cpu, model, (2, 6, 7, 11)) == (2, 12, 4, 6)
+    plan = make_plan(cpu, model, np.zeros((2, 6, 7, 11)), np.zeros(2, np.int32), mode="predict")
+    assert [row.flops for row in describe(plan, cpu) if row.op == "conv_fprop"] == [2 * 2 * 4 * 6 * 12 * 9 * 2]
 
 
 def test_the_message_is_for_people(cpu: CpuExecutor) -> None:

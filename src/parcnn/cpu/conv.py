@@ -10,8 +10,10 @@ from typing import cast
 
 import numpy as np
 
+from parcnn.cpu import conv_grouped
+from parcnn.cpu.conv_epilogue import dgrad_epilogue
 from parcnn.cpu.lowering import Block, Lowering, lowering
-from parcnn.cpu.pointwise import activate, activate_backward
+from parcnn.cpu.pointwise import activate
 from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch, route_error
 from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
@@ -26,6 +28,9 @@ def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
     y = outputs[0]
     low = lowering(_geometry(op), x.shape, w.shape, x.itemsize)
     workspace.shared.rewind()
+    if op.groups > 1:
+        conv_grouped.fprop(op, low, x, w, inputs[2] if op.bias else None, y, workspace)
+        return
     filters = low.filter_matrix(w, workspace.shared)
     bias = (np.tile(inputs[2], 4) if low.pool_as_filters else inputs[2]) if op.bias else None
     transposed = low.products_transposed
@@ -67,6 +72,9 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     dx = outputs[0]
     low = lowering(_geometry(op), dx.shape, w.shape, dx.itemsize)
     workspace.shared.rewind()
+    if op.groups > 1:
+        conv_grouped.dgrad(op, low, operands, dx, workspace)
+        return
     if (mirror := _mirrored(low)) is not None:
         _dgrad_by_fprop(op, mirror, operands, dx, workspace)
         return
@@ -81,7 +89,7 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     def images(parts: list[Block], scratch: Scratch) -> None:
         part = parts[0].images
         here = dx[part]
-        target = scratch.take(_dgrad_target(low, here.shape), dx.dtype) if low.padded or epilogue else here
+        target = scratch.take(low.padded_image(len(here)), dx.dtype) if low.padded or epilogue else here
         if not low.plain:
             target.fill(0)
         start = scratch.used
@@ -95,9 +103,9 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
                 _col2im(low, error, taps, block, target, scratch)
         inside = target[:, top : top + h, left : left + width] if low.padded else target
         if target is not here:
-            _dgrad_epilogue(op, operands, inside, (part,), here)
+            dgrad_epilogue(op, operands, inside, (part,), here)
 
-    workspace.each(_by_images(low.blocks()), images)
+    workspace.each(low.blocks_by_images(), images)
 
 
 def _dgrad_by_fprop(
@@ -116,21 +124,9 @@ def _dgrad_by_fprop(
         target = here if alone else scratch.take(here.shape, dx.dtype)
         np.matmul(columns, matrix.T, out=target.reshape(-1, mirror.outputs))
         if not alone:
-            _dgrad_epilogue(op, operands, target, (part.images, part.rows), here)
+            dgrad_epilogue(op, operands, target, (part.images, part.rows), here)
 
     workspace.each(mirror.blocks(), block)
-
-
-def _dgrad_epilogue(
-    op: ConvDgrad, operands: dict[str, np.ndarray], product: np.ndarray, part: tuple[slice, ...], out: np.ndarray
-) -> None:
-    """out = (product + addend) * act'(saved) for a part of the images; product is used up."""
-    if op.add:
-        product += operands["addend"][part]
-    if op.act:
-        activate_backward(op.act, product, operands["saved"][part], out)
-    else:
-        np.copyto(out, product)
 
 
 def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -140,13 +136,14 @@ def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     dw = outputs[0]
     low = lowering(_geometry(op), x.shape, dw.shape, x.itemsize)
     workspace.shared.rewind()
+    if op.groups > 1:
+        conv_grouped.wgrad(op, low, x, dy, dw, outputs[1] if op.bias else None, workspace)
+        return
     shape = (low.outputs, low.depth)
     total = workspace.shared.take(shape, x.dtype) if low.pool_as_filters else dw.reshape(shape)
     blocks = low.blocks()
 
-    partial: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def block(i: int, scratch: Scratch) -> None:
+    def block(i: int, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
         part = blocks[i]
         product = scratch.take(total.shape, x.dtype) if i else total  # the first block needs no memory of its own
         sums = scratch.take((dy.shape[3],), x.dtype)
@@ -157,17 +154,16 @@ def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
             ones = scratch.take((rows.shape[0],), x.dtype)
             ones.fill(1)
             np.matmul(ones, rows, out=sums)
-        partial[i] = product, sums
+        return product, sums
 
-    for first in range(0, len(blocks), workspace.workers.count):
-        wave = range(first, min(first + workspace.workers.count, len(blocks)))
-        workspace.each(wave, block)
-        for i in wave:
-            product, sums = partial.pop(i)
-            if i:
-                total += product
-            if op.bias:
-                outputs[1][...] = sums if i == 0 else outputs[1] + sums
+    def add(i: int, partial: tuple[np.ndarray, np.ndarray]) -> None:
+        product, sums = partial
+        if i:
+            np.add(total, product, out=total)
+        if op.bias:
+            outputs[1][...] = sums if i == 0 else outputs[1] + sums
+
+    workspace.each_in_order(len(blocks), block, add)
     if low.pool_as_filters:
         low.fold_filters(total, dw)
 
@@ -175,6 +171,8 @@ def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
 def kernel_name(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
     """How the convolution is run, for tables."""
     low = _lowering_of(op, inputs, outputs)
+    if isinstance(op, ConvGeometry) and op.groups > 1:
+        return conv_grouped.kernel_name(low.filters)
     if low.plain:
         return "numpy gemm"
     return "numpy im2col+gemm" + (" pool as filters" if low.pool_as_filters else "")
@@ -235,20 +233,6 @@ def _tap_width(low: Lowering) -> int:
     return stride if low.geometry.dilation[1] == 1 and low.s % stride == 0 else 1
 
 
-def _dgrad_target(low: Lowering, image: Shape) -> Shape:
-    n, h, w, c = image
-    top, left, bottom, right = low.geometry.pad
-    return n, h + top + bottom, w + left + right, c
-
-
-def _by_images(blocks: list[Block]) -> list[list[Block]]:
-    """Blocks of the same images together: they add to the same pixels."""
-    groups: dict[int, list[Block]] = {}
-    for block in blocks:
-        groups.setdefault(block.images.start, []).append(block)
-    return list(groups.values())
-
-
 def _lowering_of(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Lowering:
     if not isinstance(op, ConvGeometry):
         raise TypeError(f"{op.name} is no convolution")
@@ -264,6 +248,8 @@ def _dtype(spec: Spec) -> np.dtype:
 def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
     low = _lowering_of(op, inputs, outputs)
     dtype = _dtype(inputs[0])
+    if isinstance(op, ConvGeometry) and op.groups > 1:
+        return conv_grouped.scratch(op, low, dtype)
     n, rows = low.block_shape
     m = prod(low.windows((n, rows)))
     pooled = (n, rows, low.q, low.filters[0])
@@ -283,7 +269,7 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Scr
         columns.append(((n, rows, mirror.q, mirror.outputs), dtype))
         return ScratchSize(scratch_bytes([(mirror.filters, dtype)]), scratch_bytes(columns))
     taps: Arrays = [] if low.plain else [((low.outputs, low.depth), dtype)]
-    target: Arrays = [(_dgrad_target(low, (n, *low.image[1:])), dtype)]
+    target: Arrays = [(low.padded_image(n), dtype)]
     products: Arrays = [] if low.plain else [((m, low.depth), dtype)]
     return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
 

@@ -14,6 +14,7 @@ from parcnn.cpu import conv, feed, loss, norm, pointwise, pool, shape, update
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, UnsupportedError
 from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvGeometry
 from parcnn.ops.program import Call, Program, Region, Slot
 
 Arrays = list[np.ndarray]
@@ -109,8 +110,9 @@ class CpuExecutor:
         self._blas = ThreadpoolController()
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
-        """True: every fused form that an op can express is run as one call."""
-        return type(op) in RUN
+        """True of every fused form that an op can express, but of grouped convolutions only those without a pool."""
+        pooled_groups = isinstance(op, ConvGeometry) and op.groups > 1 and op.pool is not None
+        return type(op) in RUN and not pooled_groups
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory of the call: what is shared, and a part for each thread."""

@@ -121,12 +121,25 @@ class Lowering:
             ]
         return [Block(slice(i, min(i + n, self.image[0])), slice(0, self.p)) for i in range(0, self.image[0], n)]
 
+    def blocks_by_images(self) -> list[list[Block]]:
+        """Blocks of the same images together: what they give an error back to are the same pixels."""
+        parts: dict[int, list[Block]] = {}
+        for block in self.blocks():
+            parts.setdefault(block.images.start, []).append(block)
+        return list(parts.values())
+
     @property
     def block_shape(self) -> tuple[int, int]:
         """Images and output rows of the largest block."""
         row_bytes = prod(self.windows((1, 1))) * (self.depth + self.outputs) * self.itemsize
         rows = max(1, BLOCK_BYTES // row_bytes)
         return (min(self.image[0], rows // self.p), self.p) if rows >= self.p else (1, rows)
+
+    def padded_image(self, n: int) -> Shape:
+        """n images with their padding."""
+        _, h, w, c = self.image
+        top, left, bottom, right = self.geometry.pad
+        return n, h + top + bottom, w + left + right, c
 
     def padded_shape(self, block: tuple[int, int]) -> Shape:
         """The padded pixels (n, rows, W, C) that a block's windows see."""
@@ -147,22 +160,25 @@ class Lowering:
         if self.plain:
             rows = slice(None) if self.p == 1 else block.rows
             return x[block.images, rows].reshape(-1, self.depth)
-        pixels, offset = self._pixels(x, block, scratch)
-        n, p, q = self.windows(block.shape)
-        c = self.image[3]
-        sn, sh, sw, sc = pixels.strides
-        dilation = self.geometry.dilation
-        shape = (n, p, q, self.r, self.s, c)
-        strides = (sn, sh * self.stride[0], sw * self.stride[1], sh * dilation[0], sw * dilation[1], sc)
-        seen = np.ndarray(shape, x.dtype, pixels, offset * sh, strides)
-        columns = scratch.take((n * p * q * self.depth,), x.dtype)
+        seen = self.receptive(*self.pixels(x, block, scratch), block)
+        n, p, q, r, s, c = seen.shape
+        columns = scratch.take((seen.size,), x.dtype)
         if self.columns_outermost:
-            np.copyto(columns.reshape(self.r, self.s, c, n, p, q), seen.transpose(3, 4, 5, 0, 1, 2))
+            np.copyto(columns.reshape(r, s, c, n, p, q), seen.transpose(3, 4, 5, 0, 1, 2))
             return columns.reshape(self.depth, -1).T
-        np.copyto(columns.reshape(shape), seen)
+        np.copyto(columns.reshape(seen.shape), seen)
         return columns.reshape(-1, self.depth)
 
-    def _pixels(self, x: np.ndarray, block: Block, scratch: Scratch) -> tuple[np.ndarray, int]:
+    def receptive(self, pixels: np.ndarray, offset: int, block: Block) -> np.ndarray:
+        """What the block's windows see, (n,P,Q,R,S,C): a view of (padded) pixels; the first row seen is `offset`."""
+        n, p, q = self.windows(block.shape)
+        sn, sh, sw, sc = pixels.strides
+        dilation = self.geometry.dilation
+        shape = (n, p, q, self.r, self.s, pixels.shape[3])
+        strides = (sn, sh * self.stride[0], sw * self.stride[1], sh * dilation[0], sw * dilation[1], sc)
+        return np.ndarray(shape, pixels.dtype, pixels, offset * sh, strides)
+
+    def pixels(self, x: np.ndarray, block: Block, scratch: Scratch) -> tuple[np.ndarray, int]:
         """The padded pixels that the block's windows see, and their first row; images of x itself without padding."""
         images = x[block.images]
         first = block.rows.start * self.windows_per_output * self.stride[0]

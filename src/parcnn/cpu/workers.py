@@ -107,6 +107,21 @@ class Workspace:
 
         self.workers.each(items, rewound)
 
+    def each_in_order(
+        self, count: int, work: Callable[[int, Scratch], Item], finish: Callable[[int, Item], None]
+    ) -> None:
+        """finish(i, work(i, scratch)) for i in 0..count-1: the work spread over the workers, `finish` in the order of i."""
+        results: dict[int, Item] = {}
+
+        def keep(i: int, scratch: Scratch) -> None:
+            results[i] = work(i, scratch)
+
+        for first in range(0, count, self.workers.count):
+            wave = range(first, min(first + self.workers.count, count))
+            self.each(wave, keep)
+            for i in wave:
+                finish(i, results.pop(i))
+
     def each_slice(self, count: int, work: Callable[[slice, Scratch], None], piece: int = PIECE) -> None:
         """work(slice, scratch) for slices of at most `piece` that cover 0..count."""
         self.each([slice(i, min(i + piece, count)) for i in range(0, count, piece)], work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, NoReturn
 
 from parcnn.errors import ArgumentError, ShapeError, UnknownNameError, UnsupportedError
@@ -37,29 +38,27 @@ def conv2d(
     dilation: IntPair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Cross-correlation of x (N,C,H,W) with weight (K,C,R,S), torch.nn.functional.conv2d's arguments.
+    """Cross-correlation of x (N,C,H,W) with weight (K,C/groups,R,S), torch.nn.functional.conv2d's arguments.
 
     padding: an int, a pair, 'valid', or 'same' (stride 1; an odd total puts one more row and column at the end).
-    Raises ShapeError (channels, kernel larger than the padded image), ArgumentError, UnsupportedError (groups).
+    groups: the first K/groups filters see the first C/groups channels, and so on; groups = C is a depthwise convolution.
+    Raises ShapeError (channels, kernel larger than the padded image), ArgumentError (also where groups does not divide K).
     """
     _need_image(x, "conv2d")
     where = x.trace.layer
     k, c, r, s = weight.shape
-    if groups != 1:
-        raise UnsupportedError(
-            "grouped convolution", where=where, expected="groups=1", got=f"groups={groups}", remedy="use groups=1"
-        )
-    if x.shape[1] != c:
+    conv_groups(groups, k, "filters", where)
+    if x.shape[1] != c * groups:
         raise ShapeError(
             "the input has another number of channels than the filter",
             where=where,
-            expected=f"(N, {c}, H, W)",
+            expected=f"(N, {c * groups}, H, W)",
             got=x.shape,
             remedy=f"in_channels={x.shape[1]} fits this input",
         )
     stride, dilation = _sizes("stride", stride, 1, where), _sizes("dilation", dilation, 1, where)
     pad = conv_padding(padding, stride, dilation, (r, s), where)
-    op = ConvFprop(stride=stride, pad=pad, dilation=dilation, bias=bias is not None)
+    op = ConvFprop(stride=stride, pad=pad, dilation=dilation, groups=int(groups), bias=bias is not None)
     n, _, h, w = x.shape
     p, q = op.output_hw(h, w, r, s)
     if p < 1 or q < 1:
@@ -75,6 +74,20 @@ def conv2d(
         operands.append(x.trace.variable(bias))
     (value,) = x.trace.emit(op, x.image, *operands)
     return Tensor(x.trace, value, (n, k, p, q))
+
+
+def conv_groups(groups: Any, channels: int, what: str, where: str) -> None:
+    """Raises ArgumentError where `groups` is no positive int that divides `channels`, which are the layer's `what`."""
+    if not isinstance(groups, Integral) or groups < 1:
+        raise ArgumentError("groups is a positive int", where=where, expected=">= 1", got=groups)
+    if channels % groups:
+        raise ArgumentError(
+            f"groups does not divide the {what}",
+            where=where,
+            expected=f"a divisor of {channels}",
+            got=f"groups={groups}",
+            remedy=f"use a multiple of {groups} as the number of {what}, or other groups",
+        )
 
 
 def conv_padding(

@@ -16,10 +16,10 @@ from parcnn.plan.trace import Tensor
 
 
 class Conv2d(Module):
-    """2-D convolution: weight (out_channels, in_channels, R, S), bias (out_channels).
+    """2-D convolution: weight (out_channels, in_channels/groups, R, S), bias (out_channels).
 
-    padding: int, pair, 'valid' or 'same'. Raises ArgumentError for sizes below 1, UnsupportedError for groups and for
-    padding modes other than zeros.
+    padding: int, pair, 'valid' or 'same'. groups = in_channels: a depthwise convolution. Raises ArgumentError for sizes below
+    1 and for groups that do not divide the channels, UnsupportedError for padding modes other than zeros.
     """
 
     bias: Parameter | None
@@ -37,7 +37,7 @@ class Conv2d(Module):
         padding_mode: str = "zeros",
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size, self.stride, self.dilation = (
             pair(kernel_size, "Conv2d"),
             pair(stride, "Conv2d"),
@@ -49,21 +49,25 @@ class Conv2d(Module):
                 "sizes of a convolution are at least 1", where="Conv2d", expected=">= 1", got=self.extra_repr()
             )
         F.conv_padding(self.padding, self.stride, self.dilation, self.kernel_size, "Conv2d")
-        if groups != 1 or padding_mode != "zeros":
+        F.conv_groups(groups, in_channels, "in_channels", "Conv2d")
+        F.conv_groups(groups, out_channels, "out_channels", "Conv2d")
+        if padding_mode != "zeros":
             raise UnsupportedError(
-                "groups and padding modes", where="Conv2d", expected="groups=1, padding_mode='zeros'",
-                got=f"groups={groups}, padding_mode={padding_mode!r}", remedy="leave both at their defaults",
+                "a padding mode", where="Conv2d", expected="padding_mode='zeros'", got=f"padding_mode={padding_mode!r}",
+                remedy="leave it at its default",
             )  # fmt: skip
-        bound = fan_in_bound(in_channels * self.kernel_size[0] * self.kernel_size[1])
-        self.weight = Parameter(uniform((out_channels, in_channels, *self.kernel_size), bound))
+        seen = in_channels // groups  # channels that a filter sees
+        bound = fan_in_bound(seen * self.kernel_size[0] * self.kernel_size[1])
+        self.weight = Parameter(uniform((out_channels, seen, *self.kernel_size), bound))
         self.register_parameter("bias", Parameter(uniform((out_channels,), bound)) if bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation)
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return text + f", padding={self.padding!r}, dilation={self.dilation}"
+        text += f", padding={self.padding!r}, dilation={self.dilation}"
+        return text + (f", groups={self.groups}" if self.groups != 1 else "")
 
 
 class Linear(Module):
