@@ -14,7 +14,8 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 
 def from_bits(bits: np.ndarray) -> np.ndarray:
     """The values, float64."""
-    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a NaN that signals
+        return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
 def stored(values: np.ndarray, dtype: str) -> np.ndarray:

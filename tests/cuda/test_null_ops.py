@@ -14,7 +14,7 @@ from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
-from parcnn.ops.pointwise import Act, ActDgrad, Add, Dropout
+from parcnn.ops.pointwise import Act, ActDgrad, Add, Cast, Dropout
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
 from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
 from parcnn.ops.update import AdamUpdate, SgdUpdate
@@ -27,6 +27,10 @@ def f32(*shape: int) -> np.ndarray:
 
 def i32(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.int32)
+
+
+def bf16(*shape: int) -> np.ndarray:
+    return np.full(shape, 0x3F80, np.uint16)
 
 
 def u8(*shape: int) -> np.ndarray:
@@ -65,6 +69,12 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (Add(), [f32(3, 5, 7), f32(3, 5, 7)]),
     (Add(act="relu"), [f32(3, 5, 7), f32(3, 5, 7)]),
     (Dropout(0.3), [f32(3, 5, 7), i32(8)]),
+    (Act("gelu"), [bf16(3, 5, 7)]),
+    (ActDgrad("relu"), [bf16(3, 5, 7), bf16(3, 5, 7)]),
+    (Add(act="relu"), [bf16(64, 16, 16, 65), bf16(64, 16, 16, 65)]),
+    (Dropout(0.3), [bf16(3, 5, 7), i32(8)]),
+    (Cast("bf16"), [f32(n, 3) for n in range(1, 70)]),
+    (Cast("f32"), [bf16(5, 7), bf16(4097)]),
     (BatchNormTrain(act="relu"), [f32(3, 5, 5, 65), *CHANNELS]),
     (BatchNormTrain(), [f32(512, 16, 16, 65), *CHANNELS]),
     (BatchNormInfer(), [f32(3, 5, 5, 65), *CHANNELS]),

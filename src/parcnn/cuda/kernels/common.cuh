@@ -181,14 +181,20 @@ __device__ __forceinline__ u32 round_bf16x2(float low, float high) {
 __device__ __forceinline__ float low_bf16(u32 two) { return __uint_as_float(two << 16); }
 __device__ __forceinline__ float high_bf16(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 
-// ---- A run of V (1, 2, 4, 8) neighbouring elements, in registers always floats ---------------------------------------
-// An access moves up to 16 bytes, and the address must be a multiple of what it moves: V elements, or 16 bytes.
+// ---- A run of V (1, 2, 4, 8) neighbouring elements -----------------------------------------------------------------------
+// Kernels compute on Floats. An access moves up to 16 bytes, and its address must be a multiple of what it moves.
 
 template <int V> struct Floats {
     float v[V];
 };
 
-template <int V> __device__ __forceinline__ Floats<V> load(const float *p) {
+// bf16 as they lie in memory, the first of two in the lower half of a word.
+template <int V> struct Pairs {
+    u32 word[(V + 1) / 2];
+};
+
+// The elements as they are: nothing waits for the load until they are widened.
+template <int V> __device__ __forceinline__ Floats<V> fetch(const float *p) {
     Floats<V> r;
     if constexpr (V == 8) {
         float4 t = load4(p), u = load4(p + 4);
@@ -206,23 +212,35 @@ template <int V> __device__ __forceinline__ Floats<V> load(const float *p) {
     return r;
 }
 
-template <int V> __device__ __forceinline__ Floats<V> load(const bf16 *p) {
-    Floats<V> r;
+template <int V> __device__ __forceinline__ Pairs<V> fetch(const bf16 *p) {
+    Pairs<V> r;
     if constexpr (V == 8) {
         uint4 t = load_word<uint4>(p);
-        r.v[0] = low_bf16(t.x), r.v[1] = high_bf16(t.x), r.v[2] = low_bf16(t.y), r.v[3] = high_bf16(t.y);
-        r.v[4] = low_bf16(t.z), r.v[5] = high_bf16(t.z), r.v[6] = low_bf16(t.w), r.v[7] = high_bf16(t.w);
+        r.word[0] = t.x, r.word[1] = t.y, r.word[2] = t.z, r.word[3] = t.w;
     } else if constexpr (V == 4) {
         uint2 t = load_word<uint2>(p);
-        r.v[0] = low_bf16(t.x), r.v[1] = high_bf16(t.x), r.v[2] = low_bf16(t.y), r.v[3] = high_bf16(t.y);
+        r.word[0] = t.x, r.word[1] = t.y;
     } else if constexpr (V == 2) {
-        u32 t = load_word<u32>(p);
-        r.v[0] = low_bf16(t), r.v[1] = high_bf16(t);
+        r.word[0] = load_word<u32>(p);
     } else {
-        r.v[0] = low_bf16(p->bits);
+        r.word[0] = p->bits;
     }
     return r;
 }
+
+// What `fetch` gives.
+template <class Element, int V> using Fetched = decltype(fetch<V>((const Element *)nullptr));
+
+template <int V> __device__ __forceinline__ Floats<V> widen(const Floats<V> &r) { return r; }
+
+template <int V> __device__ __forceinline__ Floats<V> widen(const Pairs<V> &r) {
+    Floats<V> wide;
+#pragma unroll
+    for (int e = 0; e < V; ++e) wide.v[e] = e % 2 ? high_bf16(r.word[e / 2]) : low_bf16(r.word[e / 2]);
+    return wide;
+}
+
+template <int V, class Element> __device__ __forceinline__ Floats<V> load(const Element *p) { return widen(fetch<V>(p)); }
 
 template <int V> __device__ __forceinline__ void store(float *p, const Floats<V> &r) {
     if constexpr (V >= 4) store4(p, make_float4(r.v[0], r.v[1], r.v[2], r.v[3]));
@@ -251,13 +269,26 @@ template <int V> __device__ __forceinline__ Floats<V> splat(float value) {
 }
 
 // The first `count` of V elements (all where count >= V, then in accesses of 16 bytes); the others are zero.
-template <int V = 4, class Element> __device__ __forceinline__ Floats<V> load_part(const Element *p, long long count) {
-    if (count >= V) return load<V>(p);
+template <int V> __device__ __forceinline__ Floats<V> fetch_part(const float *p, long long count) {
+    if (count >= V) return fetch<V>(p);
     Floats<V> r = splat<V>(0.0f);
 #pragma unroll
     for (int e = 0; e < V - 1; ++e)
-        if (e < count) r.v[e] = load<1>(p + e).v[0];
+        if (e < count) r.v[e] = p[e];
     return r;
+}
+
+template <int V> __device__ __forceinline__ Pairs<V> fetch_part(const bf16 *p, long long count) {
+    if (count >= V) return fetch<V>(p);
+    Pairs<V> r = {};
+#pragma unroll
+    for (int e = 0; e < V - 1; ++e)
+        if (e < count) r.word[e / 2] |= (u32)p[e].bits << (16 * (e % 2));
+    return r;
+}
+
+template <int V = 4, class Element> __device__ __forceinline__ Floats<V> load_part(const Element *p, long long count) {
+    return widen(fetch_part<V>(p, count));
 }
 
 template <int V, class Element> __device__ __forceinline__ void store_part(Element *p, const Floats<V> &r, long long count) {
