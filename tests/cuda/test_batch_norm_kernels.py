@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import batch_norm
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.program import Executor
+from tests.cuda.bf16 import stored, values_of
 from tests.cuda.compare import EPS, check, executors, normal, random_fixture  # noqa: F401
 from tests.op_runner import run_op
 
@@ -20,16 +22,21 @@ SHAPES = {
     "odd": (3, 5, 7, 13),
     "vectors": (2, 9, 5, 24),
     "many channels": (7, 65),
+    "ten channels": (2, 3, 3, 10),
+    "a hundred channels": (1, 31, 43, 100),
+    "one pixel of many channels": (2, 1, 1, 2048),
     "wide runs of many channels": (3, 3, 129),
     "many rows and channels": (1, 1, 1300, 60),
     "one channel, blocks": (1, 67, 89, 1),
     "few channels, blocks": (5, 31, 29, 3),
     "vectors, blocks": (3, 37, 41, 8),
     "several tiles a block": (2, 61, 59, 32),
+    "a line of bf16": (1, 79, 83, 64),
     "more channels than a warp's lanes, blocks": (2, 47, 49, 140),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 acts = pytest.mark.parametrize("act", [None, "relu"])
+dtypes = pytest.mark.parametrize("dtype", ["f32", "bf16"])
 
 
 def parameters(random: np.random.Generator, channels: int) -> list[np.ndarray]:
@@ -38,88 +45,111 @@ def parameters(random: np.random.Generator, channels: int) -> list[np.ndarray]:
     return [gamma, beta, mean, np.abs(normal(random, channels)) + 0.1]
 
 
-def data(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def data(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Channels with means and spreads of their own."""
-    return (normal(random, *shape) * np.exp(normal(random, shape[-1])) + 3 * normal(random, shape[-1])).astype(
-        np.float32
-    )
+    return stored(normal(random, *shape) * np.exp(normal(random, shape[-1])) + 3 * normal(random, shape[-1]), dtype)
 
 
 @shapes
 @acts
-def test_train(executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None) -> None:
-    check(executor, BatchNormTrain(1e-5, 0.1, act), [data(random, shape), *parameters(random, shape[-1])])
+@dtypes
+def test_train(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, dtype: str
+) -> None:
+    check(executor, BatchNormTrain(1e-5, 0.1, act), [data(random, shape, dtype), *parameters(random, shape[-1])])
 
 
-@pytest.mark.parametrize("shape", [(16, 8, 4, 6), (83, 8, 8, 3)], ids=["one launch", "two launches"])
-def test_variance_does_not_cancel(executor: Executor, random: np.random.Generator, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        pytest.param((16, 8, 4, 6), "f32", id="one launch"),
+        pytest.param((83, 8, 8, 3), "f32", id="two launches"),
+        pytest.param((16, 8, 4, 6), "bf16", id="one launch, bf16"),
+        pytest.param((83, 8, 8, 3), "bf16", id="two launches, bf16"),
+        pytest.param((19, 16, 16, 8), "bf16", id="two launches, vectors of bf16"),
+    ],
+)
+def test_variance_does_not_cancel(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], dtype: str
+) -> None:
     """A mean of a thousand deviations, an outlier in the first row: (shifted) sums of squares would lose the variance.
 
-    The mean's own rounding, EPS * 1000 deviations, bounds what a difference from it can be known to.
+    The mean's own rounding, EPS * 1000 deviations, bounds what a difference from it can be known to. (In bf16 numbers
+    about 1000 are 4 apart: deviations then are.)
     """
-    x = (normal(random, *shape) + 1000).astype(np.float32)
-    x[0, 0, 0, 1] = -1e6
+    x = stored(normal(random, *shape) * (4 if dtype == "bf16" else 1) + 1000, dtype)
+    x[0, 0, 0, 1] = stored(np.array(-1e6), dtype)
     _, mean, rstd, *_ = run_op(executor, BatchNormTrain(), [x, *parameters(random, shape[-1])])
-    wide = x.astype(np.float64).reshape(-1, shape[-1])
+    wide = values_of(x).astype(np.float64).reshape(-1, shape[-1])
     np.testing.assert_allclose(mean, wide.mean(0), rtol=4 * EPS)
     np.testing.assert_allclose(rstd, 1 / np.sqrt(wide.var(0) + 1e-5), rtol=0.1 * 1000 * EPS)
 
 
-def test_nan_stays_in_its_channel(executor: Executor, random: np.random.Generator) -> None:
-    x = data(random, (4, 3, 3, 8))
-    x[1, 2, 0, 5] = np.nan
+@dtypes
+def test_nan_stays_in_its_channel(executor: Executor, random: np.random.Generator, dtype: str) -> None:
+    x = data(random, (4, 3, 3, 8), dtype)
+    x[1, 2, 0, 5] = stored(np.array(np.nan), dtype)
     y, *_ = check(executor, BatchNormTrain(act="relu"), [x, *parameters(random, 8)])
-    assert np.isnan(y[..., 5]).all()
-    assert np.isfinite(np.delete(y, 5, axis=-1)).all()
+    assert np.isnan(values_of(y)[..., 5]).all()
+    assert np.isfinite(np.delete(values_of(y), 5, axis=-1)).all()
 
 
 @shapes
 @acts
-def test_infer(executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None) -> None:
-    inputs = [data(random, shape), *parameters(random, shape[-1])]
+@dtypes
+def test_infer(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, dtype: str
+) -> None:
+    inputs = [data(random, shape, dtype), *parameters(random, shape[-1])]
     check(executor, BatchNormInfer(1e-3, act), inputs)
     check(executor, BatchNormInfer(1e-3, act), inputs, alias=[(0, 0)])
 
 
-def gradient_inputs(random: np.random.Generator, shape: tuple[int, ...]) -> list[np.ndarray]:
-    """dy, x, gamma, beta, mean and 1/std of x, all of whose signs before the activation are safe from rounding."""
-    x, (gamma, beta, *_) = data(random, shape), parameters(random, shape[-1])
-    wide = x.reshape(-1, shape[-1]).astype(np.float64)
-    mean, rstd = (v.astype(np.float32) for v in (wide.mean(0), 1 / np.sqrt(wide.var(0) + 1e-5)))
-    z = (x.astype(np.float64) - mean) * rstd * gamma + beta
-    x[np.abs(z) < 1e-4] += 0.01
-    return [normal(random, *shape), x, gamma, beta, mean, rstd]
+def gradient_inputs(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
+    """dy, x, gamma, beta, mean and 1/std of x; dy is zero where rounding may change the sign before the activation."""
+    x, (gamma, beta, *_) = data(random, shape, dtype), parameters(random, shape[-1])
+    wide = values_of(x).astype(np.float64)
+    rows = wide.reshape(-1, shape[-1])
+    mean, rstd = (v.astype(np.float32) for v in (rows.mean(0), 1 / np.sqrt(rows.var(0) + 1e-5)))
+    z = (wide - mean) * rstd * gamma + beta
+    dy = np.where(np.abs(z) < 1e-4, 0, normal(random, *shape))
+    return [stored(dy, dtype), x, gamma, beta, mean, rstd]
 
 
 @shapes
 @acts
+@dtypes
 @pytest.mark.parametrize("alias", [[], [(0, 0)], [(0, 1)]], ids=["apart", "dx is dy", "dx is x"])
 def test_dgrad(
     executor: Executor,
     random: np.random.Generator,
     shape: tuple[int, ...],
     act: str | None,
+    dtype: str,
     alias: list[tuple[int, int]],
 ) -> None:
-    check(executor, BatchNormDgrad(act), gradient_inputs(random, shape), alias=alias, ulps=8)
+    check(executor, BatchNormDgrad(act), gradient_inputs(random, shape, dtype), alias=alias, ulps=8)
 
 
 @shapes
 @acts
+@dtypes
 @pytest.mark.parametrize("alias", [[], [(0, 0)], [(0, 1)]], ids=["apart", "dx is dy", "dx is x"])
 def test_infer_dgrad(
     executor: Executor,
     random: np.random.Generator,
     shape: tuple[int, ...],
     act: str | None,
+    dtype: str,
     alias: list[tuple[int, int]],
 ) -> None:
-    dy, x, gamma, beta, mean, rstd = gradient_inputs(random, shape)
+    dy, x, gamma, beta, mean, rstd = gradient_inputs(random, shape, dtype)
     check(executor, BatchNormInferDgrad(0.0, act), [dy, x, gamma, beta, mean, rstd**-2], alias=alias, ulps=8)
 
 
-def test_the_same_bits_every_time(executor: Executor, random: np.random.Generator) -> None:
-    x = data(random, (3, 37, 41, 8))
+@dtypes
+def test_the_same_bits_every_time(executor: Executor, random: np.random.Generator, dtype: str) -> None:
+    x = data(random, (3, 37, 41, 8), dtype)
     first, again = (run_op(executor, BatchNormTrain(), [x, *parameters(random, 8)])[:3] for _ in range(2))
     for a, b in zip(first[1:], again[1:], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -141,3 +171,25 @@ def test_workspace_only_where_blocks_share_rows() -> None:
 
 def test_refuses_float64() -> None:
     assert "f64" in (batch_norm.supports(BatchNormInfer(), (Spec((3, 4), "f64"),)) or "")
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(512, 16, 16, 64), (64, 7, 7, 2048), (3, 5, 7, 13), (9, 31, 29, 100)])
+def test_launches_fit_the_device_and_the_compiled_kernels(
+    null: CudaExecutor, random: np.random.Generator, shape: tuple[int, ...], dtype: str
+) -> None:
+    x, channels = stored(np.ones(shape), dtype), [np.ones(shape[-1], np.float32)] * 4
+    for forward in (BatchNormTrain(act="relu"), BatchNormInfer()):
+        run_op(null, forward, [x, *channels])
+    for backward in (BatchNormDgrad(act="relu"), BatchNormInferDgrad()):
+        run_op(null, backward, [x, x, *channels])
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2, 5])
+def test_refuses_tensors_of_mixed_types(changed: int) -> None:
+    """dy and x are of one type; parameters and statistics are f32 beside both."""
+    x, c = Spec((2, 3, 3, 8), "bf16"), Spec((8,))
+    inputs = [x, x, c, c, c, c]
+    assert batch_norm.supports(BatchNormDgrad(), tuple(inputs)) is None
+    inputs[changed] = Spec(inputs[changed].shape, "f32" if inputs[changed].dtype == "bf16" else "bf16")
+    assert "f32" in (batch_norm.supports(BatchNormDgrad(), tuple(inputs)) or "")

@@ -19,17 +19,30 @@
 // Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of
 //   two, at least 32 and 2^lanes_log2; 2^lanes_log2 * VEC at most 32. dx may be dy or x: an element is read for the last time
 //   by the thread that writes it.
-// Macro: VEC.
+// Macros: ELEMENT (float, bf16), VEC.
 #include "common.cuh"
 
-#define UNROLL 4
-#define GROUP 32  // most channels of a block
-#define MOMENTS_THREADS 1024
+#define UNROLL (sizeof(Element) == 2 && VEC < 8 ? 8 : 4)  // rows of a tile that a thread has
+#define GROUP (sizeof(Element) == 4 ? 32 : 64)  // most channels of a block
+#define MOMENTS_THREADS (VEC == 8 ? 512 : 1024)
 #define SUM_THREADS 512
 #define WRITE_THREADS 256
-#define SINGLE_THREADS 1024
+#define SINGLE_THREADS (sizeof(Element) == 4 ? 1024 : 512)
+#define MERGES (VEC == 8 ? 2 : 4)  // partial results that a thread has in flight
+#define CHUNKS 4  // of a thread's rows in one launch: the first are summed while the others are on their way
 
-typedef Floats<VEC> Vector;
+typedef ELEMENT Element;     // of x, y, dy, dx
+typedef Floats<VEC> Vector;  // neighbouring channels in the arithmetic
+
+// The same channels of a row as they lie in memory: what waits in registers or in shared memory is not yet converted.
+template <int Bytes> struct Words;
+template <> struct Words<2> { typedef unsigned short Type; };
+template <> struct Words<4> { typedef u32 Type; };
+template <> struct Words<8> { typedef uint2 Type; };
+template <> struct Words<16> { typedef uint4 Type; };
+typedef Words<VEC * sizeof(Element)>::Type Word;
+
+__device__ __forceinline__ Vector to_floats(const Word &word) { return load<VEC>(reinterpret_cast<const Element *>(&word)); }
 
 struct Shape {
     int rows, channels, lanes_log2;
@@ -42,7 +55,7 @@ struct Place {
     int lane;        // its place among the threads of a row
     u32 row;         // its first row in a tile; the next are row_step apart
     int step_log2;   // of row_step, the threads along rows
-    size_t step;     // floats from one of its rows to the next
+    size_t step;     // elements from one of its rows to the next
     bool live;       // it has channels
 };
 
@@ -69,9 +82,9 @@ __device__ __forceinline__ int rows_in(int tile, const Place &at, const Shape &s
     return min(rows_from(((u32)tile * UNROLL << at.step_log2) + at.row, at, shape, start), UNROLL);
 }
 
-__device__ __forceinline__ void load_rows(const float *x, int count, size_t step, Vector (&v)[UNROLL]) {
+__device__ __forceinline__ void load_rows(const Element *x, int count, size_t step, Word (&v)[UNROLL]) {
 #pragma unroll
-    for (int j = 0; j < UNROLL; ++j) v[j] = j < count ? load<VEC>(x + j * step) : splat<VEC>(0.0f);
+    for (int j = 0; j < UNROLL; ++j) v[j] = j < count ? load_word<Word>(x + j * step) : Word();
 }
 
 // Sums over the threads of a block that share a lane, in a fixed order; every thread gets them.
@@ -127,9 +140,11 @@ __device__ __forceinline__ void merge(Moments &a, float count, const Vector &mea
 }
 
 // Merge `count` rows; the others are zero.
-__device__ __forceinline__ void add_rows(Moments &own, const Vector (&v)[UNROLL], int count) {
-    Vector mean, m2;
+__device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL], int count) {
+    Vector v[UNROLL], mean, m2;
     float share = 1.0f / (float)max(count, 1);
+#pragma unroll
+    for (int j = 0; j < UNROLL; ++j) v[j] = to_floats(rows[j]);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
         float sum = 0.0f, squares = 0.0f;
@@ -217,13 +232,16 @@ __device__ __forceinline__ void keep_statistics(const Statistics &s, int c, cons
     store<VEC>(s.running_var + c, var);
 }
 
-// y of a row's channels in place of x.
-__device__ __forceinline__ void normalise(Vector &x, const Vector &mean, const Vector &scale, const Vector &beta, int relu) {
+// Write y of a row's channels.
+__device__ __forceinline__ void normalise(Element *y, const Word &x, const Vector &mean, const Vector &scale,
+                                          const Vector &beta, int relu) {
+    Vector v = to_floats(x);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        float z = (x.v[e] - mean.v[e]) * scale.v[e] + beta.v[e];
-        x.v[e] = relu ? activate<ACT_RELU>(z) : z;
+        float z = (v.v[e] - mean.v[e]) * scale.v[e] + beta.v[e];
+        v.v[e] = relu ? activate<ACT_RELU>(z) : z;
     }
+    store<VEC>(y, v);
 }
 
 __device__ __forceinline__ Vector product(Vector a, const Vector &b) {
@@ -233,15 +251,15 @@ __device__ __forceinline__ Vector product(Vector a, const Vector &b) {
 }
 
 // partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
-extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS)
-batch_norm_moments(const float *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
+extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS, VEC == 8 ? 1 : 0)
+batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
     __shared__ float4 scratch[2 * MOMENTS_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
         int count = rows_in(tile, at, shape, start);
-        Vector v[UNROLL];
+        Word v[UNROLL];
         load_rows(x + start, count, at.step, v);
         add_rows(own, v, count);
     }
@@ -254,20 +272,20 @@ batch_norm_moments(const float *__restrict__ x, float *__restrict__ partial, Spl
 
 // The second pass. split: of the first.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
-batch_norm_train(const float *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                 const float *__restrict__ partial, float *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
+batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                 const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
     __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
     int count = rows_in(tile, at, shape, start);
-    Vector v[UNROLL];
+    Word v[UNROLL];
     load_rows(x + start, count, at.step, v);  // on their way while the partial results are merged
 
     int partials = split.blocks.d;
     Moments all = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
     const float *means = partial + at.c, *m2s = means + (size_t)partials * shape.channels;
-#pragma unroll 4
+#pragma unroll(MERGES)
     for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
         size_t offset = (size_t)i * shape.channels;
         merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
@@ -281,8 +299,7 @@ batch_norm_train(const float *__restrict__ x, const float *__restrict__ gamma, c
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(v[j], all.mean, scale, shift, relu);
-            store<VEC>(y + start + j * at.step, v[j]);
+            normalise(y + start + j * at.step, v[j], all.mean, scale, shift, relu);
         }
         tile -= gridDim.y;
         if (tile < 0) return;
@@ -293,14 +310,14 @@ batch_norm_train(const float *__restrict__ x, const float *__restrict__ gamma, c
 
 // Inference.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
-batch_norm_infer(const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                 const float *__restrict__ mean, const float *__restrict__ var, float *y, Shape shape, float eps, int relu) {
+batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                 const float *__restrict__ mean, const float *__restrict__ var, Element *y, Shape shape, float eps, int relu) {
     Place at = place(shape);
     if (!at.live) return;
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
         int count = rows_in(tile, at, shape, start);
-        Vector v[UNROLL];
+        Word v[UNROLL];
         load_rows(x + start, count, at.step, v);
         Vector scale = load<VEC>(gamma + at.c), variance = load<VEC>(var + at.c);
         Vector centre = load<VEC>(mean + at.c), shift = load<VEC>(beta + at.c);
@@ -309,43 +326,64 @@ batch_norm_infer(const float *x, const float *__restrict__ gamma, const float *_
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(v[j], centre, scale, shift, relu);
-            store<VEC>(y + start + j * at.step, v[j]);
+            normalise(y + start + j * at.step, v[j], centre, scale, shift, relu);
         }
     }
 }
 
-// Start copies of all rows of a thread to its entries of shared memory, which lie a block's vectors apart.
-__device__ __forceinline__ void keep_rows(float *kept, const float *x, int count, size_t step) {
-    for (int k = 0; k < count; ++k) {
-        float *entry = kept + k * (int)blockDim.x * VEC;
-        if constexpr (VEC == 4)
-            copy_async16(entry, x + k * step, true);
+// Start copies of rows first..last-1 of a thread to its entries of shared memory, which lie a block's words apart.
+__device__ __forceinline__ void keep_rows(Word *kept, const Element *x, int first, int last, size_t step) {
+    for (int k = first; k < last; ++k) {
+        Word *entry = kept + k * (int)blockDim.x;
+        if constexpr (sizeof(Word) == 16)
+            copy_async16(reinterpret_cast<float *>(entry), reinterpret_cast<const float *>(x + k * step), true);
+        else if constexpr (sizeof(Word) >= 4)
+            for (int i = 0; i < sizeof(Word) / 4; ++i)
+                copy_async4(reinterpret_cast<float *>(entry) + i, reinterpret_cast<const float *>(x + k * step) + i, true);
         else
-            copy_async4(entry, x + k * step, true);
+            *entry = load_word<Word>(x + k * step);
     }
+}
+
+// Wait for a thread's chunk of rows; later ones may still be on their way.
+__device__ __forceinline__ void wait_for_chunk(int chunk) {
+    if (chunk == 0)
+        copy_async_wait<CHUNKS - 1>();
+    else if (chunk == 1)
+        copy_async_wait<CHUNKS - 2>();
+    else if (chunk == 2)
+        copy_async_wait<CHUNKS - 3>();
+    else
+        copy_async_wait<0>();
 }
 
 // grid: (groups of channels, 1). Shared memory: the rows, then scratch.
 extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
-batch_norm_train_single(const float *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                        float *__restrict__ y, Statistics s, Shape shape, int relu) {
-    DYNAMIC_SHARED(float, shared);
+batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                        Element *__restrict__ y, Statistics s, Shape shape, int relu) {
+    DYNAMIC_SHARED(Word, shared);
     Place at = place(shape);
-    int stride = blockDim.x * VEC;
-    float *kept = shared + threadIdx.x * VEC, *scratch = shared + shape.tiles * stride;
+    int stride = blockDim.x;
+    Word *kept = shared + threadIdx.x;
+    float *scratch = reinterpret_cast<float *>(shared + shape.tiles * stride);
     size_t start;
-    int count = rows_from(at.row, at, shape, start);
-    keep_rows(kept, x + start, count, at.step);
-    copy_async_commit();
-    copy_async_wait<0>();
+    int count = rows_from(at.row, at, shape, start), chunk = (shape.tiles + CHUNKS - 1) / CHUNKS;
+#pragma unroll 1
+    for (int i = 0; i < CHUNKS; ++i) {
+        keep_rows(kept, x + start, i * chunk, min((i + 1) * chunk, count), at.step);
+        copy_async_commit();
+    }
 
     Vector sum[1] = {splat<VEC>(0.0f)};
+#pragma unroll 1
+    for (int i = 0; i < CHUNKS; ++i) {
+        wait_for_chunk(i);
 #pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-        Vector v = load<VEC>(kept + k * stride);
+        for (int k = i * chunk; k < min((i + 1) * chunk, count); ++k) {
+            Vector v = to_floats(kept[k * stride]);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) sum[0].v[e] += v.v[e];
+            for (int e = 0; e < VEC; ++e) sum[0].v[e] += v.v[e];
+        }
     }
     sum_rows(sum, at, shape.lanes_log2, scratch);
     Moments all;
@@ -355,7 +393,7 @@ batch_norm_train_single(const float *__restrict__ x, const float *__restrict__ g
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-        Vector v = load<VEC>(kept + k * stride);
+        Vector v = to_floats(kept[k * stride]);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
             float d = v.v[e] - all.mean.v[e];
@@ -370,9 +408,7 @@ batch_norm_train_single(const float *__restrict__ x, const float *__restrict__ g
     if (at.row == 0) keep_statistics(s, at.c, all, rstd, shape.rows);
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-        Vector v = load<VEC>(kept + k * stride);
-        normalise(v, all.mean, scale, shift, relu);
-        store<VEC>(y + start + k * at.step, v);
+        normalise(y + start + k * at.step, kept[k * stride], all.mean, scale, shift, relu);
     }
 }
 
@@ -395,15 +431,17 @@ __device__ __forceinline__ float error_before_act(const Affine &a, int e, float 
     return relu ? activation_dgrad<ACT_RELU>(dy, centred * a.scale.v[e] + a.beta.v[e]) : dy;
 }
 
-// Add dz*xhat and dz of a row's channels to sums[0] and sums[1]; dy becomes gamma*rstd*dz.
-__device__ __forceinline__ void add_row(Vector (&sums)[2], const Affine &a, Vector &dy, const Vector &x, int relu) {
+// Add dz*xhat and dz of a row's channels to sums[0] and sums[1]; gamma*rstd*dz comes back.
+__device__ __forceinline__ Vector add_row(Vector (&sums)[2], const Affine &a, const Word &dy, const Word &x, int relu) {
+    Vector vx = to_floats(x), v = to_floats(dy);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        float centred = x.v[e] - a.mean.v[e], dz = error_before_act(a, e, dy.v[e], centred, relu);
+        float centred = vx.v[e] - a.mean.v[e], dz = error_before_act(a, e, v.v[e], centred, relu);
         sums[0].v[e] += dz * (centred * a.rstd.v[e]);
         sums[1].v[e] += dz;
-        dy.v[e] = a.scale.v[e] * dz;
+        v.v[e] = a.scale.v[e] * dz;
     }
+    return v;
 }
 
 // The sums become means.
@@ -416,20 +454,23 @@ __device__ __forceinline__ void share_sums(Vector (&sums)[2], int rows) {
     }
 }
 
-// dx of a row's channels in place of dy, from the means of dz*xhat and dz.
-__device__ __forceinline__ void to_dx(Vector &dy, const Vector &x, const Affine &a, const Vector (&means)[2], int relu) {
+// Write dx of a row's channels, from the means of dz*xhat and dz.
+__device__ __forceinline__ void write_dx(Element *dx, const Word &dy, const Word &x, const Affine &a,
+                                         const Vector (&means)[2], int relu) {
+    Vector vx = to_floats(x), v = to_floats(dy);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        float centred = x.v[e] - a.mean.v[e], dz = error_before_act(a, e, dy.v[e], centred, relu);
-        dy.v[e] = a.scale.v[e] * (dz - (means[1].v[e] + centred * a.rstd.v[e] * means[0].v[e]));
+        float centred = vx.v[e] - a.mean.v[e], dz = error_before_act(a, e, v.v[e], centred, relu);
+        v.v[e] = a.scale.v[e] * (dz - (means[1].v[e] + centred * a.rstd.v[e] * means[0].v[e]));
     }
+    store<VEC>(dx, v);
 }
 
 // dgammas, dbetas: partial sums (gridDim.y, C). With from_variance (frozen statistics) `rstd` holds a variance and dx is
 // written here; else dx is null.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
-batch_norm_gradients(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                     const float *__restrict__ mean, const float *__restrict__ rstd, float *dx, float *__restrict__ dgammas,
+batch_norm_gradients(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                     const float *__restrict__ mean, const float *__restrict__ rstd, Element *dx, float *__restrict__ dgammas,
                      float *__restrict__ dbetas, Shape shape, float eps, int from_variance, int relu) {
     __shared__ float4 scratch[2 * SUM_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
@@ -443,14 +484,14 @@ batch_norm_gradients(const float *dy, const float *x, const float *__restrict__ 
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
         int count = rows_in(tile, at, shape, start);
-        Vector vx[UNROLL], vdy[UNROLL];
+        Word vx[UNROLL], vdy[UNROLL];
         load_rows(x + start, count, at.step, vx);
         load_rows(dy + start, count, at.step, vdy);
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            add_row(sums, a, vdy[j], vx[j], relu);
-            if (dx) store<VEC>(dx + start + j * at.step, vdy[j]);
+            Vector frozen = add_row(sums, a, vdy[j], vx[j], relu);
+            if (dx) store<VEC>(dx + start + j * at.step, frozen);
         }
     }
     sum_rows(sums, at, shape.lanes_log2, &scratch->x);
@@ -481,21 +522,21 @@ batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restr
 
 // The second pass. dgammas, dbetas: `partials` sums of each channel that the first one left.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
-batch_norm_dgrad(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
+batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgammas,
-                 const float *__restrict__ dbetas, float *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
+                 const float *__restrict__ dbetas, Element *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
                  int partials, Shape shape, int relu) {
     __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
     int count = rows_in(tile, at, shape, start);
-    Vector vx[UNROLL], vdy[UNROLL];
+    Word vx[UNROLL], vdy[UNROLL];
     load_rows(x + start, count, at.step, vx);  // on their way while the partial sums are added
     load_rows(dy + start, count, at.step, vdy);
 
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
-#pragma unroll 4
+#pragma unroll(MERGES)
     for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
         size_t offset = (size_t)i * shape.channels + at.c;
         Vector g = load<VEC>(dgammas + offset), b = load<VEC>(dbetas + offset);
@@ -518,8 +559,7 @@ batch_norm_dgrad(const float *dy, const float *x, const float *__restrict__ gamm
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            to_dx(vdy[j], vx[j], a, sums, relu);
-            store<VEC>(dx + start + j * at.step, vdy[j]);
+            write_dx(dx + start + j * at.step, vdy[j], vx[j], a, sums, relu);
         }
         tile -= gridDim.y;
         if (tile < 0) return;
@@ -531,26 +571,31 @@ batch_norm_dgrad(const float *dy, const float *x, const float *__restrict__ gamm
 
 // grid: (groups of channels, 1). Shared memory: the rows of x, those of dy, then scratch.
 extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
-batch_norm_dgrad_single(const float *dy, const float *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                        const float *__restrict__ mean, const float *__restrict__ rstd, float *dx, float *__restrict__ dgamma,
+batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
+                        const float *__restrict__ mean, const float *__restrict__ rstd, Element *dx, float *__restrict__ dgamma,
                         float *__restrict__ dbeta, Shape shape, int relu) {
-    DYNAMIC_SHARED(float, shared);
+    DYNAMIC_SHARED(Word, shared);
     Place at = place(shape);
-    int stride = blockDim.x * VEC, kept_floats = shape.tiles * stride;
-    float *kept_x = shared + threadIdx.x * VEC, *kept_dy = kept_x + kept_floats, *scratch = shared + 2 * kept_floats;
+    int stride = blockDim.x, kept_words = shape.tiles * stride;
+    Word *kept_x = shared + threadIdx.x, *kept_dy = kept_x + kept_words;
+    float *scratch = reinterpret_cast<float *>(shared + 2 * kept_words);
     size_t start;
-    int count = rows_from(at.row, at, shape, start);
-    keep_rows(kept_x, x + start, count, at.step);
-    keep_rows(kept_dy, dy + start, count, at.step);
-    copy_async_commit();
+    int count = rows_from(at.row, at, shape, start), chunk = (shape.tiles + CHUNKS - 1) / CHUNKS;
+#pragma unroll 1
+    for (int i = 0; i < CHUNKS; ++i) {
+        keep_rows(kept_x, x + start, i * chunk, min((i + 1) * chunk, count), at.step);
+        keep_rows(kept_dy, dy + start, i * chunk, min((i + 1) * chunk, count), at.step);
+        copy_async_commit();
+    }
     Affine a = load_affine(gamma, beta, mean, rstd, at);
-    copy_async_wait<0>();
 
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+#pragma unroll 1
+    for (int i = 0; i < CHUNKS; ++i) {
+        wait_for_chunk(i);
 #pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-        Vector error = load<VEC>(kept_dy + k * stride);
-        add_row(sums, a, error, load<VEC>(kept_x + k * stride), relu);
+        for (int k = i * chunk; k < min((i + 1) * chunk, count); ++k)
+            add_row(sums, a, kept_dy[k * stride], kept_x[k * stride], relu);
     }
     sum_rows(sums, at, shape.lanes_log2, scratch);
     if (!at.live) return;
@@ -560,9 +605,6 @@ batch_norm_dgrad_single(const float *dy, const float *x, const float *__restrict
     }
     share_sums(sums, shape.rows);
 #pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-        Vector error = load<VEC>(kept_dy + k * stride);
-        to_dx(error, load<VEC>(kept_x + k * stride), a, sums, relu);
-        store<VEC>(dx + start + k * at.step, error);
-    }
+    for (int k = 0; k < count; ++k)
+        write_dx(dx + start + k * at.step, kept_dy[k * stride], kept_x[k * stride], a, sums, relu);
 }

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div, lanes_for, refuse_dtype, vector_width
+from parcnn.cuda.kernels.common import ELEMENTS, VECTOR_WIDTHS, fast_div, lanes_for, vector_width
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import ITEM_BYTES, Op, Spec, accumulator
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.program import Call, Slot
 
 OPS = (BatchNormTrain, BatchNormInfer, BatchNormDgrad, BatchNormInferDgrad)
 
 WARP = 32
-UNROLL = 4  # rows that a thread has in flight
-GROUP = 32  # channels of a block, at most: a line of 128 bytes
+GROUP = 32  # channels of a block, at most
 # The passes that sum have one block a multiprocessor, so that few partial results are to be merged by each block of the
 # passes that write, all of which are resident at once (their registers allow no more).
-MOMENTS_THREADS, GRADIENT_THREADS, LEAST_SUM_THREADS = 1024, 512, 256
+GRADIENT_THREADS, LEAST_SUM_THREADS = 512, 256
 WRITE_THREADS = 256
-TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = 4, 3
-# One launch: channels of a block, from a line of 128 bytes to a sector of 32. The widest run wins whose rows fit into shared
-# memory and whose blocks leave few multiprocessors idle.
-SINGLE_THREADS = 1024
-SINGLE_RUNS = (32, 16, 8)
+TRAIN_BLOCKS_PER_SM = {("f32", 4): 4, ("f32", 1): 4, ("bf16", 8): 2, ("bf16", 4): 3, ("bf16", 1): 4}
+DGRAD_BLOCKS_PER_SM = {("f32", 4): 3, ("f32", 1): 3, ("bf16", 8): 2, ("bf16", 4): 3, ("bf16", 1): 4}
+# One launch: bytes of a block's channels, from a line to a sector. The widest run wins whose rows fit into shared memory and
+# whose blocks leave few multiprocessors idle.
+SINGLE_THREADS = {"f32": 1024, "bf16": 512}
+SINGLE_RUNS_BYTES = (128, 64, 32)
+SINGLE_ROWS = 4  # a thread has at least so many rows
 SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
 FEW_ROWS = 1024  # one launch whatever the number of blocks
 SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
@@ -50,11 +51,12 @@ class Geometry:
 
     rows: int
     channels: int
-    width: int  # floats of one access
+    dtype: str
+    width: int  # channels of one access
     lanes_log2: int  # threads along channels
     threads: int
+    unroll: int  # rows of a tile that a thread has
     row_blocks: int = 1
-    unroll: int = UNROLL
 
     @property
     def tile_rows(self) -> int:
@@ -80,26 +82,35 @@ class Geometry:
         return Struct((fast_div(self.row_blocks), np.int32(self.tiles), np.int32(self.tile_rows)))
 
     def single_bytes(self, tensors: int) -> int:
-        """Shared memory of one launch: the rows of the tensors, and two sums of every warp."""
-        return 4 * self.width * (tensors * self.tiles * self.threads + 2 * (self.threads // WARP << self.lanes_log2))
+        """Shared memory of one launch: the rows of the tensors, and two sums (float) of every warp."""
+        kept = ITEM_BYTES[self.dtype] * tensors * self.tiles * self.threads
+        return self.width * (kept + 4 * 2 * (self.threads // WARP << self.lanes_log2))
 
     def launch(self, entry: str, *args: Argument, shared_bytes: int = 0) -> Launch:
         """A launch of this geometry."""
         grid = (self.groups, self.row_blocks, 1)
-        return Launch(_kernel(entry, self.width), grid, (self.threads, 1, 1), args, shared_bytes)
+        return Launch(_kernel(entry, self.dtype, self.width), grid, (self.threads, 1, 1), args, shared_bytes)
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
-    rows = inputs[0].size // inputs[0].shape[-1]
-    return refuse_dtype(*inputs) or (None if rows < 2**31 else f"rows must be fewer than 2**31, there are {rows}")
+    tensors = 2 if isinstance(op, BatchNormDgrad | BatchNormInferDgrad) else 1
+    dtype, rows = inputs[0].dtype, inputs[0].size // inputs[0].shape[-1]
+    if dtype not in ELEMENTS or any(t.dtype != dtype for t in inputs[:tensors]):
+        return (
+            f"tensors must be all {' or all '.join(ELEMENTS)}, they are {', '.join(t.dtype for t in inputs[:tensors])}"
+        )
+    for t in inputs[tensors:]:
+        if t.dtype != accumulator(dtype):
+            return f"parameters and statistics must be {accumulator(dtype)}, one is {t.dtype}"
+    return None if rows < 2**31 else f"rows must be fewer than 2**31, there are {rows}"
 
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
     if isinstance(op, BatchNormTrain):
-        return 0 if _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
+        return 0 if _single(x, 1, device) else _partial_bytes(_moments(x, device))
     if isinstance(op, BatchNormDgrad):
         return 0 if _single(x, 2, device) else _partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
@@ -126,7 +137,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return (_kernel(entry, width) for entry in ENTRIES for width in (1, 4))
+    return (_kernel(entry, dtype, width) for dtype in ELEMENTS for width in VECTOR_WIDTHS[dtype] for entry in ENTRIES)
 
 
 def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
@@ -138,7 +149,7 @@ def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
     if single:
         args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
         return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
-    sums, write = _sums(x.spec, MOMENTS_THREADS, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
+    sums, write = _moments(x.spec, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
     args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
     return [
         sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),
@@ -172,15 +183,15 @@ def _infer_dgrad(op: BatchNormInferDgrad, call: Call, device: Device) -> list[La
     partials = _partials(call.workspace, geometry)
     grid = (-(-geometry.channels // SUM_CHANNELS), 2, 1)
     sizes = (np.int32(geometry.row_blocks), np.int32(geometry.channels))
-    kernel = _kernel("batch_norm_sum_gradients", geometry.width)
+    kernel = _kernel("batch_norm_sum_gradients", geometry.dtype, geometry.width)
     return [
         geometry.launch("batch_norm_gradients", *call.inputs, dx, *partials, geometry.shape, *numbers),
         Launch(kernel, grid, (SUM_THREADS, 1, 1), (*partials, dgamma, dbeta, *sizes)),
     ]
 
 
-def _kernel(entry: str, width: int) -> Kernel:
-    return Kernel("batch_norm.cu", entry, (("VEC", width),))
+def _kernel(entry: str, dtype: str, width: int) -> Kernel:
+    return Kernel("batch_norm.cu", entry, (("ELEMENT", ELEMENTS[dtype]), ("VEC", width)))
 
 
 def _relu(op: BatchNormTrain | BatchNormInfer | BatchNormDgrad | BatchNormInferDgrad) -> np.int32:
@@ -200,21 +211,28 @@ def _partial_bytes(geometry: Geometry) -> int:
 def _geometry(x: Spec, run: int, threads: int) -> Geometry:
     """Blocks of `threads` threads for runs of `run` channels, or of all where they are fewer."""
     channels = x.shape[-1]
-    width = vector_width(channels)
-    return Geometry(x.size // channels, channels, width, lanes_for(channels // width, run // width), threads)
+    width = vector_width(channels, dtype=x.dtype)
+    lanes_log2 = lanes_for(channels // width, min(WARP, max(1, run // width)))
+    unroll = 8 if x.dtype == "bf16" and width < 8 else 4
+    return Geometry(x.size // channels, channels, x.dtype, width, lanes_log2, threads, unroll)
 
 
 def _single(x: Spec, tensors: int, device: Device) -> Geometry | None:
     """One block for all rows of a few channels of that many tensors; None where two launches are better."""
-    for run in SINGLE_RUNS:
-        geometry = replace(_geometry(x, run, WARP), unroll=1)
-        most = lanes_for(-(-(geometry.rows << geometry.lanes_log2) // UNROLL), SINGLE_THREADS)
+    for run_bytes in SINGLE_RUNS_BYTES:
+        geometry = replace(_geometry(x, run_bytes // ITEM_BYTES[x.dtype], WARP), unroll=1)
+        most = lanes_for(-(-(geometry.rows << geometry.lanes_log2) // SINGLE_ROWS), SINGLE_THREADS[x.dtype])
         geometry = replace(geometry, threads=max(WARP, 1 << most))
         fits = geometry.single_bytes(tensors) <= device.shared_bytes_per_block
         enough = geometry.groups >= SINGLE_FEWEST_BLOCKS * device.sm_count
-        if fits and (enough or (run == SINGLE_RUNS[-1] and geometry.rows <= FEW_ROWS)):
+        if fits and (enough or (run_bytes == SINGLE_RUNS_BYTES[-1] and geometry.rows <= FEW_ROWS)):
             return geometry
     return None
+
+
+def _moments(x: Spec, device: Device) -> Geometry:
+    """The pass that sums in training."""
+    return _sums(x, 512 if vector_width(x.shape[-1], dtype=x.dtype) == 8 else 1024, device)
 
 
 def _sums(x: Spec, threads: int, device: Device) -> Geometry:
@@ -228,14 +246,14 @@ def _sums(x: Spec, threads: int, device: Device) -> Geometry:
 def _frozen(x: Spec, device: Device) -> Geometry:
     """The one pass of the gradients with frozen statistics."""
     if x.size // x.shape[-1] <= FEW_ROWS:
-        return _geometry(x, SINGLE_RUNS[-1], GRADIENT_THREADS)
+        return _geometry(x, SINGLE_RUNS_BYTES[-1] // ITEM_BYTES[x.dtype], GRADIENT_THREADS)
     return _sums(x, GRADIENT_THREADS, device)
 
 
-def _write(x: Spec, blocks_per_sm: int, device: Device) -> Geometry:
-    """A pass that merges partial results and writes."""
+def _write(x: Spec, blocks_per_sm: Mapping[tuple[str, int], int], device: Device) -> Geometry:
+    """A pass that merges partial results and writes; `blocks_per_sm` by type and channels of an access."""
     geometry = _geometry(x, GROUP, WRITE_THREADS)
-    blocks = max(1, blocks_per_sm * device.sm_count // geometry.groups)
+    blocks = max(1, blocks_per_sm[x.dtype, geometry.width] * device.sm_count // geometry.groups)
     return replace(geometry, row_blocks=min(geometry.tiles, blocks, MAX_GRID_Y))
 
 
