@@ -60,7 +60,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError, match="space"):
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: cannot be written \(No space"):
         save_checkpoint(path, Checkpoint({"other": np.zeros(3)}))
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_a_checkpoint_may_be_read_by_whom_the_user_s_other_files_may(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("")
+    save_checkpoint(tmp_path / "c.safetensors", SAMPLE)
+    assert (tmp_path / "c.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file") as caught:
+        save_checkpoint(tmp_path / "file" / "c.safetensors", SAMPLE)
+    assert "another folder" in caught.value.remedy
+
+
+def test_weights_of_a_type_that_numpy_lacks_are_told_apart(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]}}'
+    path = tmp_path / "torch.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match="not a parcnn checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("info", ["{", "[]"])
+def test_a_damaged_description_is_named(tmp_path: Path, info: str) -> None:
+    path = tmp_path / "c.safetensors"
+    save_file({"model.w": np.zeros(2, np.float32)}, path, {"format": module.FORMAT, "info": info})
+    with pytest.raises(CheckpointError, match="description is damaged"):
+        load_checkpoint(path)

@@ -17,9 +17,18 @@ import parcnn
 from parcnn import nn, optim
 from parcnn.cpu import CpuExecutor
 from parcnn.data import Dataset, from_arrays
-from parcnn.errors import CheckpointError, LabelError, NonFiniteLossError, OutOfMemoryError, ShapeError
+from parcnn.errors import (
+    ArgumentError,
+    CheckpointError,
+    DataError,
+    LabelError,
+    NonFiniteLossError,
+    OutOfMemoryError,
+    ShapeError,
+)
 from parcnn.plan.trace import Tensor
-from parcnn.train import Augment, Callback, Trainer, predict
+from parcnn.train import Augment, Callback, EpochResult, Trainer, predict
+from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 Make = Callable[..., Trainer]
 
@@ -115,6 +124,139 @@ def test_ctrl_c_leaves_a_checkpoint_in_the_middle_of_an_epoch(
     whole = make_trainer()
     whole.fit(digits, 3)
     assert_same(whole, resumed)
+
+
+class InterruptAt(Callback):
+    """Ctrl-C, `times` of them, when a step of the first epoch is done."""
+
+    def __init__(self, step: int, times: int = 1) -> None:
+        self.step, self.times = step, times
+
+    def on_progress(self, epoch: int, step: int, *rest: Any) -> None:
+        if epoch == 0 and step >= self.step:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_at_the_last_step_of_an_epoch_ends_the_epoch(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    stopped = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(digits, 2, callbacks=[InterruptAt(7)], checkpoint=path)
+    resumed = make_trainer()
+    resumed.load(path)
+    assert (resumed.epoch, resumed.step) == (1, 0)
+    history = resumed.fit(digits, 2)
+    assert [result.epoch for result in history.epochs] == [1]
+    assert history.epochs[0].loss > 0
+
+
+def test_ctrl_c_after_the_last_step_is_not_lost(make_trainer: Make, digits: Dataset) -> None:
+    class Interrupt(Callback):
+        def on_epoch(self, result: EpochResult) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(digits, 1, callbacks=[Interrupt()])
+    assert trainer.epoch == 1
+
+
+def test_a_second_ctrl_c_leaves_the_last_epoch_s_checkpoint_and_weights(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    trainer = make_trainer()
+    start = weights(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(digits, 1, callbacks=[InterruptAt(1, times=2)], checkpoint=path)
+    assert not path.exists()
+    assert (trainer.epoch, trainer.step, trainer.trained) == (0, 0, 0)
+    for name, value in weights(trainer).items():
+        np.testing.assert_array_equal(value, start[name], err_msg=name)
+    np.testing.assert_array_equal(trainer.fit(digits, 1).losses, make_trainer().fit(digits, 1).losses)
+
+
+def test_an_epoch_is_resumed_on_the_data_that_it_was_begun_on(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    stopped = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        stopped.fit(digits, 2, callbacks=[InterruptAt(1)], checkpoint=path)
+    resumed = make_trainer()
+    resumed.load(path)
+    with pytest.raises(DataError, match="another number of samples"):
+        resumed.fit(digits.subset(100), 2)
+
+
+def test_a_checkpoint_written_within_an_epoch_holds_the_weights_of_its_step(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.safetensors"
+    whole = make_trainer(optim.Adam(1e-3))
+
+    class Save(Callback):
+        def on_progress(self, epoch: int, step: int, *rest: Any) -> None:
+            if epoch == 1 and not path.exists():
+                whole.save(path)
+
+    whole.fit(digits, 2, callbacks=[Save()])
+    resumed = make_trainer(optim.Adam(1e-3))
+    resumed.load(path)
+    assert resumed.step > 0
+    resumed.fit(digits, 2)
+    assert_same(whole, resumed)
+
+
+def test_an_untrained_checkpoint_brings_a_fresh_optimizer(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    trainer = make_trainer(optim.Adam(1e-3))
+    trainer.save(path)
+    first = trainer.fit(digits, 1)
+    trainer.load(path)
+    np.testing.assert_array_equal(trainer.fit(digits, 1).losses, first.losses)
+
+
+@pytest.mark.parametrize("lost", ["epoch", "step", "trained", "classes", "mean", "std"])
+def test_a_checkpoint_without_a_position_is_refused(
+    make_trainer: Make, digits: Dataset, tmp_path: Path, lost: str
+) -> None:
+    path = tmp_path / "c.safetensors"
+    make_trainer().save(path)
+    whole = load_checkpoint(path)
+    save_checkpoint(path, Checkpoint(whole.weights, {}, {k: v for k, v in whole.info.items() if k != lost}))
+    with pytest.raises(CheckpointError, match="where training stood"):
+        make_trainer().load(path)
+
+
+def test_an_optimizer_s_state_that_does_not_fit_is_refused(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    make_trainer().fit(digits, 1, checkpoint=path)
+    whole = load_checkpoint(path)
+    for state in ({}, {**whole.optimizer, "conv2.weight.0": np.zeros((2, 2), np.float32)}):
+        save_checkpoint(path, Checkpoint(whole.weights, state, whole.info))
+        trainer = make_trainer()
+        trainer.load(path)
+        with pytest.raises(CheckpointError, match=r"conv[12]\.\w+\.0: the optimizer's state"):
+            trainer.fit(digits, 2)
+
+
+def test_a_checkpoint_knows_the_shape_of_its_images(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    make_trainer().fit(digits, 1, checkpoint=path)
+    trainer = make_trainer()
+    trainer.load(path)
+    assert trainer.input_shape == (1, 28, 28)
+    whole = load_checkpoint(path)
+    info = {k: v for k, v in whole.info.items() if k not in ("input", "samples")}  # as they were written before
+    save_checkpoint(path, Checkpoint(whole.weights, whole.optimizer, info))
+    older = make_trainer()
+    older.load(path)
+    assert older.input_shape == ()
+    older.fit(digits, 2)
 
 
 def test_fit_works_outside_the_main_thread(make_trainer: Make, digits: Dataset) -> None:
@@ -244,8 +386,11 @@ def test_a_label_outside_the_model_is_named(digits: Dataset) -> None:
 
 def test_a_loss_that_is_not_finite_stops_training(make_trainer: Make, digits: Dataset) -> None:
     trainer = make_trainer(optim.SGD(1e20), schedule=optim.ConstantLR())
+    start = trainer.evaluate(digits)
     with pytest.raises(NonFiniteLossError, match="step"):
         trainer.fit(digits, 2)
+    assert trainer.evaluate(digits) == start  # the weights before the epoch that failed
+    assert (trainer.epoch, trainer.step, trainer.trained) == (0, 0, 0)
 
 
 def test_images_that_do_not_fit_name_the_layer(digits: Dataset) -> None:
@@ -306,3 +451,20 @@ def test_a_checkpoint_of_another_run_is_refused(
         other.load(path)
     for name, value in before.items():
         np.testing.assert_array_equal(value, weights(other)[name])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])
+def test_a_batch_size_that_cannot_be_is_refused(make_trainer: Make, batch_size: Any) -> None:
+    with pytest.raises(ArgumentError, match="batch_size"):
+        make_trainer(batch_size=batch_size)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (28, 28, 1), (0, 1, 28, 28)])
+def test_predict_takes_batches_of_images(make_trainer: Make, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError, match="not a batch of images"):
+        make_trainer().predict(np.zeros(shape, np.uint8))
+
+
+def test_predict_refuses_pixels_of_a_type_that_it_would_not_normalise(make_trainer: Make, digits: Dataset) -> None:
+    with pytest.raises(DataError, match="int64"):
+        make_trainer().predict(digits.images[:2].astype(np.int64))

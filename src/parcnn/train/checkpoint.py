@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,23 +29,32 @@ class Checkpoint:
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint: the file at `path` is the old one or the whole new one, never half of one."""
+    """Write a checkpoint: the file at `path` is the old one or the whole new one, never half of one.
+
+    Raises CheckpointError, naming the file, where it cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{k}": v for k, v in checkpoint.weights.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
     metadata = {"format": FORMAT, "info": json.dumps(checkpoint.info)}
     blob = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
             file.write(blob)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    except OSError as fault:
+        raise CheckpointError(
+            f"cannot be written ({fault.strerror or fault})",
+            where=str(path),
+            remedy="make room or give permission there, or write it to another folder",
+        ) from fault
+    finally:
+        with contextlib.suppress(OSError):  # there is none where it took its place, or no such folder
+            temporary.unlink()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -53,6 +62,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
+            _check_format(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise CheckpointError("no such file", where=str(path), remedy="check the path") from None
@@ -63,15 +73,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             got=str(fault),
             remedy="use an older checkpoint",
         ) from fault
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(
-            "not a parcnn checkpoint", where=str(path), expected=f"format {FORMAT!r}", got=metadata.get("format", "none"),
-            remedy="load plain weights with model.load_state_dict(safetensors.numpy.load_file(path))",
-        )  # fmt: skip
     try:
         info = json.loads(metadata["info"])
     except (KeyError, ValueError) as fault:
-        raise CheckpointError("the checkpoint's description is damaged", where=str(path), got=str(fault)) from fault
+        raise _damaged(path, str(fault)) from fault
+    if not isinstance(info, dict):
+        raise _damaged(path, metadata["info"])
     parts: dict[str, dict[str, np.ndarray]] = {"model": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         kind, _, key = name.partition(".")
@@ -79,3 +86,17 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError("an unknown tensor", where=str(path), got=name)
         parts[kind][key] = tensor
     return Checkpoint(parts["model"], parts["optimizer"], info)
+
+
+def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            "not a parcnn checkpoint", where=str(path), expected=f"format {FORMAT!r}", got=metadata.get("format", "none"),
+            remedy="load plain weights with model.load_state_dict(safetensors.numpy.load_file(path))",
+        )  # fmt: skip
+
+
+def _damaged(path: str | Path, got: str) -> CheckpointError:
+    return CheckpointError(
+        "the checkpoint's description is damaged", where=str(path), got=got, remedy="use an older checkpoint"
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from parcnn.errors import ArgumentError
+from parcnn.errors import ArgumentError, CheckpointError
 from parcnn.nn import Module
 from parcnn.ops.base import accumulator
 from parcnn.ops.program import Executor, LoadedProgram, Region
@@ -147,10 +147,36 @@ class Session:
         return state
 
     def load_optimizer_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Put back what `optimizer_state` gave; the training plan must have been loaded."""
+        """Put back what `optimizer_state` gave; the training plan must have been loaded.
+
+        Raises CheckpointError, changing nothing, where a tensor is missing or has another shape.
+        """
+        arrays: dict[int, np.ndarray] = {}
         for variable, offsets in self.layout.state_offsets.items():
             packing = self.layout.packings.get(variable)
             for i, offset in enumerate(offsets if packing else ()):
-                array = state[f"{self.layout.names[variable]}.{i}"]
-                dtype = np.float64 if self.layout.dtype == "f64" else np.float32
-                self._regions["optimizer"].write(packing.pack(array).astype(dtype), offset)  # type: ignore[union-attr]
+                name = f"{self.layout.names[variable]}.{i}"
+                array = state.get(name)
+                if array is None or array.shape != variable.shape:
+                    raise CheckpointError(
+                        "the optimizer's state does not belong to this model",
+                        where=name,
+                        expected=f"a tensor {variable.shape}",
+                        got="none" if array is None else array.shape,
+                        remedy="freeze the same layers as when it was saved, or use an older checkpoint",
+                    )
+                arrays[offset] = packing.pack(array)  # type: ignore[union-attr]
+        dtype = np.float64 if self.layout.dtype == "f64" else np.float32
+        for offset, array in arrays.items():
+            self._regions["optimizer"].write(array.astype(dtype), offset)
+
+    def clear_optimizer_state(self) -> None:
+        """Back to the state before the first step."""
+        region = self._regions.get("optimizer")
+        if region is not None:
+            region.write(np.zeros(region.nbytes, np.uint8))
+
+    def forget_training(self) -> None:
+        """Drop what steps did on the device since `pull`: the host's weights hold, the optimizer's state is fresh."""
+        self._versions.clear()
+        self.clear_optimizer_state()

@@ -23,6 +23,10 @@ class StepTiming:
     p50_us: float
     p80_us: float
 
+    def of(self, parts: int) -> StepTiming:
+        """The timing of one of so many equal parts of what was timed."""
+        return StepTiming(self.p20_us / parts, self.p50_us / parts, self.p80_us / parts)
+
 
 def time_steps(trainer: Trainer, data: Dataset, mode: str = "train", steps: int = 20, repeats: int = 9) -> StepTiming:
     """Time `repeats` runs of `steps` steps with whole batches; each run takes other batches of the data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import signal
 import threading
 import time
@@ -17,7 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from parcnn.data import Dataset
-from parcnn.errors import CheckpointError, LabelError, NonFiniteLossError, ShapeError
+from parcnn.errors import ArgumentError, CheckpointError, DataError, LabelError, NonFiniteLossError, ShapeError
 from parcnn.nn import CrossEntropyLoss, Module
 from parcnn.ops.base import Spec
 from parcnn.ops.philox import permutation
@@ -33,6 +34,7 @@ from parcnn.train.passes import Pass
 from parcnn.train.session import Session
 
 REPORT_SECONDS = 0.25  # between two looks at the loss
+_NEEDED = {"epoch", "step", "trained", "classes", "mean", "std"}  # of a checkpoint's description, to go on from it
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Augment:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: means over its samples; accuracy is None where the loss counts no right answers."""
+    """One epoch: means over its samples; accuracy is None where the loss counts no right answers.
+
+    Of an epoch that was resumed in its middle: over the samples since then.
+    """
 
     epoch: int
     loss: float
@@ -78,7 +83,8 @@ class Trainer:
 
     model: a `parcnn.nn.Module`; optimizer: of `parcnn.optim`; loss: CrossEntropyLoss or MSELoss; schedule: factors on
     the learning rate; device: 'auto', 'cpu', 'cuda' or an executor; seed: of shuffling, dropout and augmentation
-    (initial weights are the model's own: `parcnn.manual_seed`). Two runs with one seed give the same bits.
+    (initial weights are the model's own: `parcnn.manual_seed`). Two runs with one seed give the same bits. Raises
+    ArgumentError for a batch_size that is no whole number from 1 on.
     """
 
     def __init__(
@@ -99,7 +105,7 @@ class Trainer:
         self.model = model
         self.optimizer = optimizer or SGD(0.01, momentum=0.9)
         self.schedule = schedule or ConstantLR()
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.batch_size, self.seed, self.shuffle = _positive(batch_size, "Trainer.batch_size"), seed, shuffle
         self.augment = augment or Augment()
         self.executor = resolve_executor(device)
         self.session = Session(
@@ -112,10 +118,12 @@ class Trainer:
         )
         self.classes: tuple[str, ...] = ()
         self.normalization: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # mean, std of the training data
+        self.input_shape: tuple[int, ...] = ()  # (C, H, W) of the training images
         self.epoch, self.step, self.trained = 0, 0, 0  # finished epochs, steps of the current one, steps in all
+        self._pulled = (0, 0, 0)  # epoch, step, trained of the model's weights on the host
+        self._samples = 0  # of the training data that epoch and step count on
         self._passes: WeakKeyDictionary[Dataset, dict[tuple[str, int], Pass]] = WeakKeyDictionary()
-        self._pending_state: dict[str, np.ndarray] = {}  # of a checkpoint, until the training plan is loaded
-        self._counted = 0  # training steps that the model's batch counters know of
+        self._pending_state: dict[str, np.ndarray] | None = None  # of a checkpoint, until the training plan is loaded
         self._tuning = self.executor.tuning_digest  # of the steps so far
 
     # -- what users call ----------------------------------------------------------------------------------------
@@ -131,19 +139,34 @@ class Trainer:
         """Train until `epochs` epochs are done in all (a loaded checkpoint's count); evaluate after each.
 
         Writes `checkpoint` after each epoch. Ctrl-C ends the run after the step in flight, writes the checkpoint and
-        raises KeyboardInterrupt. Raises ShapeError, LabelError, OutOfMemoryError before the first step, and
-        NonFiniteLossError when the loss is NaN or infinite (the model keeps the weights of the last epoch's end). Warns
-        where the loaded checkpoint was trained with other tables of measured kernels, which may round sums differently.
+        raises KeyboardInterrupt; a second one ends it at once, and leaves the checkpoint of the last epoch's end. Raises
+        ShapeError, LabelError, OutOfMemoryError, DataError (an epoch begun on another number of samples) before the first
+        step, and NonFiniteLossError when the loss is NaN or infinite. After that, as after a second Ctrl-C, model and
+        position are those of the last epoch's end, and the optimizer's state is fresh: `load` a checkpoint to go on.
+        Warns where the loaded checkpoint was trained with other tables of measured kernels, which may round sums
+        differently.
         """
         if self._tuning != self.executor.tuning_digest:
             tables = f"'{self._tuning}', now '{self.executor.tuning_digest}'"
             warnings.warn(f"trained so far with other tables of kernels ({tables}): not bit for bit", stacklevel=2)
             self._tuning = self.executor.tuning_digest
+        if self.step and self._samples != len(train):
+            raise DataError(
+                f"epoch {self.epoch + 1} was begun on another number of samples",
+                where=train.name,
+                expected=f"{self._samples:,}, of which {self.step} batches are done",
+                got=f"{len(train):,}",
+                remedy="go on with the same data set",
+            )
         self.classes, self.normalization = train.classes, (train.mean, train.std)
+        self.input_shape, self._samples = tuple(train.images.shape[1:]), len(train)
         run = self.ready_pass("train", train)
-        if self._pending_state:
-            self.session.load_optimizer_state(self._pending_state)
-            self._pending_state = {}
+        if self._pending_state is not None:
+            if self.trained:
+                self.session.load_optimizer_state(self._pending_state)
+            else:
+                self.session.clear_optimizer_state()
+            self._pending_state = None
         history = History()
         losses: list[np.ndarray] = []
         for callback in callbacks:
@@ -153,7 +176,7 @@ class Trainer:
                 while self.epoch < epochs:
                     began, first = time.perf_counter(), self.step
                     for _ in self._train_steps(run, epochs, callbacks):
-                        if interrupted():
+                        if interrupted() and self.step < run.steps:  # else the epoch is ended first
                             raise KeyboardInterrupt
                     seconds = time.perf_counter() - began
                     losses.append(run.results(first, run.steps)[0])
@@ -176,7 +199,15 @@ class Trainer:
                         self.save(checkpoint)
                     for callback in callbacks:
                         callback.on_epoch(result)
+                    if interrupted():
+                        raise KeyboardInterrupt
+        except NonFiniteLossError:
+            self._rewind()
+            raise
         except KeyboardInterrupt:
+            if interrupted() > 1:  # a step may be half done
+                self._rewind()
+                raise
             self._pull()
             if checkpoint is not None:
                 self.save(checkpoint)
@@ -198,8 +229,25 @@ class Trainer:
         return EvalResult(loss, accuracy, len(data))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """The model's output (N, ...) float32 for images (N,C,H,W) uint8 or float, normalised as in training."""
+        """The model's output (N, ...) float32 for images (N,C,H,W) uint8 or float, normalised as in training.
+
+        Raises ShapeError for no images or images that do not fit the model, DataError for other types.
+        """
         images = np.asarray(images)
+        if images.ndim not in (2, 4) or not images.size:
+            raise ShapeError(
+                "not a batch of images",
+                expected="(N, C, H, W), at least one",
+                got=images.shape,
+                remedy="image[None] makes a batch of one image (C, H, W)",
+            )
+        if images.dtype != np.uint8 and images.dtype.kind != "f":
+            raise DataError(
+                "images have a type that is not supported",
+                expected="uint8 pixels (0..255) or floats",
+                got=images.dtype,
+                remedy="images.astype(np.uint8) for values 0..255, else images.astype(np.float32)",
+            )
         mean, std = self.normalization or ((0.0,), (1.0,))
         if images.dtype != np.uint8:
             mean, std = (0.0,), (1.0,)
@@ -219,7 +267,8 @@ class Trainer:
         return np.ascontiguousarray(out).reshape(len(images), *run.plan.output_shape[1:])
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint, atomically."""
+        """Write a checkpoint, atomically. Raises CheckpointError where it cannot be written."""
+        self._pull()
         mean, std = self.normalization or ((), ())
         info = {
             "model": type(self.model).__name__,
@@ -232,9 +281,11 @@ class Trainer:
             "classes": list(self.classes),
             "mean": list(mean),
             "std": list(std),
+            "input": list(self.input_shape),
+            "samples": self._samples,
             "tuning": self.executor.tuning_digest,
         }
-        state = self._pending_state or self.session.optimizer_state()
+        state = self.session.optimizer_state() if self._pending_state is None else self._pending_state
         save_checkpoint(path, Checkpoint(self.model.state_dict(), state, info))
 
     def load(self, path: str | Path) -> None:
@@ -245,8 +296,16 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
+        if not info.keys() >= _NEEDED:
+            raise CheckpointError(
+                "the checkpoint does not say where training stood",
+                where=str(path),
+                expected=", ".join(sorted(_NEEDED)),
+                got=", ".join(sorted(info)) or "nothing",
+                remedy="take the weights only, from load_checkpoint(path).weights",
+            )
         for key, own in (("optimizer", repr(self.optimizer)), ("batch_size", self.batch_size), ("seed", self.seed)):
-            if info.get("trained") and info.get(key) != own:
+            if info["trained"] and info.get(key) != own:
                 raise CheckpointError(
                     f"the checkpoint was trained with another {key}",
                     where=str(path),
@@ -255,8 +314,8 @@ class Trainer:
                     remedy=f"give the same {key}; or take the weights only, from load_checkpoint(path).weights",
                 )
         self.model.load_state_dict(checkpoint.weights)
-        self.epoch, self.step, self.trained = info["epoch"], info["step"], info["trained"]
-        self._counted = self.trained
+        self.epoch, self.step, self.trained = self._pulled = info["epoch"], info["step"], info["trained"]
+        self.input_shape, self._samples = tuple(info.get("input", ())), info.get("samples", 0)
         self._tuning = info.get("tuning", "") if self.trained else self.executor.tuning_digest
         self.classes = tuple(info["classes"])
         self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
@@ -303,13 +362,20 @@ class Trainer:
             yield
 
     def _pull(self) -> None:
-        """Bring the weights home."""
+        """Bring the weights home, where steps have changed them since."""
+        if self._pulled == (self.epoch, self.step, self.trained):
+            return
         self.session.pull()
         for module in self.model.modules():
             counter = getattr(module, "num_batches_tracked", None)
             if counter is not None and module.training:
-                counter.assign(counter.data + (self.trained - self._counted))
-        self._counted = self.trained
+                counter.assign(counter.data + (self.trained - self._pulled[2]))
+        self._pulled = self.epoch, self.step, self.trained
+
+    def _rewind(self) -> None:
+        """Go back to the weights on the host, and to where training stood when they were brought there."""
+        self.session.forget_training()
+        self.epoch, self.step, self.trained = self._pulled
 
     def ready_pass(self, mode: str, data: Dataset) -> Pass:
         """A pass over a data set, its data and programs in place; kept as long as the data set is.
@@ -403,22 +469,36 @@ def _per_channel(
     return (mean * channels if len(mean) == 1 else mean), (std * channels if len(std) == 1 else std)
 
 
+def _positive(value: Any, where: str) -> int:
+    """A whole number from 1 on, of any integer type."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ArgumentError("a value out of range", where=where, expected="a whole number, at least 1", got=repr(value))
+    return number
+
+
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """While it lasts, the first Ctrl-C only sets a flag: the step in flight ends whole. The second is as usual."""
-    hit = False
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """While it lasts, the first Ctrl-C is only counted: the step in flight ends whole. The second is as usual.
+
+    Gives a function that tells how many there were.
+    """
+    hits = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal hit
-        if hit:
+        nonlocal hits
+        hits += 1
+        if hits > 1:
             raise KeyboardInterrupt
-        hit = True
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
     previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: hit
+        yield lambda: hits
     finally:
         signal.signal(signal.SIGINT, previous)
