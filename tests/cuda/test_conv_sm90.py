@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 
 import numpy as np
 import pytest
@@ -19,14 +19,14 @@ from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
 from parcnn.cuda.launch import Device
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Slot
 from tests.cuda.bf16 import from_bits, to_bits
 from tests.op_runner import run_op
 
 H200 = Device("H200", "sm_90a", 132)
-KINDS = ("fprop", "fused", "pooled", "dgrad", "dgrad pooled")
+KINDS = ("fprop", "fused", "pooled", "dgrad", "dgrad pooled", "dgrad relu", "dgrad add tanh")
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,21 @@ class Problem:
 
     def op(self, kind: str) -> Op:
         geometry = {"stride": self.stride, "pad": self.pad, "dilation": self.dilation}
+        if kind.startswith("dgrad"):
+            pool, add = "max" if "pooled" in kind else None, "add" in kind
+            act = next((a for a in FROM_OUTPUT if a in kind), None)
+            return ConvDgrad(**geometry, image=(self.h, self.w), pool=pool, act=act, add=add)
         return {
             "fprop": ConvFprop(**geometry),
             "fused": ConvFprop(**geometry, bias=True, act="relu"),
             "pooled": ConvFprop(**geometry, bias=True, act="relu", pool="max"),
             "plain pooled": ConvFprop(**geometry, pool="max"),
-            "dgrad": ConvDgrad(**geometry, image=(self.h, self.w)),
-            "dgrad pooled": ConvDgrad(**geometry, image=(self.h, self.w), pool="max"),
         }[kind]
 
     def has(self, kind: str) -> bool:
-        """Whether there is such a call: outputs, and no stride in the input gradient."""
+        """Whether there is such a call, with outputs."""
         p, q = self.op(kind).pooled_hw(self.h, self.w, self.r, self.s)
-        return p > 0 and q > 0 and (self.stride == (1, 1) or not kind.startswith("dgrad"))
+        return p > 0 and q > 0
 
     def integers(self, kind: str, random: np.random.Generator) -> list[np.ndarray]:
         """Operands as floats: -1, 0, 1 (biases up to 8), so sparse that sums stay below 256, where bf16 has all integers."""
@@ -81,7 +83,9 @@ class Problem:
         if isinstance(op, ConvFprop):
             return [tensor(self.n, self.h, self.w, self.c), w, *([bias(self.k)] if op.bias else [])]
         out = (self.n, *op.pooled_hw(self.h, self.w, self.r, self.s), self.k)
-        return [tensor(*out), w, *([random.integers(0, 4, out).astype(np.uint8)] if op.pool else [])]
+        idx = [random.integers(0, 4, out).astype(np.uint8)] if op.pool else []
+        like_dx = [tensor(self.n, self.h, self.w, self.c) for _ in range((op.act is not None) + op.add)]
+        return [tensor(*out), w, *idx, *like_dx]
 
 
 PROBLEMS = {
@@ -104,6 +108,11 @@ PROBLEMS = {
     "stride 2": Problem(5, 13, 11, 64, 128, stride=(2, 2)),
     "stride 2 pointwise": Problem(5, 14, 12, 128, 192, 1, 1, (0, 0, 0, 0), (2, 2)),
     "strides 3 and 1": Problem(4, 16, 9, 24, 72, 5, 3, (2, 1, 2, 1), (3, 1)),
+    "stride beyond the filter": Problem(3, 17, 14, 64, 128, 2, 3, (1, 0, 0, 2), (3, 4)),
+    "stride and dilation": Problem(3, 19, 15, 64, 72, 3, 3, (2, 3, 4, 3), (2, 3), (2, 2)),
+    "stride is the image": Problem(20, 4, 4, 64, 128, 4, 4, (0, 0, 0, 0), (4, 4)),
+    "64 to 256 pointwise": Problem(300, 3, 2, 64, 256, 1, 1, (0, 0, 0, 0)),
+    "64 to 192 pointwise": Problem(300, 3, 2, 64, 192, 1, 1, (0, 0, 0, 0)),
 }
 CASES = [(name, kind) for name, problem in PROBLEMS.items() for kind in KINDS if problem.has(kind)]
 cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for case in CASES])
@@ -210,8 +219,10 @@ def test_what_it_refuses() -> None:
         (ConvFprop(), (x, Spec((10, 3, 3, 64), "bf16")), "multiples of 8"),
         (ConvFprop(pad=(2**14, 0, 0, 0)), (x, w), "16384"),
         (ConvFprop(), (Spec((2**20, 8, 8, 64), "bf16"), w), "2**31"),
-        (ConvDgrad(image=(8, 8), stride=(2, 2)), (Spec((2, 3, 3, 64), "bf16"), w), "stride 1"),
-        (ConvDgrad(image=(8, 8), act="relu"), (Spec((2, 6, 6, 64), "bf16"), w, x), "activation"),
+        (ConvDgrad(image=(99, 99), stride=(5, 4)), (Spec((2, 20, 25, 64), "bf16"), w), "16 together"),
+        (ConvDgrad(image=(99, 9), stride=(9, 1)), (Spec((2, 11, 7, 64), "bf16"), w), "at most 8"),
+        (ConvDgrad(image=(8, 8), act="gelu"), (Spec((2, 6, 6, 64), "bf16"), w, x), "gelu"),
+        (ConvDgrad(image=(8, 8), add=True), (Spec((2, 6, 6, 64), "bf16"), w, Spec(x.shape)), "f32"),
         (ConvWgrad(filter=(3, 3)), (x, Spec((2, 6, 6, 64), "bf16")), "neither"),
     ]
     for op, inputs, reason in refused:
@@ -229,15 +240,44 @@ def test_skipped_taps_lie_wholly_in_the_padding() -> None:
     for sizes, variant in all_sizes():
         if variant.serves != "tap":
             continue
-        for axis, image, taps, outputs in ((0, sizes.h, sizes.r, sizes.p), (1, sizes.w, sizes.s, sizes.q)):
-            extent = variant.tile[1 - axis]
-            counts = tiles.live_taps(sizes, axis, extent)
-            assert len(counts) == ceil(outputs / extent)
-            for i, count in enumerate(counts):
-                first = [o * sizes.stride[axis] - sizes.pad[axis] for o in range(i * extent, (i + 1) * extent)]
-                hit = [any(0 <= f + t * sizes.dilation[axis] < image for f in first) for t in range(taps)]
-                needed = max(np.flatnonzero(hit)) - min(np.flatnonzero(hit)) + 1 if any(hit) else 1
-                assert needed <= count <= taps
+        for axis, image in ((0, sizes.h), (1, sizes.w)):
+            extent, outputs = variant.tile[1 - axis], sizes.class_outputs[axis]
+            for kind in sizes.classes:
+                counts = tiles.live_taps(sizes, kind, axis, extent)
+                assert len(counts) == ceil(outputs / extent)
+                taps, pad = kind.taps[axis], kind.pad[axis]
+                for i, count in enumerate(counts):
+                    first = [o * sizes.stride[axis] - pad for o in range(i * extent, (i + 1) * extent)]
+                    hit = [any(0 <= f + t * sizes.dilation[axis] < image for f in first) for t in range(taps)]
+                    needed = max(np.flatnonzero(hit)) - min(np.flatnonzero(hit)) + 1 if any(hit) else 1
+                    assert needed <= count <= taps
+
+
+def test_classes_of_a_strided_gradient_meet_every_pair_of_pixels_once() -> None:
+    """dx's pixel h meets the output p by the tap r where h + pad = stride * p + dilation * r."""
+    for extent, pad, stride, dilation, taps in (
+        (7, 1, 2, 1, 3),
+        (9, 0, 3, 2, 4),
+        (8, 3, 4, 2, 3),
+        (5, 2, 1, 3, 2),
+        (1, 1, 3, 1, 1),
+    ):
+        true = {
+            (h, p, r)
+            for h in range(extent)
+            for r in range(taps)
+            for p in range(-40, 40)
+            if h + pad == stride * p + dilation * r
+        }
+        common = gcd(stride, dilation)
+        found = [
+            (kind.first + stride * u, u - kind.pad + i * dilation // common, kind.tap - i * (stride // common))
+            for kind in conv_sm90._residues(extent, pad, stride, dilation, taps)
+            for u in range(ceil((extent - kind.first) / stride))
+            for i in range(kind.taps)
+        ]
+        assert len(found) == len(set(found))
+        assert set(found) == true
 
 
 def test_every_item_is_dealt_once_and_evenly() -> None:
@@ -249,7 +289,7 @@ def test_every_item_is_dealt_once_and_evenly() -> None:
         uneven += 1
         work = Work.of(sizes, variant, H200)
         x, y, z = tiles.patches(sizes, variant.tile)
-        assert sorted(i for items in dealt for i in items) == list(range(x * y * z * work.k_inner))
+        assert sorted(i for items in dealt for i in items) == list(range(x * y * z * len(sizes.classes) * work.k_inner))
         assert len(dealt) == work.slots
         assert all(dealt), "a block without work"
     assert uneven > 20
@@ -345,19 +385,20 @@ def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
     r, s = random.choice([1, 3, 5], 2) if seed % 3 else [random.choice([1, 3, 5])] * 2
     n, h, w = random.integers(1, 6), random.integers(1, 34), random.integers(1, 34)
     pad = random.integers(0, 3, 4) if seed % 2 else [random.integers(0, 3)] * 4
-    stride = random.choice([1, 2], 2) if seed % 4 == 0 else (1, 1)
+    stride = random.choice([1, 2, 3], 2) if seed % 4 == 0 else (1, 1)
     c, k = random.choice([8, 24, 32, 64, 72, 256]), random.choice([8, 16, 64, 72, 128, 256])
     numbers = [int(v) for v in (n, h, w, c, k, r, s)]
     problem = Problem(*numbers, tuple(map(int, pad)), tuple(map(int, stride)))
-    kinds = [kind for kind in (*KINDS, "plain pooled") if problem.has(kind)]
+    others = ("plain pooled", "dgrad add", "dgrad sigmoid", "dgrad pooled add relu")
+    kinds = [kind for kind in (*KINDS, *others) if problem.has(kind)]
     for kind in kinds:
         check_exact(cuda, problem.op(kind), problem.integers(kind, random), f"{problem} {kind}")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fprop", "fused", "pooled", "dgrad", "dgrad pooled"])
 @pytest.mark.parametrize(
-    "name", ["few channels", "64 channels", "many channels", "3x3 image of 1x1 tiles", "pointwise"]
+    "name", ["few channels", "64 channels", "many channels", "3x3 image of 1x1 tiles", "pointwise", "stride 2"]
 )
 def test_real_numbers(cuda: CudaExecutor, name: str, kind: str) -> None:
     """A result errs by its rounding to bf16 and by 2**-19 of the sum of its terms' magnitudes, which fp32 sums keep to."""
@@ -387,6 +428,31 @@ def test_real_numbers(cuda: CudaExecutor, name: str, kind: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["few channels", "many channels", "stride 2"])
+def test_an_epilogue_rounds_once(cuda: CudaExecutor, name: str) -> None:
+    """(sum + addend) * (1 - saved^2), each step in fp32."""
+    problem = PROBLEMS[name]
+    op, operands = problem.op("dgrad add tanh"), problem.normals("dgrad add tanh", random_of(name))
+    value = from_bits(run_op(cuda, op, bits_of(op, operands))[0])
+    (true,) = on_cpu(op, operands)
+    dy, w, saved, addend = operands
+    (magnitude,) = on_cpu(problem.op("dgrad"), [np.abs(dy), np.abs(w)])
+    slack = 2.0**-19 * (magnitude + np.abs(addend)) * (1 + saved**2)
+    assert (np.abs(value - true) <= 2.0**-8 * np.abs(true) + slack).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alias", [2, 3])
+@pytest.mark.parametrize("name", ["64 channels", "many channels", "stride 2", "stride 2 pointwise"])
+def test_dx_may_take_the_place_of_an_operand(cuda: CudaExecutor, name: str, alias: int) -> None:
+    problem = PROBLEMS[name]
+    op, operands = problem.op("dgrad add relu"), problem.integers("dgrad add relu", random_of(name))
+    apart = run_op(cuda, op, bits_of(op, operands))
+    together = run_op(cuda, op, bits_of(op, operands), alias=[(0, alias)])
+    np.testing.assert_array_equal(together[0], apart[0])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fprop", "fused", "pooled", "plain pooled", "dgrad"])
 @pytest.mark.parametrize("c", [24, 64])
 def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, c: int) -> None:
@@ -401,7 +467,7 @@ def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fprop", "pooled", "dgrad"])
+@pytest.mark.parametrize("kind", ["fprop", "pooled", "dgrad", "dgrad add tanh"])
 @pytest.mark.parametrize(
     "problem",
     [
@@ -409,6 +475,8 @@ def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.
         Problem(700, 6, 6, 128, 256),
         Problem(900, 9, 8, 24, 64),
         Problem(600, 7, 7, 256, 128),
+        Problem(60000, 1, 1, 64, 192, 1, 1, (0, 0, 0, 0)),
+        Problem(400, 13, 12, 128, 128, stride=(2, 2)),
     ],
     ids=str,
 )

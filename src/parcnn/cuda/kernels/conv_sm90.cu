@@ -2,8 +2,12 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// act is ReLU or none, pool is none or the 2x2 maximum with 2-bit indices. FLIPPED 1 computes the input gradient of a
-// convolution with stride 1: then x is dy, y is dx, and w is read with its taps in reverse and its two channels exchanged.
+// act is ReLU or none, pool is none or the 2x2 maximum with 2-bit indices.
+// FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
+// exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
+// class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
+//
+//     y = act'(saved) * (addend + the sum above), act from its output.
 //
 // The product is computed transposed, D[channel][pixel] = W[channel][r,s,c] * X[pixel][r,s,c]: a warpgroup owns 64 output
 // channels (the M of wgmma) and a patch of tile_w x tile_h x tile_n pixels (its N, PIXELS: the patch rounded up), because
@@ -17,7 +21,10 @@
 // An X stage serves one tap, or a tile with its halo serves a column of taps (tile_w any), or all of them (tile_w = 8):
 // taps are then other first rows of the same stage, and the groups of eight rows lie `tile_w + s - 1` rows apart. That
 // cuts the traffic from L2, which else limits layers with few channels.
-// The epilogue's staging is the tile's own last X stage, given back when it has drained, or memory of its own.
+// Or a stage serves all groups of channels one after the other (`k_rounds`), where a tile has but one: else a layer with
+// few taps and channels but many outputs reads x from L2 again for each group.
+// The epilogue's staging is the tile's own last X stage, given back when it has drained, or memory of its own. Addend and
+// saved outputs come into it by TMA, and are read as the product's fragments.
 //
 // grid: slots * k_groups blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
 // of channels, w once for each tile (or block); y and idx are written once.
@@ -41,28 +48,29 @@ constexpr int W_STEP = FLIPPED ? 16 * 128 >> 4 : 32 >> 4;  // 16 reduction chann
 constexpr u32 W_SWIZZLE = FLIPPED || CB == 64 ? SWIZZLE_128B : SWIZZLE_64B;
 constexpr int W_ROW_BYTES = FLIPPED ? 128 : ROW_BYTES;
 
-// Addresses of the barriers. `turn`, `staged`, `drained` have one for each consumer.
+// Addresses of the barriers. `turn`, `staged`, `drained`, `operand` have one for each consumer.
 struct Barriers {
-    u32 x_full, x_empty, w_full, w_empty, turn, staged, drained;
+    u32 x_full, x_empty, w_full, w_empty, turn, staged, drained, operand;
 
     __device__ __forceinline__ Barriers(const Problem &g, u32 at) {
         x_full = at, x_empty = x_full + 8 * g.x_stages;
         w_full = x_empty + 8 * g.x_stages, w_empty = w_full + 8 * g.w_stages;
-        turn = w_empty + 8 * g.w_stages, staged = turn + 16, drained = staged + 16;
+        turn = w_empty + 8 * g.w_stages, staged = turn + 16, drained = staged + 16, operand = drained + 16;
     }
     __device__ __forceinline__ void init(const Problem &g) const {
-        for (int i = 0; i < g.x_stages; ++i) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, CONSUMER_WARPS);
+        const int releases = g.k_rounds > 1 ? 8 : CONSUMER_WARPS;
+        for (int i = 0; i < g.x_stages; ++i) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, releases);
         for (int i = 0; i < g.w_stages; ++i) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, CONSUMER_WARPS);
-        for (int i = 0; i < 2; ++i) barrier_init(turn + 8 * i, 4), barrier_init(staged + 8 * i, 4), barrier_init(drained + 8 * i, 1);
+        for (int i = 0; i < 2; ++i) barrier_init(turn + 8 * i, 4), barrier_init(staged + 8 * i, 4);
+        for (int i = 0; i < 2; ++i) barrier_init(drained + 8 * i, 1), barrier_init(operand + 8 * i, 1);
         barrier_init_fence();
     }
 };
 
 // One tap's weights of CHANNELS output channels from k on, reduction channels from c on.
-__device__ __forceinline__ void load_weights(const Problem &g, const TensorMap &w, u32 to, u32 barrier, int c, int tap, int k) {
+__device__ __forceinline__ void load_weights(const TensorMap &w, u32 to, u32 barrier, int c, int tap, int k) {
     if (FLIPPED) {
-        for (int group = 0; group < CHANNELS / 64; ++group)
-            load_tile(to + group * W_GROUP_BYTES, w, barrier, k + group * 64, g.r * g.s - 1 - tap, c);
+        for (int group = 0; group < CHANNELS / 64; ++group) load_tile(to + group * W_GROUP_BYTES, w, barrier, k + group * 64, tap, c);
     } else {
         load_tile(to, w, barrier, c, tap, k);
     }
@@ -73,32 +81,33 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
     Ring x_ring, w_ring;
     if (g.resident) {
         const int taps = g.r * g.s;
-        barrier_expect(bar.w_full, g.c_blocks * taps * W_STAGE_BYTES);
-        for (int block = 0, to = w_base; block < g.c_blocks; ++block)
-            for (int tap = 0; tap < taps; ++tap, to += W_STAGE_BYTES)
-                load_weights(g, w, to, bar.w_full, block * CB, tap, k_group * CHANNELS);
+        barrier_expect(bar.w_full, g.k_rounds * g.c_blocks * taps * W_STAGE_BYTES);
+        u32 to = w_base;
+        for (int group = k_group; group < k_group + g.k_rounds; ++group)
+            for (int block = 0; block < g.c_blocks; ++block)
+                for (int tap = 0; tap < taps; ++tap, to += W_STAGE_BYTES)
+                    load_weights(w, to, bar.w_full, block * CB, tap, group * CHANNELS);
     }
-    for (int round = 0, item; (item = item_at(g, order, slot, round)) >= 0; ++round) {
+    for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
+        if (k_round > 0) continue;
         const Tile t = tile_of(g, item, k_group);
-        const int h = t.h * g.stride_h - g.pad_h, left = t.w * g.stride_w - g.pad_w;
-        for (int block = 0, served = 0; block < g.c_blocks; ++block)
-            for (int s = t.s0; s < t.s1; ++s)
-                for (int r = t.r0; r < t.r1; ++r) {
-                    if (served == 0) {
-                        const u32 full = bar.x_full + 8 * x_ring.stage;
-                        barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
-                        barrier_expect(full, g.x_box_bytes);
-                        load_tile(x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, left + s * g.dilation_w, h + r * g.dilation_h, t.n);
-                        x_ring.next(g.x_stages);
-                    }
-                    if (++served == g.taps_per_load) served = 0;
-                    if (!g.resident) {
-                        const u32 full = bar.w_full + 8 * w_ring.stage;
-                        barrier_wait(bar.w_empty + 8 * w_ring.stage, w_ring.parity ^ 1);
-                        barrier_expect(full, W_STAGE_BYTES);
-                        load_weights(g, w, w_base + w_ring.stage * W_STAGE_BYTES, full, block * CB, r * g.s + s, t.k);
-                        w_ring.next(g.w_stages);
-                    }
+        for (int block = 0; block < g.c_blocks; ++block)
+            for (int s = t.s0; s < t.s1; s += g.load_columns)
+                for (int r = t.r0; r < t.r1; r += g.load_rows) {
+                    const u32 full = bar.x_full + 8 * x_ring.stage;
+                    barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
+                    barrier_expect(full, g.x_box_bytes);
+                    load_tile(x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
+                    x_ring.next(g.x_stages);
+                    if (g.resident) continue;
+                    for (int i = s; i < s + g.load_columns; ++i)
+                        for (int j = r; j < r + g.load_rows; ++j) {
+                            const u32 w_full = bar.w_full + 8 * w_ring.stage;
+                            barrier_wait(bar.w_empty + 8 * w_ring.stage, w_ring.parity ^ 1);
+                            barrier_expect(w_full, W_STAGE_BYTES);
+                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, block * CB, t.tap + j * g.tap_row + i * g.tap_column, t.k);
+                            w_ring.next(g.w_stages);
+                        }
                 }
     }
 }
@@ -107,13 +116,22 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
 __device__ __forceinline__ int kept_from_last(int consumer) { return ALTERNATE ? 0 : consumer; }
 
 #if !POOL
+// y of each class.
+struct OutputMaps {
+    const TensorMap *of[CLASSES];
+
+    __device__ __forceinline__ const TensorMap &operator[](int kind) const {
+        return *(!FLIPPED || kind == 0 ? of[0] : kind == 1 ? of[1] : kind == 2 ? of[2] : of[3]);
+    }
+};
+
 // Write one consumer's staged tiles out.
-__device__ __forceinline__ void write_tiles(const Problem &g, const Order &order, const TensorMap &y, const Barriers &bar, u32 x_base,
+__device__ __forceinline__ void write_tiles(const Problem &g, const Order &order, const OutputMaps &y, const Barriers &bar, u32 x_base,
                                             u32 staging, int slot, int k_group, int consumer) {
     Ring x_ring;
     u32 parity = 0;
-    for (int round = 0, item; (item = item_at(g, order, slot, round)) >= 0; ++round) {
-        const Tile t = tile_of(g, item, k_group);
+    for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
+        const Tile t = tile_of(g, item, k_group + k_round);
         Ring kept = x_ring;
         x_ring.skip(t.loads, g.x_stages);
         if (ALTERNATE && (round & 1) != consumer) continue;
@@ -123,7 +141,7 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
         }
         barrier_wait(bar.staged + 8 * consumer, parity);
         parity ^= 1;
-        store_tile(y, staging, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
+        store_tile(y[t.kind], staging, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
         barrier_arrive(bar.drained + 8 * consumer);
         if (!g.own_staging) barrier_arrive(bar.x_empty + 8 * kept.stage, 4);
     }
@@ -134,6 +152,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     conv_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
 #if POOL
               u16 *__restrict__ y, u8 *__restrict__ idx,
+#elif FLIPPED
+              const __grid_constant__ TensorMap y0, const __grid_constant__ TensorMap y1, const __grid_constant__ TensorMap y2,
+              const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
 #else
               const __grid_constant__ TensorMap y,
 #endif
@@ -146,9 +167,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     if (threadIdx.x == 0) {
         bar.init(g);
         prefetch(x), prefetch(w);
-#if !POOL
-        prefetch(y);
-#endif
     }
     __syncthreads();
 
@@ -156,23 +174,31 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (thread == 0) produce(g, order, x, w, bar, x_base, w_base, slot, k_group);
 #if !POOL
+#if FLIPPED
+        const OutputMaps outputs = {{&y0, &y1, &y2, &y3}};
+#else
+        const OutputMaps outputs = {{&y}};
+#endif
         if (lane == 0 && (warp == 1 || warp == 2))
-            write_tiles(g, order, y, bar, x_base, x_base + g.staging_offset + (warp - 1) * STAGING_BYTES, slot, k_group, warp - 1);
+            write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * STAGING_BYTES, slot, k_group, warp - 1);
 #endif
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         constexpr u32 w_descriptor = 8 * W_ROW_BYTES >> 4 | W_SWIZZLE << 30;
-        const u32 w_own = w_base + (ALTERNATE ? 0 : consumer * W_GROUP_BYTES);
+        const u32 w_own = descriptor_low(w_base + (ALTERNATE ? 0 : consumer * W_GROUP_BYTES));
         Ring x_ring, w_ring;
 #if !POOL
         u32 drained_parity = 1;
 #endif
+#if FLIPPED
+        u32 operand_parity = 0;
+#endif
         float sums[PIXELS / 2];
         if (g.resident) barrier_wait(bar.w_full, 0);
-        for (int round = 0, item; (item = item_at(g, order, slot, round)) >= 0; ++round) {
-            const Tile t = tile_of(g, item, k_group);
+        for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
+            const Tile t = tile_of(g, item, k_group + k_round);
             if (ALTERNATE && (round & 1) != consumer) {
-                x_ring.skip(t.loads, g.x_stages);
+                if (k_round == g.k_rounds - 1) x_ring.skip(t.loads, g.x_stages);
                 if (!g.resident) w_ring.skip(t.taps, g.w_stages);
                 continue;
             }
@@ -182,52 +208,75 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (own_k < g.k) out.bias0 = bias[own_k];
                 if (own_k + 8 < g.k) out.bias1 = bias[own_k + 8];
             }
+#if FLIPPED
+            // Where addend and saved output lie: pixels of all classes.
+            const int dx_w = t.w * g.spread_w + g.classes[t.kind].first_w, dx_h = t.h * g.spread_h + g.classes[t.kind].first_h;
+            if (thread == 0) {
+                if (g.add) prefetch_tile(addend, k, dx_w, dx_h, t.n);
+                if (g.act) prefetch_tile(saved, k, dx_w, dx_h, t.n);
+            }
+#endif
 
             // Products take turns: who looked ahead on a shared ring would find the parity of two phases back.
             if (ALTERNATE && round > 0) barrier_wait(bar.turn + 8 * consumer, (round - 1) / 2 & 1);
-            int x_stage = 0, kept = 0, loads_left = t.loads, taps_left = 0;
+            Ring loaded = x_ring;
+            int kept = 0, loads_left = t.loads;
             int release_x = NONE, release_w = NONE;  // stages of the latest group of wgmma
             u32 add = 0;
-            for (int block = 0; block < g.c_blocks; ++block)
-                for (int s = t.s0; s < t.s1; ++s)
-                    for (int r = t.r0; r < t.r1; ++r) {
-                        if (taps_left == 0) {
-                            taps_left = g.taps_per_load, --loads_left;
-                            x_stage = x_ring.stage;
-                            barrier_wait(bar.x_full + 8 * x_stage, x_ring.parity);
-                            x_ring.next(g.x_stages);
-                        }
-                        --taps_left;
-                        int w_stage = NONE, w_tile = (block * g.r + r) * g.s + s;
-                        if (!g.resident) {
-                            w_tile = w_stage = w_ring.stage;
-                            barrier_wait(bar.w_full + 8 * w_stage, w_ring.parity);
-                            w_ring.next(g.w_stages);
-                        }
-                        const u32 x_at = x_base + x_stage * g.x_stage_bytes + r * g.tap_row_bytes + s * g.tap_column_bytes;
-                        const u64 a = descriptor(w_descriptor, w_own + w_tile * W_STAGE_BYTES), b = descriptor(g.x_descriptor, x_at);
-                        wgmma_fence();
+            // Give back what groups before the latest one have read; then, in turn, what the latest reads.
+            const auto give_back = [&](int x_stage, int w_stage) {
+                if (release_x != NONE || release_w != NONE) {
+                    wgmma_wait<1>();
+                    if (lane == 0) {
+                        if (release_x != NONE) barrier_arrive(bar.x_empty + 8 * release_x);
+                        if (release_w != NONE) barrier_arrive(bar.w_empty + 8 * release_w);
+                    }
+                }
+                release_x = x_stage, release_w = w_stage;
+            };
+            const auto multiply_tap = [&](u32 a, u32 b) {
+                wgmma_fence();
 #pragma unroll
-                        for (int step = 0; step < CB / 16; ++step) {
-                            multiply(sums, a + step * W_STEP, b + step * 2, add);
-                            add = 1;
-                        }
-                        wgmma_commit();
-                        if (release_x != NONE || release_w != NONE) {
-                            wgmma_wait<1>();  // the group before this one is done
-                            if (lane == 0) {
-                                if (release_x != NONE) barrier_arrive(bar.x_empty + 8 * release_x);
-                                if (release_w != NONE) barrier_arrive(bar.w_empty + 8 * release_w);
+                for (int step = 0; step < CB / 16; ++step) {
+                    multiply(sums, descriptor_of(w_descriptor, a + step * W_STEP), descriptor_of(g.x_descriptor, b + step * 2), add);
+                    add = 1;
+                }
+                wgmma_commit();
+            };
+            for (int block = 0; block < g.c_blocks; ++block)
+                for (int s = t.s0; s < t.s1; s += g.load_columns)
+                    for (int r = t.r0; r < t.r1; r += g.load_rows) {
+                        const int x_stage = loaded.stage;
+                        barrier_wait(bar.x_full + 8 * x_stage, loaded.parity);
+                        loaded.next(g.x_stages);
+                        const bool keeps = !g.own_staging && --loads_left == kept_from_last(consumer);
+                        const bool is_last_use = k_round + (ALTERNATE ? 2 : 1) >= g.k_rounds;
+                        const int given_back = keeps || !is_last_use ? NONE : x_stage;
+                        if (keeps) kept = x_stage;
+                        u32 b_column = descriptor_low(x_base + x_stage * g.x_stage_bytes);
+                        int tap = ((k_round * g.c_blocks + block) * g.r * g.s) + t.tap + r * g.tap_row + s * g.tap_column;
+                        for (int i = g.load_columns; i > 0; --i, b_column += g.x_column_step, tap += g.tap_column) {
+                            const int last_x = i == 1 ? given_back : NONE;
+                            u32 b = b_column;
+                            if (g.resident) {
+                                u32 a = w_own + tap * (W_STAGE_BYTES >> 4);
+                                for (int j = g.load_rows; j > 0; --j) {
+                                    multiply_tap(a, b);
+                                    a += g.tap_row * (W_STAGE_BYTES >> 4), b += g.x_row_step;
+                                }
+                                give_back(last_x, NONE);
+                            } else {
+                                for (int j = g.load_rows; j > 0; --j, b += g.x_row_step) {
+                                    const int w_stage = w_ring.stage;
+                                    barrier_wait(bar.w_full + 8 * w_stage, w_ring.parity);
+                                    w_ring.next(g.w_stages);
+                                    multiply_tap(w_own + w_stage * (W_STAGE_BYTES >> 4), b);
+                                    give_back(j == 1 ? last_x : NONE, w_stage);
+                                }
                             }
                         }
-                        release_x = NONE, release_w = w_stage;
-                        if (taps_left == 0) {
-                            if (g.own_staging || loads_left != kept_from_last(consumer))
-                                release_x = x_stage;
-                            else
-                                kept = x_stage;
-                        }
                     }
+            if (k_round == g.k_rounds - 1) x_ring = loaded;
             if (ALTERNATE && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
             wgmma_wait<0>();
             if (lane == 0) {
@@ -263,6 +312,28 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 else
                     named_barrier(3, 256);
             }
+#if FLIPPED
+            const auto bring = [&](const TensorMap &operand) {
+                if (thread == 0) {
+                    barrier_expect(bar.operand + 8 * consumer, g.operand_bytes);
+                    load_tile(staging, operand, bar.operand + 8 * consumer, k, dx_w, dx_h, t.n);
+                }
+                barrier_wait(bar.operand + 8 * consumer, operand_parity);
+                operand_parity ^= 1;
+            };
+            if (g.add) {
+                bring(addend);
+                add_staged<PIXELS>(sums, staging, warp, lane);
+                if (g.act) {
+                    fence_async();
+                    named_barrier(1 + consumer, 128);
+                }
+            }
+            if (g.act) {
+                bring(saved);
+                multiply_by_derivative<PIXELS>(sums, g.act, staging, warp, lane);
+            }
+#endif
             stage_tile<PIXELS>(sums, out, staging, warp, lane);
             fence_async();
             __syncwarp();

@@ -3,44 +3,62 @@
 
 #include "sm90.cuh"
 
-// Twin of the struct that conv_sm90.py builds. Sizes of the convolution that is computed: of dgrad, "image" is dy, "filter"
+// Twin of the structs that conv_sm90.py builds. Sizes of the convolution that is computed: of dgrad, "image" is dy, "filter"
 // is w with its taps in reverse order, C and K are exchanged.
+//
+// A class of outputs: all, or of dgrad with a stride every stride-th, from `first` on; they have the same taps. Each class is
+// a convolution of its own, with stride 1.
+#define CLASSES 4
+struct Class {
+    int r, s;          // taps
+    int pad_h, pad_w;  // top, left
+    int tap;           // the filter's that is their first
+    int first_h, first_w;
+};
+
 struct Problem {
     int h, w, r, s, k;                                             // image, filter, output channels
     int n, p, q;                                                   // images, outputs that are stored (after the pool)
-    int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;  // pad: top, left
+    int stride_h, stride_w, dilation_h, dilation_w;
+    int spread_h, spread_w;                                        // from an output of a class to the next
+    int tap_row, tap_column;                                       // from a tap to the next in the filter
     int c_blocks;                                                  // steps of CB reduction channels
     int tile_n, tile_h, tile_w;                                    // pixels of a tile, before the pool
     int items, slots;                                              // tiles (entries of `Order`); blocks that share a group of channels
     int k_groups;                                                  // groups of output channels that blocks are bound to; 1: none
+    int k_rounds;                                                  // groups that follow each other on one X stage; 1: each loads its own
     int ordered;                                                   // whether `Order` gives the tiles
-    int taps_per_load, loads;                                      // taps that an X stage serves; X stages of a tile where that is not 1
-    int tap_row_bytes, tap_column_bytes;                           // from a tap to the next inside an X stage
+    int load_rows, load_columns, loads;                            // taps that an X stage serves; X stages of a tile where that is not 1x1
+    int x_row_step, x_column_step;                                 // from a tap to the next inside an X stage, 16 bytes each
     u32 x_descriptor;                                              // upper half
     int x_box_bytes, x_stage_bytes, x_stages;                      // bytes that a load brings; of a stage; ring
     int w_stages, resident;                                        // ring, or every tap's weights at once
     int own_staging, staging_offset, barrier_offset;               // whether the epilogue has memory of its own; bytes from the start
+    int add, act, operand_bytes;                                   // dgrad: an addend; activation whose derivative follows; of a tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
-    FastDiv by_k_inner, by_tiles_w, by_tiles_h;                    // channel groups of an item; tiles of an image
+    FastDiv by_class, by_k_inner, by_tiles_w, by_tiles_h;          // tiles of a class; channel groups of an item; tiles of an image
+    FastDiv by_k_rounds;
     FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile
+    Class classes[CLASSES];
 };
 
 // Tiles in the order in which blocks take them, [round][slot]: where taps are skipped, tiles differ in work, and the
 // launcher deals them out, heaviest first. Twin: ORDER_ENTRIES in conv_sm90.py.
-#define ORDER_ENTRIES 1536
+#define ORDER_ENTRIES 1280
 #define NO_ITEM 0xffff
 struct Order {
     u16 items[ORDER_ENTRIES];
 };
 
-// A tile: its first pixel and channel; taps r0 <= r < r1, s0 <= s < s1 are those that reach the image.
+// A tile: its class, its first pixel (of the class) and channel; x's pixel that the first tap meets there; taps
+// r0 <= r < r1, s0 <= s < s1 are those that reach the image, `tap` the filter's of r = s = 0.
 struct Tile {
-    int n, h, w, k, r0, r1, s0, s1, taps, loads;
+    int kind, n, h, w, k, top, left, r0, r1, s0, s1, tap, taps, loads;
 };
 
-// The slot's item of a round; negative after the last one.
-__device__ __forceinline__ int item_at(const Problem &g, const Order &order, int slot, int round) {
-    int at = slot + round * g.slots;
+// The slot's item of a round; negative after the last one. An item takes k_rounds rounds, this is its k_round-th.
+__device__ __forceinline__ int item_at(const Problem &g, const Order &order, int slot, int round, int &k_round) {
+    int at = slot + divide(round, g.by_k_rounds, k_round) * g.slots;
     if (at >= g.items) return -1;
     if (!g.ordered) return at;
     int item = order.items[at];
@@ -54,21 +72,25 @@ __device__ __forceinline__ void live_taps(int first, int last, int extent, int d
     if (begin >= end) begin = 0, end = 1;
 }
 
+// Tile of an item, and of the group of channels that is its k_round-th.
 __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group) {
     Tile t;
     int k_inner, x, y;
+    t.kind = FLIPPED ? divide(item, g.by_class, item) : 0;
+    const Class &outputs = g.classes[t.kind];
     int patch = divide(item, g.by_k_inner, k_inner);
     t.n = divide(divide(patch, g.by_tiles_w, x), g.by_tiles_h, y) * g.tile_n;
     t.h = y * g.tile_h, t.w = x * g.tile_w;
     t.k = (k_group + k_inner) * CHANNELS;
-    if (g.taps_per_load == 1) {
-        int h = t.h * g.stride_h - g.pad_h, w = t.w * g.stride_w - g.pad_w;
-        live_taps(h, h + (g.tile_h - 1) * g.stride_h, g.h, g.dilation_h, g.r, t.r0, t.r1);
-        live_taps(w, w + (g.tile_w - 1) * g.stride_w, g.w, g.dilation_w, g.s, t.s0, t.s1);
+    t.top = t.h * g.stride_h - outputs.pad_h, t.left = t.w * g.stride_w - outputs.pad_w;
+    t.tap = outputs.tap;
+    if (g.loads == 0) {
+        live_taps(t.top, t.top + (g.tile_h - 1) * g.stride_h, g.h, g.dilation_h, outputs.r, t.r0, t.r1);
+        live_taps(t.left, t.left + (g.tile_w - 1) * g.stride_w, g.w, g.dilation_w, outputs.s, t.s0, t.s1);
     } else {
-        t.r0 = t.s0 = 0, t.r1 = g.r, t.s1 = g.s;
+        t.r0 = t.s0 = 0, t.r1 = outputs.r, t.s1 = outputs.s;
     }
     t.taps = (t.r1 - t.r0) * (t.s1 - t.s0) * g.c_blocks;
-    t.loads = g.taps_per_load == 1 ? t.taps : g.loads;
+    t.loads = g.loads == 0 ? t.taps : g.loads;
     return t;
 }

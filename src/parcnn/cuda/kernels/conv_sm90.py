@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil
+from dataclasses import replace
+from math import ceil, gcd
+from typing import NamedTuple, cast
 
 import numpy as np
 
+from parcnn.cuda import tensormap
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
-from parcnn.cuda.kernels.common import fast_div
+from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
-from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_sm90_tiles import Class, Footprint, Sizes, Variant, Work
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.program import Call, Slot
 
@@ -21,9 +24,12 @@ OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE, UNPOOL_SOURCE = "conv_sm90.cu", "conv_unpool.cu"
 THREADS, UNPOOL_THREADS = 384, 256
 # Twins of conv_sm90.cuh's.
-ORDER_ENTRIES, NO_ITEM = 1536, 0xFFFF
+ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
+MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 _NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
+_NO_MAP = bytes(tensormap.NBYTES)
+DgradEpilogue = tuple[Slot | None, Slot | None, str | None]  # addend, saved output, its activation
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -46,10 +52,16 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
         image = (x.shape[1], x.shape[2])
     else:
-        if op.act is not None or op.add:
-            return "the tensor-core input gradient has no activation's derivative and no addend yet"
-        if op.stride != (1, 1):
-            return f"the tensor-core input gradient has stride 1, not {op.stride}"
+        if op.act not in (None, *FROM_OUTPUT):
+            return f"the derivative of {op.act} does not follow from its output"
+        if max(op.stride) > MAX_ELEMENT_STRIDE or op.stride[0] * op.stride[1] > MAX_STRIDES:
+            return (
+                f"an input gradient's strides are at most {MAX_ELEMENT_STRIDE}, {MAX_STRIDES} together, got {op.stride}"
+            )
+        others = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
+        wrong = [spec.dtype for spec in cast("list[Spec]", others) if spec.dtype != "bf16"]
+        if wrong:
+            return f"the tensor-core convolutions take bf16 operands, not {wrong[0]}"
         image = op.image
     k, r, s, c = w.shape
     if c % CHANNEL_UNIT or k % CHANNEL_UNIT:
@@ -73,24 +85,39 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best first (`conv_sm90_tiles.candidates`)."""
-    return list(tiles.candidates(_sizes(call), device))
+    sizes = _sizes(call)
+    return list(tiles.candidates(sizes, device)) if sizes.classes else []
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """The convolution, behind a pass that unpools dy where there is a pool; `variant` forces one of `candidates`."""
+    """The convolution; of dgrad with a stride, one for each four classes of pixels, and a pass over those that no tap
+    reaches. Before it, a pass that unpools dy where there is a pool. `variant` forces one of `candidates`."""
+    op, sizes = call.op, _sizes(call)
     if 0 in call.outputs[0].spec.shape:
         return []
-    sizes = _sizes(call)
-    chosen = variant or tiles.candidates(sizes, device)[0]
-    if isinstance(call.op, ConvFprop):
+    if isinstance(op, ConvFprop):
         x, w, *bias = call.inputs
-        return [_convolution(sizes, chosen, device, call.outputs, x, w, bias[0] if bias else None, call.op.act)]
-    dy, w, *idx = call.inputs
-    if not idx:
-        return [_convolution(sizes, chosen, device, call.outputs, dy, w)]
-    if call.workspace is None:
-        raise ValueError("an input gradient behind a pool needs its workspace")
-    return [unpool(dy, idx[0], call.workspace), _convolution(sizes, chosen, device, call.outputs, call.workspace, w)]
+        chosen = variant or tiles.candidates(sizes, device)[0]
+        return [_convolution(sizes, chosen, device, call.outputs, x, w, bias[0] if bias else None, op.act)]
+    if not isinstance(op, ConvDgrad):
+        raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
+    named = cast("dict[str, Slot]", op.operands(call.inputs))
+    dy, w, result = named["dy"], named["w"], []
+    epilogue = (named.get("addend"), named.get("saved"), op.act)
+    if not sizes.classes:
+        return [_unreached(sizes, call.outputs[0], *epilogue)]
+    chosen = variant or tiles.candidates(sizes, device)[0]
+    if op.pool:
+        if call.workspace is None:
+            raise ValueError("an input gradient behind a pool needs its workspace")
+        result.append(unpool(dy, named["idx"], call.workspace))
+        dy = call.workspace
+    for first in range(0, len(sizes.classes), CLASSES):
+        some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
+        result.append(_convolution(some, chosen, device, call.outputs, dy, w, dgrad=epilogue))
+    if len(sizes.classes) < min(sizes.spread[0], sizes.p) * min(sizes.spread[1], sizes.q):
+        result.append(_unreached(sizes, call.outputs[0], *epilogue))
+    return result
 
 
 def variants() -> Iterable[Kernel]:
@@ -103,9 +130,11 @@ def variants() -> Iterable[Kernel]:
             if tiles.pools_in_registers(True, 8, channels) and count % 16 == 0:
                 yield _kernel(count, cb, channels, 2, False)
     yield UNPOOL
+    yield UNREACHED
 
 
 UNPOOL = Kernel(UNPOOL_SOURCE, "conv_unpool")
+UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")
 
 
 def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool) -> Kernel:
@@ -119,18 +148,57 @@ def _sizes(call: Call) -> Sizes:
         conv = Conv.of(op, call.inputs[0].spec, filters)
         p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
         return Sizes(
-            conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.pad, conv.dilation,
-            conv.pool is not None,
+            conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.dilation,
+            conv.pool is not None, (Class((conv.r, conv.s), conv.pad),), tap_steps=(conv.s, 1),
         )  # fmt: skip
     if isinstance(op, ConvDgrad):
         conv = Conv.of(op, call.outputs[0].spec, filters)
         p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
-        pad = (conv.dilation[0] * (conv.r - 1) - conv.pad[0], conv.dilation[1] * (conv.s - 1) - conv.pad[1])
+        common = (gcd(conv.stride[0], conv.dilation[0]), gcd(conv.stride[1], conv.dilation[1]))
+        steps = (conv.stride[0] // common[0], conv.stride[1] // common[1])
+        dilation = (conv.dilation[0] // common[0], conv.dilation[1] // common[1])
         return Sizes(
-            conv.n, p, q, conv.k, conv.c, conv.r, conv.s, conv.h, conv.w, (1, 1), pad, conv.dilation, False,
-            flipped=True,
+            conv.n, p, q, conv.k, conv.c, conv.r, conv.s, conv.h, conv.w, (1, 1), dilation, False, _classes(conv),
+            conv.stride, (-steps[0] * conv.s, -steps[1]), flipped=True,
         )  # fmt: skip
     raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
+
+
+def _classes(conv: Conv) -> tuple[Class, ...]:
+    """dgrad's classes that some tap reaches, most taps first."""
+    rows = _residues(conv.h, conv.pad[0], conv.stride[0], conv.dilation[0], conv.r)
+    columns = _residues(conv.w, conv.pad[1], conv.stride[1], conv.dilation[1], conv.s)
+    classes = [
+        Class((h.taps, w.taps), (h.pad, w.pad), h.tap * conv.s + w.tap, (h.first, w.first))
+        for h in rows
+        for w in columns
+    ]
+    return tuple(sorted(classes, key=lambda c: -c.taps[0] * c.taps[1]))
+
+
+class _Residue(NamedTuple):
+    """Class, along one axis."""
+
+    first: int
+    taps: int
+    pad: int
+    tap: int
+
+
+def _residues(extent: int, pad: int, stride: int, dilation: int, taps: int) -> list[_Residue]:
+    """Pixels first, first + stride, ... of an axis that some tap reaches.
+
+    dx's pixel h = first + stride * u meets the output p where h + pad = stride * p + dilation * r: with the taps r in
+    reverse, every (stride / gcd)-th of them, p advances by dilation / gcd from tap to tap, and by one with u.
+    """
+    apart = dilation // gcd(stride, dilation)
+    found = []
+    for first in range(min(stride, extent)):
+        reach = [r for r in range(taps) if (first + pad - r * dilation) % stride == 0]
+        if reach:
+            output = (first + pad - reach[0] * dilation) // stride
+            found.append(_Residue(first, len(reach), (len(reach) - 1) * apart - output, reach[-1]))
+    return found
 
 
 def _convolution(
@@ -142,6 +210,7 @@ def _convolution(
     w: Slot,
     bias: Slot | None = None,
     act: str | None = None,
+    dgrad: DgradEpilogue = (None, None, None),
 ) -> Launch:
     tile = Footprint.of(sizes, variant.serves, variant.tile, variant.channels)
     if tile is None:
@@ -151,16 +220,29 @@ def _convolution(
     kernel = _kernel(tile.pixels, tile.cb, variant.channels, sizes.pool + in_registers, sizes.flipped)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(variant.own_staging)
-    weights = ceil(sizes.c / tile.cb) * sizes.r * sizes.s if variant.resident else variant.w_stages
+    resident = work.k_rounds * ceil(sizes.c / tile.cb) * sizes.r * sizes.s
+    weights = resident if variant.resident else variant.w_stages
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + (2 * tile.staging_bytes if variant.own_staging else 0)
-    problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act)
-    y: tuple[Argument, ...] = outputs if sizes.pool else (_y_map(outputs[0], sizes, variant),)
+    problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
     args: tuple[Argument, ...] = (
-        _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *y, bias, problem, order or bytes(2 * ORDER_ENTRIES),
+        _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad), bias,
+        problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, 1, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.BARRIER_BYTES)
+
+
+def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: DgradEpilogue) -> tuple[Argument, ...]:
+    """What the kernel writes: y and idx, or a map of y; of dgrad, one for each class, and maps of addend and saved output."""
+    if sizes.pool:
+        return outputs
+    maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
+    if not sizes.flipped:
+        return tuple(maps)
+    maps += [_NO_MAP] * (CLASSES - len(maps))
+    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in dgrad[:2]]
+    return tuple(maps)
 
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
@@ -185,31 +267,39 @@ def _problem(
     order: bytes | None,
     offsets: tuple[int, int],
     act: str | None,
+    dgrad: DgradEpilogue,
 ) -> Struct:
     """`Problem` of conv_sm90.cuh."""
     w, h, n = variant.tile
     x_tiles, y_tiles, z_tiles = tiles.patches(sizes, variant.tile)
-    items = x_tiles * y_tiles * z_tiles * work.k_inner
+    items = tiles.items(sizes, variant.tile) * work.k_inner
     if order is not None:
         items = int(np.flatnonzero(np.frombuffer(order, np.uint16) != NO_ITEM)[-1]) + 1
     row_bytes = 2 * tile.cb
-    taps_per_load = {"tap": 1, "column": sizes.r, "window": sizes.r * sizes.s}[variant.serves]
     blocks = ceil(sizes.c / tile.cb)
+    load_rows, load_columns, loads, row_step, column_step = {
+        "tap": (1, 1, 0, 0, 0),
+        "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * row_bytes, 0),
+        "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
+    }[variant.serves]
     p, q = (sizes.p // 2, sizes.q // 2) if sizes.pool else (sizes.p, sizes.q)
     group_bytes = (tile.pitch if variant.serves == "window" else 8) * row_bytes
     swizzle = 1 if tile.cb == 64 else 2
     before = (
         sizes.h, sizes.w, sizes.r, sizes.s, sizes.k, sizes.n, p, q,
-        *sizes.stride, *sizes.pad, *sizes.dilation,
-        blocks, n, h, w, items, work.slots, work.k_groups, int(order is not None),
-        taps_per_load, blocks * sizes.r * sizes.s // taps_per_load,
-        0 if variant.serves == "tap" else tile.pitch * row_bytes, row_bytes if variant.serves == "window" else 0,
+        *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
+        blocks, n, h, w, items, work.slots, work.k_groups, work.k_rounds, int(order is not None),
+        load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
     after = (
         tile.x_box_bytes, tile.x_stage_bytes(variant.own_staging), variant.x_stages,
         variant.w_stages, int(variant.resident), int(variant.own_staging), *offsets,
+        int(dgrad[0] is not None), act_code(dgrad[2]), w * h * n * 128,
     )  # fmt: skip
-    divisors = (work.k_inner, x_tiles, y_tiles, max(1, w // 2), max(1, h // 2))
+    of_class = x_tiles * y_tiles * z_tiles * work.k_inner
+    divisors = (of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, max(1, w // 2), max(1, h // 2))
+    kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
+    classes = (v for c in kinds for v in (*c.taps, *c.pad, c.tap, *c.first))
     return Struct(
         (
             *(np.int32(v) for v in before),
@@ -217,6 +307,7 @@ def _problem(
             *(np.int32(v) for v in after),
             np.uint32(0 if act == "relu" else _NEGATIVE_INFINITIES),
             *(fast_div(d) for d in divisors),
+            *(np.int32(v) for v in classes),
         )
     )
 
@@ -226,8 +317,20 @@ def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     return image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
 
 
-def _y_map(y: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
-    return image_map(y, (sizes.k, sizes.q, sizes.p, sizes.n), (64, *variant.tile), (), 64)
+def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
+    """Of a class's outputs."""
+    (down, along), (h, w) = sizes.spread, kind.first
+    dims = (sizes.k, ceil((sizes.q - w) / along), ceil((sizes.p - h) / down), sizes.n)
+    row = 2 * sizes.k * sizes.q
+    strides = (2 * sizes.k * along, row * down, row * sizes.p)
+    return TensorMap(y, dims, strides, (64, *variant.tile), (), "128B", offset=h * row + 2 * w * sizes.k)
+
+
+def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
+    """Of what an epilogue reads: a class's pixels of a tensor like dx."""
+    (w, h, n), (down, along) = variant.tile, sizes.spread
+    dims = (sizes.k, sizes.q, sizes.p, sizes.n)
+    return image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64)
 
 
 def image_map(
@@ -258,4 +361,25 @@ def unpool(dy: Slot, idx: Slot, out: Slot) -> Launch:
         (ceil(chunks / UNPOOL_THREADS), 1, 1),
         (UNPOOL_THREADS, 1, 1),
         (dy, idx, out, np.int32(chunks), divisors),
+    )
+
+
+def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, act: str | None) -> Launch:
+    """The launch that writes the pixels of dx that no tap reaches."""
+    reached = [0, 0]  # bits: rows, columns by their remainder
+    for kind in sizes.classes:
+        for axis in (0, 1):
+            reached[axis] |= 1 << kind.first[axis]
+    chunks = dx.spec.size // CHANNEL_UNIT
+    pixels = Struct(
+        (
+            *(fast_div(d) for d in (sizes.k // CHANNEL_UNIT, sizes.q, sizes.p, sizes.spread[0], sizes.spread[1])),
+            *(np.uint32(bits) for bits in reached),
+        )
+    )
+    return Launch(
+        UNREACHED,
+        (ceil(chunks / UNPOOL_THREADS), 1, 1),
+        (UNPOOL_THREADS, 1, 1),
+        (addend, saved, dx, np.int32(chunks), np.int32(act_code(act)), pixels),
     )

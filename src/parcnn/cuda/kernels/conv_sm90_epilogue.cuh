@@ -25,9 +25,50 @@ __device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) 
     return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
 }
 
+// Where the thread's first row (of the matrices it addresses) of the staged tile is: pairs of its matrices lie 1024 bytes apart.
+__device__ __forceinline__ u32 matrix_address(u32 staging, int warp, int lane) {
+    return chunk_address(staging, (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1));
+}
+
+// Each of the thread's sums with the staged tile's value there: use(sum, value).
+template <int Pixels, typename Use> __device__ __forceinline__ void with_staged(float (&sums)[Pixels / 2], u32 staging, int warp, int lane, Use use) {
+    const u32 at = matrix_address(staging, warp, lane);
+#pragma unroll
+    for (int j = 0; j < Pixels / 8; j += 2) {
+        u32 v[4];
+        const int matrices = j + 1 < Pixels / 8 ? 4 : 2;
+        if (matrices == 4)
+            load_matrices(at + j * 1024, v[0], v[1], v[2], v[3]);
+        else
+            load_matrices(at + j * 1024, v[0], v[1]);
+#pragma unroll
+        for (int i = 0; i < matrices; ++i) {
+            float *s = sums + j * 4 + 2 * i;
+            s[0] = use(s[0], low_bf16(v[i]));
+            s[1] = use(s[1], high_bf16(v[i]));
+        }
+    }
+}
+
+template <int Pixels> __device__ __forceinline__ void add_staged(float (&sums)[Pixels / 2], u32 staging, int warp, int lane) {
+    with_staged<Pixels>(sums, staging, warp, lane, [](float sum, float addend) { return sum + addend; });
+}
+
+// By the derivative of an activation of which the tile holds the output: ReLU, tanh or sigmoid.
+template <int Pixels>
+__device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2], int act, u32 staging, int warp, int lane) {
+    if (act == ACT_RELU) {
+        with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_RELU>);
+    } else if (act == ACT_TANH) {
+        with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_TANH>);
+    } else {
+        with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_SIGMOID>);
+    }
+}
+
 // Write the tile's rows.
 template <int Pixels> __device__ __forceinline__ void stage_tile(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
-    u32 at = chunk_address(staging, (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1));
+    const u32 at = matrix_address(staging, warp, lane);
 #pragma unroll
     for (int j = 0; j < Pixels / 8; j += 2) {
         u32 v[4];

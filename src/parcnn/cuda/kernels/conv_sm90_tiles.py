@@ -23,11 +23,21 @@ PIXELS = {
 MOST_CANDIDATES = 8
 
 
+class Class(NamedTuple):
+    """Outputs that the same taps reach, in each direction every `spread`-th from `first` on: their taps, rows and columns,
+    their padding at the top and the left, and the filter's tap that is their first."""
+
+    taps: tuple[int, int]
+    pad: tuple[int, int]
+    tap: int = 0
+    first: tuple[int, int] = (0, 0)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The convolution that the kernel computes. Of dgrad: of dy, with the filters' taps reversed and channels exchanged.
 
-    p, q: outputs that are computed, before the pool (then even).
+    p, q: outputs that are computed, before the pool (then even). They fall into classes, most taps first.
     """
 
     n: int
@@ -40,25 +50,34 @@ class Sizes:
     p: int
     q: int
     stride: tuple[int, int]
-    pad: tuple[int, int]  # top, left
     dilation: tuple[int, int]
     pool: bool
+    classes: tuple[Class, ...]
+    spread: tuple[int, int] = (1, 1)
+    tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
     flipped: bool = False
 
     @property
     def plain(self) -> bool:
         """Whether taps are neighbouring pixels, so that they can share a stage."""
-        return self.stride == self.dilation == (1, 1) and self.r * self.s > 1
+        return self.stride == self.dilation == self.spread == (1, 1) and self.r * self.s > 1
+
+    @property
+    def class_outputs(self) -> tuple[int, int]:
+        """Rows and columns of the largest class."""
+        return ceil(self.p / self.spread[0]), ceil(self.q / self.spread[1])
 
 
 class Shape(NamedTuple):
     """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
-    images; its output channels, 64 or 128; X stages, where not as many as fit."""
+    images; its output channels, 64 or 128; X stages, where not as many as fit; whether a stage serves all groups of
+    output channels."""
 
     serves: str
     tile: tuple[int, int, int]
     channels: int
     x_stages: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,7 @@ class Variant:
     """A way to run a problem: a tile and its use of shared memory.
 
     resident: all weights of a block's channels stay there. own_staging: the epilogue does not borrow an X stage.
+    shared: an X stage serves all groups of output channels, one after the other.
     """
 
     serves: str
@@ -75,9 +95,10 @@ class Variant:
     own_staging: bool
     x_stages: int
     w_stages: int
+    shared: bool = False
 
     def __str__(self) -> str:
-        flags = " resident" * self.resident + " staging" * self.own_staging
+        flags = " resident" * self.resident + " staging" * self.own_staging + " shared" * self.shared
         return f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}{flags} {self.x_stages}/{self.w_stages}"
 
 
@@ -103,7 +124,7 @@ class Footprint:
         halo = serves != "tap"
         pitch = w + sizes.s - 1 if serves == "window" else w
         rows = h + sizes.r - 1 if halo else h
-        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n)
+        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, w * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
             fits = fits and sizes.plain and n == 1 and (serves == "column" or w == 8)
@@ -129,22 +150,29 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
     where tiles have too few loads to borrow from, or few bytes for it to hurt.
     """
-    serves, tile, channels, x_stages = shape
+    serves, tile, channels, x_stages, shared = shape
     takes = Footprint.of(sizes, serves, tile, channels)
     if takes is None:
         return None
     blocks, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
-    live = [live_taps(sizes, axis, tile[1 - axis]) for axis in (0, 1)]
-    loads = blocks * {"tap": min(live[0]) * min(live[1]), "column": sizes.s, "window": 1}[serves]
-    scarce = loads < (1 if channels == 64 else 2)
-    own_staging = scarce or takes.cb == 32 or (taps == 1 and not sizes.pool)
+    groups = ceil(sizes.k / channels) if shared else 1
+    if shared and (blocks * taps > 1 or groups == 1):
+        return None
+    if serves == "tap":
+        least = min(min(live_taps(sizes, c, 0, tile[1])) * min(live_taps(sizes, c, 1, tile[0])) for c in sizes.classes)
+    else:
+        least = {"column": sizes.s, "window": 1}[serves]
+    scarce = blocks * least < (1 if channels == 64 else 2)
+    own_staging = scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool)
     left = device.shared_bytes_per_block - BARRIER_BYTES - (2 * takes.staging_bytes if own_staging else 0)
     stage = takes.x_stage_bytes(own_staging)
-    weights = blocks * taps * takes.w_stage_bytes
+    weights = groups * blocks * taps * takes.w_stage_bytes
     resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
     enough = 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
-    if resident_stages >= max(enough, x_stages):
-        return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1)
+    if resident_stages >= max(2 if shared else enough, x_stages):
+        return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1, shared)
+    if shared:
+        return None
     x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
     w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
     if x < 2 or w < 2:
@@ -153,10 +181,12 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
 
 
 @lru_cache(maxsize=4096)
-def live_taps(sizes: Sizes, axis: int, extent: int) -> tuple[int, ...]:
-    """Taps along an axis (0: h) that reach the image from each tile of `extent` outputs; `live_taps` of conv_sm90.cuh."""
-    image, taps, outputs = ((sizes.h, sizes.r, sizes.p), (sizes.w, sizes.s, sizes.q))[axis]
-    stride, pad, dilation = sizes.stride[axis], sizes.pad[axis], sizes.dilation[axis]
+def live_taps(sizes: Sizes, kind: Class, axis: int, extent: int) -> tuple[int, ...]:
+    """Taps along an axis (0: h) that reach the image from each tile of `extent` of a class's outputs; `live_taps` of
+    conv_sm90.cuh."""
+    image, outputs = (sizes.h, sizes.w)[axis], sizes.class_outputs[axis]
+    stride, dilation = sizes.stride[axis], sizes.dilation[axis]
+    taps, pad = kind.taps[axis], kind.pad[axis]
     counts = []
     for first in range(-pad, outputs * stride - pad, extent * stride):
         last = first + (extent - 1) * stride
@@ -167,8 +197,15 @@ def live_taps(sizes: Sizes, axis: int, extent: int) -> tuple[int, ...]:
 
 
 def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tiles along the width, the height and the images."""
-    return ceil(sizes.q / tile[0]), ceil(sizes.p / tile[1]), ceil(sizes.n / tile[2])
+    """Tiles of a class along the width, the height and the images."""
+    p, q = sizes.class_outputs
+    return ceil(q / tile[0]), ceil(p / tile[1]), ceil(sizes.n / tile[2])
+
+
+def items(sizes: Sizes, tile: tuple[int, int, int]) -> int:
+    """Tiles of all classes, of one group of channels."""
+    x, y, z = patches(sizes, tile)
+    return x * y * z * len(sizes.classes)
 
 
 @dataclass(frozen=True)
@@ -180,6 +217,7 @@ class Work:
     slots: int
     k_groups: int  # groups of channels that blocks are bound to
     k_inner: int  # groups of channels that are items of their own
+    k_rounds: int  # groups of channels of an item
 
     @classmethod
     def of(cls, sizes: Sizes, variant: Variant, device: Device) -> Work:
@@ -187,18 +225,18 @@ class Work:
         it bounds were measured). An epilogue hides behind the other consumer's product where they alternate."""
         tile = _footprint(sizes, variant)
         product = tile.cb / 16 * tile.pixels / 2 * variant.channels / 64
-        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant)
+        groups = ceil(sizes.k / variant.channels)
+        k_rounds = groups if variant.shared else 1
+        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant) / k_rounds
         traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
         tap = 20 + _overlapped(product, traffic)
         epilogue = 400 + (5 if sizes.pool else 2.5) * tile.pixels
         if variant.channels == 64:
-            main = tap * sizes.r * sizes.s * ceil(sizes.c / tile.cb)
+            main = tap * sizes.r * sizes.s * ceil(sizes.c / tile.cb) / len(sizes.classes)
             epilogue = max(0, epilogue - main) / 2
-        groups = ceil(sizes.k / variant.channels)
-        x, y, z = patches(sizes, variant.tile)
-        k_groups, k_inner = (groups, 1) if variant.resident else (1, groups)
-        slots = min(max(1, device.sm_count // k_groups), x * y * z * k_inner)
-        return cls(tap, epilogue, slots, k_groups, k_inner)
+        k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
+        slots = min(max(1, device.sm_count // k_groups), items(sizes, variant.tile) * k_inner)
+        return cls(k_rounds * tap, k_rounds * epilogue, slots, k_groups, k_inner, k_rounds)
 
 
 def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
@@ -206,16 +244,15 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     work = Work.of(sizes, variant, device)
     tile = _footprint(sizes, variant)
     blocks = ceil(sizes.c / tile.cb)
-    x, y, z = patches(sizes, variant.tile)
-    items = x * y * z * work.k_inner
+    count = items(sizes, variant.tile) * work.k_inner
     if variant.serves == "tap":
-        rows, columns = live_taps(sizes, 0, variant.tile[1]), live_taps(sizes, 1, variant.tile[0])
-        taps, most = sum(rows) * sum(columns) / (x * y), max(rows) * max(columns)
-        uneven = min(rows) * min(columns) < most
+        each = _taps_of_tiles(sizes, variant)
+        taps, most = sum(each) / len(each), max(each)
+        uneven = min(each) < most
     else:
         taps, most, uneven = sizes.r * sizes.s, sizes.r * sizes.s, False
     mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
-    busiest = items / work.slots * mean + 0.3 * largest if uneven else ceil(items / work.slots) * mean
+    busiest = count / work.slots * mean + 0.3 * largest if uneven else ceil(count / work.slots) * mean
     waves = ceil(work.slots * work.k_groups / device.sm_count)
     start = 2500 + (blocks * sizes.r * sizes.s * tile.w_stage_bytes / 40 if variant.resident else 0)
     pixels = sizes.n * (sizes.h * sizes.w * sizes.c + sizes.p * sizes.q * sizes.k / (4 if sizes.pool else 1))
@@ -231,14 +268,16 @@ def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
     # The best of each kernel and way to serve: alike tiles cost alike.
     kinds: dict[tuple[object, ...], Variant] = {}
     for variant in estimated:
-        kinds.setdefault((variant.serves, variant.channels, _footprint(sizes, variant).pixels), variant)
+        kind = (variant.serves, variant.channels, variant.shared, _footprint(sizes, variant).pixels)
+        kinds.setdefault(kind, variant)
     return tuple(dict.fromkeys([*(v for v in measured if v), *list(kinds.values())[:MOST_CANDIDATES]]))
 
 
 def _shapes(sizes: Sizes) -> Iterator[Shape]:
     """Tiles that may pay: whole rows or even parts of them, whole images, one or two pixels of many images."""
     even = 2 if sizes.pool else 1
-    widths = {_round_up(ceil(sizes.q / parts), even) for parts in range(1, 9)} | {8, even}
+    p, q = sizes.class_outputs
+    widths = {_round_up(ceil(q / parts), even) for parts in range(1, 9)} | {8, even}
     for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
@@ -247,35 +286,49 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 highest = pixels // w // even * even
                 if highest == 0:
                     continue
-                h = _round_up(ceil(sizes.p / ceil(sizes.p / highest)), even)
+                h = _round_up(ceil(p / ceil(p / highest)), even)
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
-                    yield Shape("tap", (w, height, min(pixels // (w * height), sizes.n, MAX_BOX)), channels)
+                    tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
+                    yield Shape("tap", tile, channels)
+                    if sizes.r * sizes.s == 1:
+                        yield Shape("tap", tile, channels, shared=True)
 
 
 def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
     """The items of each slot, heaviest first to the least loaded; None where all items are equal.
 
-    An item is (image group, row, column, group of channels), counted in this order.
+    An item is (class, image group, row, column, group of channels), counted in this order.
     """
-    rows, columns = live_taps(sizes, 0, variant.tile[1]), live_taps(sizes, 1, variant.tile[0])
-    if variant.serves != "tap" or (len(set(rows)) == 1 and len(set(columns)) == 1):
+    if variant.serves != "tap":
+        return None
+    taps = _taps_of_tiles(sizes, variant)
+    if len(set(taps)) == 1:
         return None
     work = Work.of(sizes, variant, device)
     blocks = ceil(sizes.c / _footprint(sizes, variant).cb)
+    images, of_class = patches(sizes, variant.tile)[2], len(taps) // len(sizes.classes)
     costs = [
-        blocks * r * s * work.tap_cycles + work.tile_cycles for r in rows for s in columns for _ in range(work.k_inner)
+        blocks * count * work.tap_cycles + work.tile_cycles
+        for first in range(0, len(taps), of_class)
+        for _ in range(images)
+        for count in taps[first : first + of_class]
+        for _ in range(work.k_inner)
     ]
-    count = len(costs) * patches(sizes, variant.tile)[2]
-    order = sorted(range(count), key=lambda item: -costs[item % len(costs)])
     slots: list[list[int]] = [[] for _ in range(work.slots)]
     loads = [(0.0, slot) for slot in range(work.slots)]
-    for item in order:
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
         load, slot = loads[0]
         slots[slot].append(item)
-        heapq.heapreplace(loads, (load + costs[item % len(costs)], slot))
+        heapq.heapreplace(loads, (load + costs[item], slot))
     return slots
+
+
+def _taps_of_tiles(sizes: Sizes, variant: Variant) -> list[int]:
+    """Taps of each tile of one image (group), class by class, where a stage serves one."""
+    w, h, _ = variant.tile
+    return [r * s for c in sizes.classes for r in live_taps(sizes, c, 0, h) for s in live_taps(sizes, c, 1, w)]
 
 
 def _overlapped(first: float, second: float) -> float:
@@ -299,9 +352,10 @@ def _round_up(value: int, multiple: int = 1024) -> int:
 
 
 def _key(sizes: Sizes) -> tuple[int | bool, ...]:
-    side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, sizes.pad[0], sizes.pool)
-    square = sizes.r == sizes.s and sizes.pad[0] == sizes.pad[1]
-    return side if square and sizes.stride == sizes.dilation == (1, 1) else ()
+    pad = sizes.classes[0].pad
+    side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, pad[0], sizes.pool)
+    square = sizes.r == sizes.s and pad[0] == pad[1]
+    return side if square and sizes.stride == sizes.dilation == sizes.spread == (1, 1) else ()
 
 
 # (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200 with a prototype of this kernel. dgrad finds its

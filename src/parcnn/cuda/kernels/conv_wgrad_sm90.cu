@@ -157,7 +157,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         for (int tile = item.begin; tile < item.end; ++tile, ring.next(g.stages)) {
             const u32 offset = ring.stage * g.stage_bytes;
             barrier_wait(full + 8 * ring.stage, ring.parity);
-            u64 a = descriptor(g.dy_descriptor, own_dy + offset), b = descriptor(g.x_descriptor, g.x_leading_bytes, own_x + offset);
+            u64 a = descriptor_of(g.dy_descriptor, descriptor_low(own_dy + offset)), b = descriptor(g.x_descriptor, g.x_leading_bytes, own_x + offset);
             wgmma_fence();
             multiply(sums, a, b, add);
             wgmma_commit();

@@ -79,6 +79,12 @@ __device__ __forceinline__ void load_tile(u32 to, const TensorMap &map, u32 barr
                  : "memory");
 }
 
+// Bring a tile into L2.
+__device__ __forceinline__ void prefetch_tile(const TensorMap &map, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1,%2,%3,%4}];" ::"l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+                 : "memory");
+}
+
 // Write a tile out and return when shared memory has been read. The writers of the tile must have passed `fence_async`
 // and a barrier.
 __device__ __forceinline__ void store_tile(const TensorMap &map, u32 from, int c0, int c1, int c2, int c3) {
@@ -107,6 +113,18 @@ __device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1) {
 
 __device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1, u32 m2, u32 m3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+// Load what `store_matrices` stores, from the same addresses.
+__device__ __forceinline__ void load_matrices(u32 at, u32 &m0, u32 &m1) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];" : "=r"(m0), "=r"(m1) : "r"(at) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 at, u32 &m0, u32 &m1, u32 &m2, u32 &m3) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)
+                 : "r"(at)
                  : "memory");
 }
 

@@ -204,9 +204,10 @@ template <int Pending> __device__ __forceinline__ void wgmma_wait() {
 #define SWIZZLE_64B 2u
 __device__ __forceinline__ u32 descriptor_high(u32 group_stride_bytes, u32 swizzle) { return group_stride_bytes >> 4 | swizzle << 30; }
 
-// Descriptor of the tile at shared-memory address `at`: of an operand one swizzle span wide, or of one of several spans along
-// its rows (a transposed operand's m or n), `leading_bytes` apart.
-__device__ __forceinline__ u64 descriptor(u32 high, u32 at) { return (u64)high << 32 | 1u << 16 | (at & 0x3FFFF) >> 4; }
+// Descriptor of the tile at shared-memory address `at`: its lower half, of an operand one swizzle span wide, which counts
+// 16 bytes; or the whole, of several spans along its rows (a transposed operand's m or n), `leading_bytes` apart.
+__device__ __forceinline__ u32 descriptor_low(u32 at) { return 1u << 16 | (at & 0x3FFFF) >> 4; }
+__device__ __forceinline__ u64 descriptor_of(u32 high, u32 low) { return (u64)high << 32 | low; }
 __device__ __forceinline__ u64 descriptor(u32 high, u32 leading_bytes, u32 at) {
     return (u64)high << 32 | (u64)(leading_bytes >> 4) << 16 | (at & 0x3FFFF) >> 4;
 }
