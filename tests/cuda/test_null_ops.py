@@ -84,14 +84,23 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (ChannelSlice(1, 4), [f32(2, 3, 5)]),
     (ToChannelsFirst(), [f32(2, 3, 5, 7)]),
     (ToChannelsLast((3, 5, 7)), [f32(2, 105)]),
+    (Cat(), [bf16(2, 3, 5), bf16(2, 3, 1), bf16(2, 3, 24)]),
+    (ChannelSlice(8, 16), [bf16(2, 3, 24)]),
+    (ToChannelsFirst(), [bf16(2, 4, 4, 16)]),
+    (ToChannelsLast((3, 5, 7)), [bf16(2, 105)]),
     (CrossEntropy(), [f32(33, 10), i32(33)]),
+    (CrossEntropy(), [bf16(33, 10), i32(33)]),
+    (CrossEntropy(), [bf16(4097, 1000), i32(4097)]),
+    (MeanSquaredError(), [bf16(33, 7), f32(33, 7)]),
     (CrossEntropy(train=False), [f32(4097, 1000), i32(4097)]),
     (MeanSquaredError(), [f32(33, 7), f32(33, 7)]),
     (SgdUpdate(count=2, momentum=0.9), [f32(4, 4), i32(8), *[f32(5, 3), f32(7)] * 3]),
     (AdamUpdate(count=1), [f32(4, 4), i32(8), *[f32(5, 3)] * 4]),
     (GatherBatch(batch=5, scale=(1.0,) * 3, shift=(0.0,) * 3), [u8(9, 4, 4, 3), i32(9), i32(20), i32(8)]),
+    (GatherBatch(batch=5, dtype="bf16", flip=True), [f32(9, 4, 4, 3), f32(9, 2), i32(20), i32(8)]),
     (EndStep(batch=5), [i32(8), f32(4), f32(1), i32(4), i32(1)]),
     (WriteOutput(), [f32(5, 10), i32(8), f32(20, 10)]),
+    (WriteOutput(), [bf16(5, 10), i32(8), bf16(20, 10)]),
 ]
 
 

@@ -4,6 +4,7 @@
 #pragma once
 
 typedef unsigned char u8;
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -163,7 +164,7 @@ template <int Pending> __device__ __forceinline__ void copy_async_wait() {
 // ---- Elements of tensors: float, or bf16, the upper half of a float --------------------------------------------------
 
 struct bf16 {
-    unsigned short bits;
+    u16 bits;
 };
 
 // Two floats as bf16, `low` in the lower half, each rounded to the nearest, ties to even; every NaN becomes 0x7fff.
@@ -258,7 +259,7 @@ template <int V> __device__ __forceinline__ void store(bf16 *p, const Floats<V> 
     else if constexpr (V == 2)
         store_word(p, round_bf16x2(r.v[0], r.v[1]));
     else
-        p->bits = (unsigned short)round_bf16x2(r.v[0], 0.0f);
+        p->bits = (u16)round_bf16x2(r.v[0], 0.0f);
 }
 
 template <int V> __device__ __forceinline__ Floats<V> splat(float value) {

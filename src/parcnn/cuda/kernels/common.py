@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from parcnn.ops.base import ACTIVATIONS, Spec
 
 ELEMENTS = {"f32": "float", "bf16": "bf16"}  # the kernels' macro ELEMENT for each type of tensors that they compute on
 VECTOR_WIDTHS = {"f32": (4, 1), "bf16": (8, 4, 1)}
+WORDS = {2: "u16", 4: "u32", 8: "uint2", 16: "uint4"}  # what is moved at once, by its bytes
 
 
 def fast_div(divisor: int) -> Struct:
@@ -47,6 +49,11 @@ def vector_width(*runs: int, dtype: str = "f32") -> int:
     """
     widths = VECTOR_WIDTHS[dtype]
     return next(width for width in widths if not any(run % width for run in runs))
+
+
+def word_bytes(*runs_bytes: int) -> int:
+    """The largest of WORDS that every run is a multiple of, so that accesses are aligned."""
+    return gcd(max(WORDS), *runs_bytes)
 
 
 def lanes_for(vectors: int, most: int) -> int:

@@ -6,11 +6,13 @@
 //
 // gather_batch: grid (batch, chunks of a sample); a block does 4 * 256 groups of VEC neighbouring elements of one sample,
 //   whose random words one of its threads draws. The first chunk also copies the sample's targets.
-// write_output: a block of 256 threads does 1024 elements.
+// write_output: a block of 256 threads does 1024 words, which it moves as bits.
 // Bytes: every element read once and written once.
-// Preconditions: order's entries are samples of `images`; x starts on 16 bytes; VEC = 4 only with a sample of a multiple of
-// 4 elements, with augmentation a row of as many. Product and sum round apart (no fused multiply-add), as NumPy rounds them.
-// Macros: IMAGE (u8 or float), VEC, AUGMENT (0 or 1): gather_batch only.
+// Preconditions: order's entries are samples of `images`; tensors start on 16 bytes; VEC = 4 only with a sample of a multiple
+// of 4 elements, with augmentation a row of as many; WORD divides a row. Product and sum round apart (no fused multiply-add),
+// as NumPy rounds them.
+// Macros: IMAGE (u8 or float), ELEMENT (float or bf16, the type of x), VEC, AUGMENT (0 or 1): gather_batch only.
+// WORD: write_output only.
 #include "common.cuh"
 
 #define THREADS 256
@@ -77,7 +79,7 @@ __device__ __forceinline__ Floats<VEC> load_moved(const IMAGE *source, const Ima
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, const int *__restrict__ order,
-             const int *__restrict__ state, float *__restrict__ x, u32 *__restrict__ batch_targets, Image image,
+             const int *__restrict__ state, ELEMENT *__restrict__ x, u32 *__restrict__ batch_targets, Image image,
              int target_words, int flip, int shift_px, const __grid_constant__ Normalise normalise) {
     // Lanes ask for entries of different channels: an argument's bank would serve them one after the other.
     __shared__ float scales[MAX_ENTRIES], shifts[MAX_ENTRIES];
@@ -86,7 +88,7 @@ gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, 
     size_t sample = order[place];
     int elements = image.height * image.width * image.channels;
     const IMAGE *source = images + sample * elements;
-    float *result = x + (size_t)blockIdx.x * elements;
+    ELEMENT *result = x + (size_t)blockIdx.x * elements;
 
     if (threadIdx.x < MAX_ENTRIES) {
         scales[threadIdx.x] = normalise.scale[threadIdx.x];
@@ -125,6 +127,18 @@ gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, 
         store<VEC>(result + i, value);
     }
 }
+#elif defined(WORD)
+// n words in all, `row` of them a sample.
+extern "C" __global__ void __launch_bounds__(THREADS)
+write_output(const WORD *__restrict__ y, const int *__restrict__ state, WORD *__restrict__ out, long long n, int row) {
+    WORD *target = out + (size_t)state[2] * row;
+    long long first = (long long)blockIdx.x * (GROUPS * THREADS) + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < GROUPS; ++j) {
+        long long i = first + j * THREADS;
+        if (i < n) store_word(target + i, load_word<WORD>(y + i));
+    }
+}
 #else
 // Null logs are not kept.
 extern "C" __global__ void end_step(int *state, float *losses, const float *loss, int *corrects, const int *correct, int batch,
@@ -138,21 +152,5 @@ extern "C" __global__ void end_step(int *state, float *losses, const float *loss
     state[0] = step + 1;
     state[1] = train_step + train;
     state[2] = first + batch;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS)
-write_output(const float *__restrict__ y, const int *__restrict__ state, float *__restrict__ out, long long n, int row) {
-    float *target = out + (size_t)state[2] * row;
-    long long first = (long long)blockIdx.x * (GROUPS * THREADS);
-    if (row % 4 == 0) {
-        long long i = first + 4 * threadIdx.x;
-        if (i < n) store<4>(target + i, load<4>(y + i));
-        return;
-    }
-#pragma unroll
-    for (int j = 0; j < GROUPS; ++j) {
-        long long i = first + j * THREADS + threadIdx.x;
-        if (i < n) target[i] = y[i];
-    }
 }
 #endif

@@ -13,7 +13,8 @@
 // Bytes: predictions and targets read once, the gradient written once.
 // Preconditions: tensors start on 16 bytes; the gradient may be the predictions' own memory:
 // a lane reads and writes the same elements. KEPT << lanes_log2 is at least `classes`, or lanes_log2 is 5.
-// Macro: KEPT (cross_entropy only).
+// Macros: ELEMENT (float or bf16), the type of predictions and gradients; targets, losses and all sums are floats. KEPT:
+// cross_entropy only. sum_partials has none.
 #include "common.cuh"
 
 #define THREADS 1024  // of the largest block
@@ -45,7 +46,7 @@ __device__ __forceinline__ void sum_block(float &total, int &hits) {
 
 // loss and correct: of the whole batch where there is one block; else element blockIdx.x of the partial sums, unscaled.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
-cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, int *correct, float *dlogits, int rows,
+cross_entropy(const ELEMENT *logits, const int *__restrict__ labels, float *loss, int *correct, ELEMENT *dlogits, int rows,
               int classes, int lanes_log2, float smoothing) {
     int lanes = 1 << lanes_log2, lane = threadIdx.x & (lanes - 1), turn_classes = KEPT << lanes_log2;
     int rows_a_turn = gridDim.x * (blockDim.x >> lanes_log2);
@@ -63,7 +64,7 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
 #pragma unroll
             for (int k = 0; k < KEPT; ++k) {
                 int c = first + lane + (k << lanes_log2);
-                if (c < own_classes) kept[k] = logits[start + c];
+                if (c < own_classes) kept[k] = load<1>(logits + start + c).v[0];
             }
         };
 
@@ -115,7 +116,7 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
                     if (c < own_classes) {
                         float e = classes > turn_classes ? expf(kept[k] - largest) : kept[k];
                         float target = c == label ? 1.0f - smoothing + rest : rest;
-                        dlogits[start + c] = (e * scale - target) * share;
+                        store<1>(dlogits + start + c, {(e * scale - target) * share});
                     }
                 }
             }
@@ -133,9 +134,9 @@ cross_entropy(const float *logits, const int *__restrict__ labels, float *loss, 
         correct[blockIdx.x] = hits;
     }
 }
-#else
+#elif defined(ELEMENT)
 extern "C" __global__ void __launch_bounds__(THREADS)
-mean_squared_error(const float *pred, const float *__restrict__ target, float *loss, float *dpred, long long n) {
+mean_squared_error(const ELEMENT *pred, const float *__restrict__ target, float *loss, ELEMENT *dpred, long long n) {
     float total = 0.0f, scale = 2.0f / (float)n;
     int none = 0;
     long long step = 4LL * gridDim.x * blockDim.x;
@@ -152,7 +153,7 @@ mean_squared_error(const float *pred, const float *__restrict__ target, float *l
     sum_block(total, none);
     if (threadIdx.x == 0) loss[blockIdx.x] = gridDim.x == 1 ? total / (float)n : total;
 }
-
+#else
 // One block. corrects null: there is nothing to count.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_partials(const float *losses, const int *corrects, float *loss, int *correct, int partials, float divisor) {

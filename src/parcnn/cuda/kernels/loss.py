@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import lanes_for, refuse_dtype, refuse_size
+from parcnn.cuda.kernels.common import ELEMENTS, lanes_for, refuse_dtype, refuse_size
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
@@ -23,15 +23,16 @@ MAX_THREADS = 1024  # of a block on its own
 ROWS_OF_ONE_BLOCK, FOURS_OF_ONE_BLOCK = 2, 4
 FEW_KEPT, MANY_KEPT = 4, 32  # logits that a lane keeps
 
-_MEAN_SQUARED_ERROR, _SUM = (Kernel("loss.cu", entry) for entry in ("mean_squared_error", "sum_partials"))
+_SUM = Kernel("loss.cu", "sum_partials")
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
-    floats = inputs[:1] if isinstance(op, CrossEntropy) else inputs
-    if isinstance(op, CrossEntropy) and inputs[1].dtype != "i32":
-        return f"labels must be i32, they are {inputs[1].dtype}"
-    return refuse_dtype(*floats) or refuse_size(*floats)
+    pred, target = inputs
+    wanted = "i32" if isinstance(op, CrossEntropy) else "f32"
+    if target.dtype != wanted:
+        return f"targets of {op.name} must be {wanted}, they are {target.dtype}"
+    return refuse_dtype(pred, among=tuple(ELEMENTS)) or refuse_size(pred)
 
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
@@ -56,11 +57,13 @@ def launches(call: Call, device: Device) -> list[Launch]:
         gradient = call.outputs[2] if op.train else None
         lanes_log2, kept = _lanes(classes)
         sizes = (np.int32(rows), np.int32(classes), np.int32(lanes_log2), np.float32(op.label_smoothing))
-        kernel, args = _cross_entropy(kept), (pred, target, sums, counts, gradient, *sizes)
+        kernel = _cross_entropy(kept, pred.spec.dtype)
+        args = (pred, target, sums, counts, gradient, *sizes)
         last = (sums, counts, loss, correct, np.int32(blocks), np.float32(rows))
     elif isinstance(op, MeanSquaredError):
         gradient = call.outputs[1] if op.train else None
-        kernel, args = _MEAN_SQUARED_ERROR, (pred, target, sums, gradient, np.int64(pred.spec.size))
+        kernel = _mean_squared_error(pred.spec.dtype)
+        args = (pred, target, sums, gradient, np.int64(pred.spec.size))
         last = (sums, None, loss, None, np.int32(blocks), np.float32(pred.spec.size))
     else:
         raise TypeError(op.name)
@@ -70,11 +73,18 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return *(_cross_entropy(kept) for kept in (FEW_KEPT, MANY_KEPT)), _MEAN_SQUARED_ERROR, _SUM
+    for dtype in ELEMENTS:
+        yield from (_cross_entropy(kept, dtype) for kept in (FEW_KEPT, MANY_KEPT))
+        yield _mean_squared_error(dtype)
+    yield _SUM
 
 
-def _cross_entropy(kept: int) -> Kernel:
-    return Kernel("loss.cu", "cross_entropy", (("KEPT", kept),))
+def _cross_entropy(kept: int, dtype: str) -> Kernel:
+    return Kernel("loss.cu", "cross_entropy", (("KEPT", kept), ("ELEMENT", ELEMENTS[dtype])))
+
+
+def _mean_squared_error(dtype: str) -> Kernel:
+    return Kernel("loss.cu", "mean_squared_error", (("ELEMENT", ELEMENTS[dtype]),))
 
 
 def _lanes(classes: int) -> tuple[int, int]:

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div, refuse_dtype, refuse_size, vector_width
+from parcnn.cuda.kernels.common import ELEMENTS, WORDS, fast_div, refuse_dtype, refuse_size, word_bytes
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import ITEM_BYTES, Op, Spec
 from parcnn.ops.program import Call, Slot
 from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
 
@@ -20,18 +20,17 @@ TILE_ELEMENTS = 2048
 MAX_GRID_YZ = 65535
 
 WARP = 32
-WARP_ROWS, WARP_COLS = 32, 16  # of a warp of transpose4
-
-_TRANSPOSE, _TRANSPOSE4 = Kernel("shape.cu", "transpose"), Kernel("shape.cu", "transpose4")
+ROW_BYTES = 16  # of a thread's square of elements
+WARP_ROWS, WARP_COLS = 8, 4  # squares of a warp
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
     outputs = op.infer(*inputs)
-    reason = refuse_dtype(*inputs) or refuse_size(*inputs, *outputs)
+    reason = refuse_dtype(*inputs, among=tuple(ELEMENTS)) or refuse_size(*inputs, *outputs)
     if reason is None and isinstance(op, ToChannelsFirst | ToChannelsLast):
         rows, cols = _matrix(op, inputs[0], outputs[0])
-        if vector_width(rows, cols) == 4:
+        if _square_side(inputs[0].dtype, rows, cols):
             return None
         tiles = [-(-extent // tile) for extent, tile in zip((rows, cols), _tile(rows, cols), strict=True)]
         if max(tiles) > MAX_GRID_YZ:
@@ -57,35 +56,49 @@ def launches(call: Call, device: Device) -> list[Launch]:
     if isinstance(op, ChannelSlice):
         return [_copy_channels(x, y, op.stop - op.start, op.start, 0)]
     rows, cols = _matrix(op, x.spec, y.spec)
+    side = _square_side(x.spec.dtype, rows, cols)
     args: tuple[Argument, ...]
-    if vector_width(rows, cols) == 4:
-        row_tiles, col_tiles = -(-rows // WARP_ROWS), -(-cols // WARP_COLS)
+    if side:
+        row_tiles, col_tiles = -(-rows // (side * WARP_ROWS)), -(-cols // (side * WARP_COLS))
         tiles = x.spec.shape[0] * row_tiles * col_tiles
         args = (x, y, np.int32(tiles), np.int32(rows), np.int32(cols), fast_div(col_tiles), fast_div(row_tiles))
-        return [Launch(_TRANSPOSE4, (-(-tiles * WARP // THREADS), 1, 1), (THREADS, 1, 1), args)]
+        kernel = _transpose_kernel("transpose_squares", x.spec.dtype)
+        return [Launch(kernel, (-(-tiles * WARP // THREADS), 1, 1), (THREADS, 1, 1), args)]
     tile_rows, tile_cols = _tile(rows, cols)
     args = (x, y, np.int32(rows), np.int32(cols), fast_div(tile_rows), fast_div(tile_cols))
     grid = (x.spec.shape[0], -(-rows // tile_rows), -(-cols // tile_cols))
-    return [Launch(_TRANSPOSE, grid, (THREADS, 1, 1), args)]
+    return [Launch(_transpose_kernel("transpose", x.spec.dtype), grid, (THREADS, 1, 1), args)]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return _copy_kernel(1), _copy_kernel(4), _TRANSPOSE, _TRANSPOSE4
+    yield from (_copy_kernel(nbytes) for nbytes in WORDS)
+    yield from (_transpose_kernel(entry, dtype) for entry in ("transpose", "transpose_squares") for dtype in ELEMENTS)
 
 
-def _copy_kernel(width: int) -> Kernel:
-    return Kernel("shape.cu", "copy_channels", (("VEC", width),))
+def _copy_kernel(nbytes: int) -> Kernel:
+    return Kernel("shape.cu", "copy_channels", (("WORD", WORDS[nbytes]),))
+
+
+def _transpose_kernel(entry: str, dtype: str) -> Kernel:
+    return Kernel("shape.cu", entry, (("BITS", WORDS[ITEM_BYTES[dtype]]),))
 
 
 def _copy_channels(x: Slot, y: Slot, channels: int, x_start: int, y_start: int) -> Launch:
     """Copy `channels` channels of every row, from channel x_start of x to channel y_start of y."""
-    x_stride, y_stride = x.spec.shape[-1], y.spec.shape[-1]
-    width = vector_width(channels, x_stride, y_stride, x_start, y_start)
-    count = x.spec.size // x_stride * channels // width
-    sizes = (np.int32(v) for v in (x_stride, x_start, y_stride, y_start))
-    args: tuple[Argument, ...] = (x, y, np.int32(count), fast_div(channels // width), *sizes)
-    return Launch(_copy_kernel(width), (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
+    runs = (channels, x.spec.shape[-1], x_start, y.spec.shape[-1], y_start)
+    runs_bytes = [run * ITEM_BYTES[x.spec.dtype] for run in runs]
+    nbytes = word_bytes(*runs_bytes)
+    words, *places = (run // nbytes for run in runs_bytes)
+    count = x.spec.size // x.spec.shape[-1] * words
+    args: tuple[Argument, ...] = (x, y, np.int32(count), fast_div(words), *(np.int32(v) for v in places))
+    return Launch(_copy_kernel(nbytes), (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
+
+
+def _square_side(dtype: str, rows: int, cols: int) -> int:
+    """Elements in a row of the squares that tile a matrix; 0 where none do."""
+    side = ROW_BYTES // ITEM_BYTES[dtype]
+    return 0 if rows % side or cols % side else side
 
 
 def _matrix(op: Op, x: Spec, y: Spec) -> tuple[int, int]:
