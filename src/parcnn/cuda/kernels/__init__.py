@@ -10,6 +10,9 @@ from parcnn.cuda.kernels import (
     batch_norm,
     conv_dgrad,
     conv_fprop,
+    conv_mma_dgrad,
+    conv_mma_fprop,
+    conv_mma_wgrad,
     conv_sm90,
     conv_wgrad,
     conv_wgrad_sm90,
@@ -92,7 +95,21 @@ def family_name(launcher: Launcher) -> str:
 
 
 REGISTRY = Registry(
-    [conv_fprop, conv_dgrad, conv_wgrad, pool, pointwise, batch_norm, shape, loss, update, feed],
+    [
+        conv_fprop,
+        conv_dgrad,
+        conv_wgrad,
+        conv_mma_fprop,
+        conv_mma_dgrad,
+        conv_mma_wgrad,
+        pool,
+        pointwise,
+        batch_norm,
+        shape,
+        loss,
+        update,
+        feed,
+    ],
     Path(__file__).parent,
     only_on={"sm_90a": [conv_sm90, conv_wgrad_sm90]},
 )

@@ -1,0 +1,138 @@
+"""The host's side of `conv_mma.cuh`: what the bf16 kernels for mma.sync take, the shapes of a block, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
+from parcnn.cuda.launch import Device
+from parcnn.ops.base import Spec
+from parcnn.ops.conv import ConvGeometry
+
+CHUNK = 8  # bf16 that are copied at once
+MAX_GROUPS = 65535  # of a grid's second and third dimension
+_SHARED_PER_SM_BEYOND_BLOCK = 1024  # an SM has that much more than the most that one block may have
+_RESERVED_SHARED_BYTES = 1024
+_REGISTERS_PER_SM, _THREADS_PER_SM = 65536, 1536
+
+
+class Tile(NamedTuple):
+    """Shape of a block: its outputs, depth of a stage, warps along each side, stages of the ring."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps_m: int
+    warps_n: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def ring_bytes(self) -> int:
+        return 2 * self.stages * self.bk * (self.bm + self.bn)
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        return tuple(zip(("BM", "BN", "BK", "WARPS_M", "WARPS_N", "STAGES"), self, strict=True))
+
+    def resident(self, shared_bytes: int, device: Device) -> int:
+        """Blocks that are on an SM at once; an estimate, as the registers are not known here."""
+        sums = self.bm * self.bn // self.threads
+        registers = self.threads * min(255, 72 + sums + sums // 2)
+        room = device.shared_bytes_per_block + _SHARED_PER_SM_BEYOND_BLOCK
+        shared = room // (shared_bytes + _RESERVED_SHARED_BYTES)
+        return max(1, min(shared, _REGISTERS_PER_SM // registers, _THREADS_PER_SM // self.threads))
+
+    def __str__(self) -> str:
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.warps_m}x{self.warps_n}/{self.stages}"
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A convolution's sizes, those of all groups in `conv`."""
+
+    conv: Conv
+    groups: int
+
+    @classmethod
+    def of(cls, op: ConvGeometry, image: Spec, filters: Spec) -> Grouped:
+        """The convolution of `image` (N,H,W,C) with `filters` (K,R,S,C/groups)."""
+        if op.groups == 1:
+            return cls(Conv.of(op, image, filters), 1)
+        n, h, w, c = image.shape
+        k, r, s, _ = filters.shape
+        p, q = op.pooled_hw(h, w, r, s)
+        return cls(Conv(n, h, w, c, k, r, s, p, q, op.stride, op.pad[:2], op.dilation, op.pool), op.groups)
+
+    @property
+    def channels(self) -> int:
+        """Of a group."""
+        return self.conv.c // self.groups
+
+    @property
+    def filters(self) -> int:
+        """Of a group."""
+        return self.conv.k // self.groups
+
+    @property
+    def depth(self) -> int:
+        """Elements of a filter."""
+        return self.conv.r * self.conv.s * self.channels
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """Rows and columns of outputs before the pool, of those that the pool's floor keeps."""
+        conv = self.conv
+        return (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
+
+
+def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]) -> str | None:
+    """Why the bf16 kernels cannot run a convolution of these tensors of bf16; None where they can."""
+    for spec in tensors:
+        if spec.dtype != "bf16":
+            return f"the bf16 convolution kernels take bf16 operands, not {spec.dtype}"
+        if spec.size * (4 if op.pool else 1) >= 2**31:
+            return f"an operand has {spec.size} elements; the kernels address fewer than 2**31, a fourth behind a pool"
+    if op.groups > MAX_GROUPS:
+        return f"a grid has at most {MAX_GROUPS} groups, not {op.groups}"
+    span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
+    if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
+        return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"
+    return None
+
+
+def vector(channels: int) -> int:
+    """How many channels are copied at once, in runs of so many."""
+    return CHUNK if channels % CHUNK == 0 else 1
+
+
+def channel_block(channels: int, depth: int) -> int:
+    """Channels that the taps are walked for at a time: a stage's where they divide, so that taps that share pixels follow
+    each other and L1 keeps them (else all)."""
+    return depth if channels % depth == 0 else channels
+
+
+def cycles(tile: Tile, blocks: int, depth: float, gathers: float, shared_bytes: int, device: Device) -> float:
+    """Estimated clock cycles of `blocks` blocks that each reduce over `depth`: what the choice of a tile rests on.
+
+    The larger of what the busiest SM does and of what the rounds of its resident blocks take, each at a block's own pace.
+    An SM multiplies 1300 bf16 pairs a cycle by mma.sync, reads 128 bytes of shared memory and copies 40 from L2;
+    `gathers` is the elements of a stage that go through registers one by one.
+    """
+    steps = ceil(depth / tile.bk)
+    warp_m, warp_n = tile.bm // tile.warps_m, tile.bn // tile.warps_n
+    warps = tile.threads // 32
+    products = tile.bm * tile.bn * tile.bk / 1300
+    reads = warps * (warp_m + warp_n) * tile.bk * 2 / 128
+    copies = (tile.bm + tile.bn) * tile.bk * 2 / 40
+    step = max(products, reads, copies) + 0.2 * (reads + copies) + gathers * 10 / 128
+    work = 300 + steps * step + tile.bm * tile.bn / 16
+    alone = 2000 + steps * max(250.0, step)
+    resident = tile.resident(shared_bytes, device)
+    return max(ceil(blocks / device.sm_count) * work, ceil(blocks / (device.sm_count * resident)) * alone)

@@ -1,0 +1,138 @@
+"""Launcher of conv_mma_dgrad.cu: gradient of a bf16 convolution's input on the tensor cores of sm_80 and later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil, gcd
+from typing import cast
+
+import numpy as np
+
+from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.kernels.conv_common import POOL_CODES
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, channel_block, cycles, refuse, vector
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
+from parcnn.ops.conv import ConvDgrad
+from parcnn.ops.program import Call, Slot
+
+OPS: tuple[type[Op], ...] = (ConvDgrad,)
+SOURCE = "conv_mma_dgrad.cu"
+
+_WIDE, _TALL, _LARGE = Tile(128, 256, 32, 2, 4, 4), Tile(256, 128, 32, 4, 2, 4), Tile(128, 128, 32, 2, 2, 4)
+_NARROW, _MEDIUM, _SMALL = Tile(256, 64, 32, 4, 1, 4), Tile(128, 64, 32, 4, 1, 4), Tile(64, 64, 32, 2, 2, 4)
+_FEW, _FEWEST = Tile(128, 32, 32, 4, 1, 4), Tile(64, 16, 64, 2, 1, 4)
+_GATHERED, _FEW_GATHERED = Tile(128, 64, 32, 4, 1, 3), Tile(64, 16, 32, 4, 1, 3)
+# (ROUTED, VEC_A, VEC_B): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
+TILES_OF = {
+    (0, 8, 8): (_WIDE, _TALL, _LARGE, _NARROW, _MEDIUM, _SMALL, _FEW, _FEWEST),
+    (0, 8, 1): (_GATHERED, _FEW_GATHERED),
+    (0, 1, 1): (_GATHERED, _FEW_GATHERED),
+    (1, 8, 8): (Tile(128, 128, 32, 4, 2, 3), _GATHERED, Tile(64, 64, 32, 2, 2, 3)),
+    (1, 8, 1): (_FEW_GATHERED,),
+    (1, 1, 1): (_FEW_GATHERED,),
+}
+Variant = Tile
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if not isinstance(op, ConvDgrad):
+        return f"{op.name} is not a convolution's input gradient"
+    if op.act not in (None, *FROM_OUTPUT):
+        return f"the derivative of {op.act} does not follow from its output"
+    _, r, s, _ = inputs[1].shape
+    tensors = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
+    return refuse(op, (*cast("list[Spec]", tensors), *op.infer(*inputs)), op.image, (r, s))
+
+
+def workspace_bytes(
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+) -> int:
+    """None is needed."""
+    return 0
+
+
+def candidates(call: Call, device: Device) -> list[Variant]:
+    """Tiles that can run the call, best estimate first."""
+    op, sizes = _sizes(call)
+    routed, vec_a, vec_b = key = _key(op, sizes)
+    classes = op.stride[0] * op.stride[1]
+    depth = sizes.conv.r * sizes.conv.s * sizes.filters / classes
+    costs = {}
+    for tile in TILES_OF[key]:
+        shared_bytes = _shared_bytes(tile)
+        if shared_bytes <= device.shared_bytes_per_block:
+            blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
+            gathers = (tile.bm * (vec_a == 1) + tile.bn * (vec_b == 1)) * tile.bk
+            costs[tile] = cycles(tile, blocks, depth, gathers, shared_bytes, device) * (1.2 if routed else 1)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
+    """One launch; `variant` forces one of `candidates`."""
+    op, sizes = _sizes(call)
+    rows, classes = _class_rows(sizes), op.stride[0] * op.stride[1]
+    if rows == 0:
+        return []
+    tile = variant or candidates(call, device)[0]
+    named = cast("dict[str, Slot]", op.operands(call.inputs))
+    n_tiles = ceil(sizes.channels / tile.bn)
+    args: tuple[Argument, ...] = (
+        named["dy"], named["w"], named.get("idx"), named.get("saved"), named.get("addend"), call.outputs[0],
+        _problem(sizes, tile, rows, n_tiles, op.act),
+    )  # fmt: skip
+    grid = (ceil(rows / tile.bm) * classes * n_tiles, sizes.groups, 1)
+    return [Launch(_kernel(tile, _key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
+
+
+def variants() -> Iterable[Kernel]:
+    """Every kernel that `launches` may name."""
+    yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+
+
+def _sizes(call: Call) -> tuple[ConvDgrad, Grouped]:
+    op = call.op
+    if not isinstance(op, ConvDgrad):
+        raise TypeError(f"{op.name} is not a convolution's input gradient")
+    return op, Grouped.of(op, call.outputs[0].spec, call.inputs[1].spec)
+
+
+def _key(op: ConvDgrad, sizes: Grouped) -> tuple[int, int, int]:
+    vec_a = vector(sizes.filters)
+    return int(op.pool is not None), vec_a, vector(sizes.channels) if vec_a > 1 else 1
+
+
+def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:
+    flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), key, strict=True))
+    return Kernel(SOURCE, "conv_mma_dgrad", (*tile.defines, *flags))
+
+
+def _shared_bytes(tile: Tile) -> int:
+    """The ring, where the outputs lie in the end."""
+    return max(tile.ring_bytes, 2 * tile.bm * tile.bn)
+
+
+def _class_rows(sizes: Grouped) -> int:
+    """Pixels of a class."""
+    conv = sizes.conv
+    return conv.n * ceil(conv.h / conv.stride[0]) * ceil(conv.w / conv.stride[1])
+
+
+def _problem(sizes: Grouped, tile: Tile, rows: int, n_tiles: int, act: str | None) -> Struct:
+    """`Problem` of conv_mma_dgrad.cu."""
+    conv = sizes.conv
+    (stride_h, stride_w), (dilation_h, dilation_w) = conv.stride, conv.dilation
+    common_h, common_w = gcd(stride_h, dilation_h), gcd(stride_w, dilation_w)
+    step_h, step_w = stride_h // common_h, stride_w // common_w
+    block = channel_block(sizes.filters, tile.bk)
+    numbers = (
+        rows, conv.h, conv.w, conv.c, *sizes.outputs, conv.k, sizes.channels, sizes.filters, block, conv.r, conv.s,
+        *conv.stride, *conv.pad, *conv.dilation, step_h, step_w, dilation_h // common_h, dilation_w // common_w,
+        POOL_CODES[conv.pool], act_code(act), n_tiles, stride_h * stride_w,
+    )  # fmt: skip
+    divisors = (
+        ceil(conv.h / stride_h), ceil(conv.w / stride_w), block,
+        ceil(conv.s / step_w), max(1, conv.s // step_w), ceil(conv.r / step_h), max(1, conv.r // step_h),
+    )  # fmt: skip
+    return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))

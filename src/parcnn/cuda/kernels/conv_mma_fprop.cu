@@ -1,0 +1,210 @@
+// bf16 convolution forward with bias, activation and 2x2 pooling on the tensor cores of sm_80 and later; x (N,H,W,C),
+// w (K,R,S,C/groups), y (N,P,Q,K) bf16, bias fp32.
+//
+//     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
+//
+// Implicit GEMM. M = output pixels, N = filters of a group, reduction (block of channels, r, s, channel of the block). grid (N
+//   tiles fastest, then M tiles; groups); block and warps as in conv_mma.cuh, both operands row-wise.
+// POOL = 1: a group of 32 rows is eight windows: rows i, i + 8, i + 16 and i + 24 are a window's pixels, which one thread
+//   holds in its sums. Values are rounded before they are compared.
+// VEC = 8: channels are copied by 16 bytes; VEC = 1: elements are gathered through registers, whatever their number.
+//
+// Bytes: x is read once from memory (its overlap and its repetition over N tiles comes from L1 and L2), w once, y and the 2-bit
+// indices are written once.
+// Preconditions: pointers aligned to 16 bytes; VEC = 8 needs C/groups % 8 == 0; every tensor has less than 2^31 elements; image
+// sides and filter spans are below 2^14; with a maximum and groups, K/groups % 4 == 0.
+//
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, VEC, POOL.
+
+#include "conv_mma.cuh"
+
+// Twin of the struct that conv_mma_fprop.py builds.
+struct Problem {
+    int rows;              // output pixels, of which windows after the pool count four
+    int h, w, c, k;        // image; channels of a pixel of x and of y
+    int group_c, group_k;  // channels, filters of a group
+    int block_c;           // channels that the taps are walked for at a time
+    int depth;             // r * s * group_c
+    int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    int pool, act, n_tiles;
+    FastDiv by_p, by_q, by_block_c, by_s, by_r;
+};
+
+// Where an element of the reduction lies, relative to a pixel's receptive field and to a filter.
+struct Tap {
+    int dh, dw, x, w;
+};
+
+__device__ __forceinline__ Tap tap_of(const Problem &g, int j) {
+    int c, s, r;
+    int block = divide(divide(divide(j, g.by_block_c, c), g.by_s, s), g.by_r, r);
+    c += block * g.block_c;
+    Tap t;
+    t.dh = r * g.dilation_h, t.dw = s * g.dilation_w;
+    t.x = (t.dh * g.w + t.dw) * g.c + c;
+    t.w = (r * (int)g.by_s.d + s) * g.group_c + c;
+    return t;
+}
+
+// The output of row m, before the pool; false where there is none.
+__device__ __forceinline__ bool output_of(const Problem &g, int m, int &n, int &p, int &q) {
+    int pixel = POOL ? (m >> 5) * 8 + (m & 7) : m;
+    bool live = (POOL ? 4 * pixel : pixel) < g.rows;
+    n = divide(divide(live ? pixel : 0, g.by_q, q), g.by_p, p);
+    if (POOL) p = 2 * p + (m >> 4 & 1), q = 2 * q + (m >> 3 & 1);
+    return live;
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
+    conv_mma_fprop(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
+                   u8 *__restrict__ idx, Problem g) {
+    typedef Product<BM, BN, BK, WARPS_M, WARPS_N, false, false> Tile;
+    constexpr int CHUNKS = BK / 8, STEP = Tile::Threads / CHUNKS;
+    constexpr int LOADS_A = (BM + STEP - 1) / STEP, LOADS_B = (BN + STEP - 1) / STEP;
+    static_assert(!POOL || Tile::TilesM % 2 == 0, "a window lies in two tiles of mma.sync");
+    DYNAMIC_SHARED(char, shared);
+    const u32 ring = shared_address(shared);
+
+    const Tile tile;
+    const int m0 = (int)(blockIdx.x / g.n_tiles) * BM, n0 = (int)(blockIdx.x % g.n_tiles) * BN, group = blockIdx.y;
+    const int columns = g.group_k - n0;  // that exist
+    const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
+    const u16 *filters = w + (group * g.group_k + n0 + first) * g.depth;
+
+    // The rows that this thread copies: where their receptive field starts.
+    int row_offset[LOADS_A], row_hw[LOADS_A];
+#pragma unroll
+    for (int i = 0; i < LOADS_A; ++i) {
+        int n, p, q;
+        bool live = output_of(g, m0 + first + i * STEP, n, p, q);
+        int h = p * g.stride_h - g.pad_h, left = q * g.stride_w - g.pad_w;
+        row_offset[i] = ((n * g.h + h) * g.w + left) * g.c + group * g.group_c;
+        row_hw[i] = live ? pack_hw(h, left) : ROW_DEAD;
+    }
+
+#if VEC == 8
+    auto copy = [&](int t, u32 stage) {
+        int j = t * BK + chunk * 8;
+        const bool live = j < g.depth;
+        const Tap at = tap_of(g, j);
+#pragma unroll
+        for (int i = 0; i < LOADS_A; ++i) {
+            if (BM % STEP != 0 && first + i * STEP >= BM) continue;
+            copy_cached_chunk(stage + chunk_offset<CHUNKS>(first + i * STEP, chunk), x + row_offset[i] + at.x,
+                              live && inside(row_hw[i], at.dh, at.dw, g.h, g.w));
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS_B; ++i) {
+            if (BN % STEP != 0 && first + i * STEP >= BN) continue;
+            copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS>(first + i * STEP, chunk), filters + i * STEP * g.depth + at.w, live && first + i * STEP < columns);
+        }
+    };
+    auto settle = [](int, u32) {};
+#else
+    Chunk pixels[LOADS_A], weights[LOADS_B];
+    auto copy = [&](int t, u32) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            int j = t * BK + chunk * 8 + e;
+            const bool live = j < g.depth;
+            const Tap at = tap_of(g, j);
+#pragma unroll
+            for (int i = 0; i < LOADS_A; ++i)
+                pixels[i].put(e, live && inside(row_hw[i], at.dh, at.dw, g.h, g.w) ? x[row_offset[i] + at.x] : 0);
+#pragma unroll
+            for (int i = 0; i < LOADS_B; ++i)
+                weights[i].put(e, live && first + i * STEP < columns ? filters[i * STEP * g.depth + at.w] : 0);
+        }
+    };
+    auto settle = [&](int, u32 stage) {
+#pragma unroll
+        for (int i = 0; i < LOADS_A; ++i)
+            if (BM % STEP == 0 || first + i * STEP < BM) store_chunk(stage + chunk_offset<CHUNKS>(first + i * STEP, chunk), pixels[i].vector());
+#pragma unroll
+        for (int i = 0; i < LOADS_B; ++i)
+            if (BN % STEP == 0 || first + i * STEP < BN) store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS>(first + i * STEP, chunk), weights[i].vector());
+    };
+#endif
+
+    Tile::Sums sums = {};
+    reduce<STAGES>(tile, ring, (g.depth + BK - 1) / BK, copy, settle,
+                   [&](const Tile::Fragments &f) { Tile::multiply(sums, f); });
+
+    if (bias) {
+#pragma unroll
+        for (int j = 0; j < Tile::TilesN; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                int n = tile.column(j) + e;
+                float b = n < columns ? bias[group * g.group_k + n0 + n] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < Tile::TilesM; ++i) Tile::sum(sums, i, j, e) += b, Tile::sum(sums, i, j, e + 2) += b;
+            }
+    }
+    activate_all(sums, g.act);
+
+    __syncthreads();  // all have read their last fragments: the ring becomes the tile that is written
+    constexpr int OUT_CHUNKS = BN / 8;
+    const int k0 = group * g.group_k + n0;
+    const bool whole = g.k % 8 == 0 && g.group_k % 8 == 0;
+#if POOL
+    constexpr int WINDOWS = BM / 4;
+    char *indices = shared + 2 * WINDOWS * BN;  // [window][four columns]
+#pragma unroll
+    for (int i = 0; i < Tile::TilesM; i += 2) {
+        int window = tile.row(i, 0) / 32 * 8 + tile.row(i, 0) % 8;
+#pragma unroll
+        for (int j = 0; j < Tile::TilesN; ++j) {
+            u32 pair, bits = 0;
+            if (g.pool == POOL_AVG) {
+                float mean[2];
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+                    mean[e] = 0.25f * ((Tile::sum(sums, i, j, e) + Tile::sum(sums, i, j, e + 2)) +
+                                       (Tile::sum(sums, i + 1, j, e) + Tile::sum(sums, i + 1, j, e + 2)));
+                pair = round_pair(mean[0], mean[1]);
+            } else {
+                pair = round_pair(Tile::sum(sums, i, j, 0), Tile::sum(sums, i, j, 1));
+                float best[2] = {low_of(pair), high_of(pair)};
+#pragma unroll
+                for (u32 position = 1; position < 4; ++position) {
+                    u32 other = round_pair(Tile::sum(sums, i + position / 2, j, position % 2 * 2),
+                                           Tile::sum(sums, i + position / 2, j, position % 2 * 2 + 1));
+                    if (beats(low_of(other), best[0])) best[0] = low_of(other), bits = (bits & ~3u) | position;
+                    if (beats(high_of(other), best[1])) best[1] = high_of(other), bits = (bits & 3u) | position << 2;
+                }
+                pair = round_pair(best[0], best[1]);
+            }
+            int column = tile.column(j);
+            *reinterpret_cast<u32 *>(shared + chunk_offset<OUT_CHUNKS>(window, column / 8) + column % 8 * 2) = pair;
+            if (column >= columns) bits = 0;
+            if (column + 1 >= columns) bits &= 3u;
+            bits |= __shfl_xor_sync(0xffffffffu, bits, 1) << 4;
+            if (column % 4 == 0) indices[window * (BN / 4) + column / 4] = (char)bits;
+        }
+    }
+    __syncthreads();
+    const int window0 = m0 / 4, windows = g.rows / 4 - window0;
+    write_rows<WINDOWS, BN, Tile::Threads>(shared, y, columns, whole,
+                                           [&](int row) { return row < windows ? (window0 + row) * g.k + k0 : -1; });
+    if (g.pool == POOL_MAX) {
+        const int bytes = (g.k + 3) / 4;
+        for (int item = threadIdx.x; item < WINDOWS * (BN / 4); item += Tile::Threads) {
+            int row = item / (BN / 4), byte = item % (BN / 4);
+            if (row < windows && byte * 4 < columns) idx[(window0 + row) * bytes + k0 / 4 + byte] = (u8)indices[item];
+        }
+    }
+#else
+#pragma unroll
+    for (int i = 0; i < Tile::TilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::TilesN; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                *reinterpret_cast<u32 *>(shared + chunk_offset<OUT_CHUNKS>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2) =
+                    round_pair(Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
+    __syncthreads();
+    write_rows<BM, BN, Tile::Threads>(shared, y, columns, whole,
+                                      [&](int row) { return m0 + row < g.rows ? (m0 + row) * g.k + k0 : -1; });
+#endif
+}
