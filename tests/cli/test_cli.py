@@ -18,6 +18,8 @@ from typer.testing import CliRunner, Result
 from parcnn import data, models
 from parcnn.cli import app
 from parcnn.cuda.device import is_available
+from parcnn.train import Trainer
+from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 RUNNER = CliRunner()
 DIGITS = ("digits-lenet5", "--epochs", "2", "--device", "cpu")
@@ -110,13 +112,51 @@ def test_predict_image_files_and_arrays(trained: Path, tmp_path: Path) -> None:
     assert total == pytest.approx(100, abs=0.1)
 
 
-def test_predict_resizes_when_asked(trained: Path, tmp_path: Path) -> None:
+def test_predict_resizes_to_the_size_of_training_or_as_asked(trained: Path, tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    image.new("RGB", (40, 50)).save(tmp_path / "large.png")
+    picture = image.new("L", (40, 50))
+    picture.paste(255, (18, 10, 22, 40))  # a one
+    picture.save(tmp_path / "large.png")
     checkpoint = trained / "checkpoint.safetensors"
-    assert "fc1" in fail("predict", checkpoint, tmp_path / "large.png", "--device", "cpu")
-    output = succeed("predict", checkpoint, tmp_path / "large.png", "--size", "28", "28", "--device", "cpu")
-    assert "large.png" in output
+    asked = succeed("predict", checkpoint, tmp_path / "large.png", "--size", "28", "28", "--device", "cpu")
+    assert "large.png" in asked
+    assert succeed("predict", checkpoint, tmp_path / "large.png", "--device", "cpu") == asked
+    assert "fc1" in fail("predict", checkpoint, tmp_path / "large.png", "--size", "50", "40", "--device", "cpu")
+    assert "cannot have that size" in fail("predict", checkpoint, tmp_path / "large.png", "--size", "0", "28")
+
+
+def test_predict_by_an_older_checkpoint_leaves_the_size_to_the_user(trained: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.new("L", (40, 50)).save(tmp_path / "large.png")
+    whole = load_checkpoint(trained / "checkpoint.safetensors")
+    assert whole.info.pop("input") == [1, 28, 28]
+    save_checkpoint(tmp_path / "old.safetensors", Checkpoint(whole.weights, whole.optimizer, whole.info))
+    command = ("predict", tmp_path / "old.safetensors", tmp_path / "large.png", "--device", "cpu")
+    assert "fc1" in fail(*command)
+    assert "large.png" in succeed(*command, "--size", "28", "28")
+
+
+def test_predict_refuses_what_it_would_misread(trained: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    checkpoint = trained / "checkpoint.safetensors"
+    image.fromarray(np.zeros((28, 28), np.uint16)).save(tmp_path / "deep.png")
+    assert "8 bits" in fail("predict", checkpoint, tmp_path / "deep.png", "--device", "cpu")
+    np.save(tmp_path / "nan.npy", np.full((28, 28), np.nan, np.float32))
+    assert "not finite" in fail("predict", checkpoint, tmp_path / "nan.npy", "--device", "cpu")
+
+
+def test_a_folder_of_images_of_many_sizes(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for label, grey in (("dark", 20), ("light", 230)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(10):
+            image.new("L", (20 + i, 30), grey).save(tmp_path / "images" / label / f"{i}.png")
+    arguments = ("lenet5", "--data", tmp_path / "images", "--epochs", "1", "--device", "cpu", "--out", tmp_path / "run")
+    assert "--size" in fail("train", *arguments)
+    succeed("train", *arguments, "--size", "28", "28")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    assert "on 4 images" in succeed("eval", checkpoint, "--data", tmp_path / "images", "--device", "cpu")
+    assert "other classes" in fail("eval", checkpoint, "--data", "digits", "--device", "cpu")
 
 
 def test_resume_goes_on_and_a_run_is_not_overwritten(trained: Path) -> None:
@@ -125,6 +165,7 @@ def test_resume_goes_on_and_a_run_is_not_overwritten(trained: Path) -> None:
     output = succeed("train", *more)
     assert "epoch   3" in output
     assert "epoch   2" not in output
+    assert "has had its 3 epochs" in succeed("train", *more)
     assert "no checkpoint to resume" in fail("train", *DIGITS, "--out", trained / "none", "--resume")
 
 
@@ -151,6 +192,26 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert "--resume" in output
     succeed("eval", tmp_path / "checkpoint.safetensors", "--data", "digits", "--device", "cpu")
+
+
+def test_ctrl_c_before_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object, **keywords: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    result = run("train", *DIGITS, "--out", tmp_path / "run")
+    assert result.exit_code == 130
+    assert "no checkpoint yet" in result.output
+    assert "--resume" not in result.output
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("train", *DIGITS, "--out", tmp_path / "file" / "run")
+    assert result.exit_code == 1
+    assert "--out" in result.stderr
+    assert "LeNet" not in result.output
+    assert "epoch" not in result.output
 
 
 def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_lists_and_transposed_arrays_are_taken() -> None:
         (PIXELS, LABELS[:9], DataError, "11 labels, as there are images"),
         (PIXELS, LABELS.astype(np.float32), DataError, "labels are not integers"),
         (PIXELS, np.eye(3, dtype=int)[LABELS], ShapeError, "argmax"),
+        (PIXELS, LABELS[:, None], ShapeError, r"labels\[:, 0\]"),
         (PIXELS, np.full((11, 2), np.nan), DataError, "regression"),
         (PIXELS, LABELS - 1, LabelError, "label -1"),
         (PIXELS.astype(np.int64), LABELS, DataError, "int64"),

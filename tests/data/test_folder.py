@@ -81,6 +81,23 @@ def test_a_test_class_that_was_not_trained(tmp_path: Path) -> None:
         from_folder(tmp_path)
 
 
+def test_a_training_split_without_its_test_split_is_not_taken_for_a_class(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            for i in range(3):
+                picture(tmp_path / split / name / f"{i}.png")
+    with pytest.raises(DataError, match="no folder 'test'"):
+        from_folder(tmp_path)
+    assert from_folder(tmp_path / "train").classes == ("cat", "dog")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for name in ("car", "train"):
+        for i in range(3):
+            picture(tmp_path / name / f"{i}.png")
+    assert from_folder(tmp_path).classes == ("car", "train")
+
+
 def test_grey_images_have_one_channel(tmp_path: Path) -> None:
     grey = [picture(tmp_path / "a" / f"{i}.png", (4, 5)) for i in range(5)]
     data = from_folder(tmp_path)

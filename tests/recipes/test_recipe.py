@@ -30,12 +30,23 @@ def test_what_ships() -> None:
 def test_every_key_is_read(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text(
-        '[model]\nname = "cifarnet"\n[data]\nname = "cifar10"\nflip = true\nshift_px = 3\n'
+        '[model]\nname = "cifarnet"\n[data]\nname = "cifar10"\nsize = [30, 31]\nflip = true\nshift_px = 3\n'
         '[train]\nepochs = 4\nbatch = 7\nseed = 9\nprecision = "fp64"\nlabel_smoothing = 0.2\n'
         '[optimizer]\nname = "adamw"\nlr = 1\nbetas = [0.8, 0.9]\n[schedule]\nname = "step"\nmilestones = [0.1]\n'
     )
     expected = recipes.Recipe(
-        "cifarnet", "cifar10", 4, 7, 9, "fp64", 0.2, True, 3, AdamW(1, betas=(0.8, 0.9)), StepLR(milestones=(0.1,))
+        "cifarnet",
+        "cifar10",
+        4,
+        7,
+        9,
+        "fp64",
+        0.2,
+        True,
+        3,
+        AdamW(1, betas=(0.8, 0.9)),
+        StepLR(milestones=(0.1,)),
+        size=(30, 31),
     )
     assert recipes.read(path) == expected
 
@@ -54,6 +65,9 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ('[train]\nepochs = "ten"\n', "train.epochs"),
         ("[train]\nbatch = true\n", "train.batch"),
         ('[optimizer]\nlr = "fast"\n', "optimizer.lr"),
+        ('[optimizer]\nname = "adam"\nbetas = ["a", 1]\n', "optimizer.betas"),
+        ('[optimizer]\nwhere = "here"\n', "optimizer.where"),
+        ('[schedule]\nname = "step"\nmilestones = ["a"]\n', "schedule.milestones"),
     ],
 )
 def test_a_faulty_key_is_named_with_its_file(tmp_path: Path, extra: str, where: str) -> None:
@@ -67,10 +81,18 @@ def test_a_faulty_key_is_named_with_its_file(tmp_path: Path, extra: str, where: 
 
 def test_values_out_of_range(tmp_path: Path) -> None:
     path = tmp_path / "bad.toml"
-    for extra in ("[train]\nepochs = 0\n", "[train]\nbatch = -1\n", "[optimizer]\nlr = -1.0\n"):
+    for extra in ("[train]\nepochs = 0\n", "[train]\nbatch = -1\n", "[optimizer]\nlr = -1.0\n", "[train]\nseed = -1\n"):
         path.write_text(GOOD + extra)
         with pytest.raises(ArgumentError):
             recipes.read(path)
+
+
+@pytest.mark.parametrize("size", ["[28]", "[28, 0]", "[28, 28.5]", '["a", "b"]'])
+def test_a_size_that_cannot_be(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(GOOD + f"size = {size}\n")
+    with pytest.raises(ArgumentError, match="that size"):
+        recipes.read(path)
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
@@ -88,8 +110,8 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 
 
 def test_by_name() -> None:
-    assert recipes.make_optimizer("sgd", lr=0.5, momentum=0.9) == SGD(0.5, momentum=0.9)
-    assert recipes.make_schedule("cosine", warmup=0.1) == CosineLR(warmup=0.1)
+    assert recipes.make_optimizer("sgd", {"lr": 0.5, "momentum": 0.9}) == SGD(0.5, momentum=0.9)
+    assert recipes.make_schedule("cosine", {"warmup": 0.1}) == CosineLR(warmup=0.1)
     assert recipes.make_schedule("triangular") == TriangularLR()
 
 

@@ -468,3 +468,8 @@ def test_predict_takes_batches_of_images(make_trainer: Make, shape: tuple[int, .
 def test_predict_refuses_pixels_of_a_type_that_it_would_not_normalise(make_trainer: Make, digits: Dataset) -> None:
     with pytest.raises(DataError, match="int64"):
         make_trainer().predict(digits.images[:2].astype(np.int64))
+
+
+def test_images_cannot_move_by_less_than_nothing() -> None:
+    with pytest.raises(ArgumentError, match="shift_px"):
+        Augment(shift_px=-1)

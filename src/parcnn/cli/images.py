@@ -6,34 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from parcnn.errors import DataError, ShapeError, UnsupportedError
+from parcnn.data.image import read_image
+from parcnn.errors import DataError, ShapeError
 
 
 def read_images(path: Path, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
     """(N, C, H, W): one image of an image file (uint8, resized to `size` (H, W) if given), or those of a .npy array.
 
-    Raises DataError where the file cannot be read, ShapeError where an array has another shape, UnsupportedError
-    where an image file is given and Pillow is not installed.
+    Raises DataError where the file cannot be read or has values that are not finite, ShapeError where an array has
+    another shape, and what `read_image` raises.
     """
     if path.suffix.lower() == ".npy":
         return _read_array(path, channels)
-    try:
-        from PIL import Image
-    except ImportError as fault:
-        raise UnsupportedError(
-            "reading images needs Pillow, which is not installed",
-            where=str(path),
-            remedy="pip install 'parcnn[images]', or give a .npy array",
-        ) from fault
-    try:
-        with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-        raise DataError("not an image that can be read", where=str(path), got=fault) from fault
-    if size is not None:
-        converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(converted)
-    return pixels[None, None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))[None]
+    return read_image(path, channels, size)[None]
 
 
 def _read_array(path: Path, channels: int) -> np.ndarray:
@@ -53,4 +38,6 @@ def _read_array(path: Path, channels: int) -> np.ndarray:
         raise DataError(
             "neither pixels nor floats", where=str(path), expected="uint8 (0..255) or a float type", got=array.dtype
         )
+    if array.dtype != np.uint8 and not np.isfinite(array).all():
+        raise DataError("values that are not finite", where=str(path), remedy="leave out images with NaN or infinity")
     return array if array.dtype == np.uint8 else array.astype(np.float32)

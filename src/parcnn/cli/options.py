@@ -14,3 +14,6 @@ Threads = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder that holds data sets, looked in before $PARCNN_DATA and the cache.")
 ]
+Size = Annotated[
+    tuple[int, int] | None, typer.Option(help="Height and width that the image files of a folder are resized to.")
+]

@@ -127,7 +127,7 @@ def from_arrays(
             where=name,
             expected=f"({len(pixels)},)",
             got=targets.shape,
-            remedy="of one-hot labels take labels.argmax(axis=1)",
+            remedy="labels[:, 0]" if targets.shape[1] == 1 else "of one-hot labels take labels.argmax(axis=1)",
         )
     elif targets.dtype.kind not in "iu":
         raise DataError(

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parcnn.data.dataset import Dataset, check_split, every_nth_of_each_class, pixel_statistics
-from parcnn.data.fault import damaged
-from parcnn.errors import ArgumentError, DataError, ShapeError, UnsupportedError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from parcnn.data.image import GREY_MODES, check_size, decode, header, require_pillow
+from parcnn.errors import ArgumentError, DataError, ShapeError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_GREY_MODES = ("1", "L", "LA")
-_COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "HSV")
 
 
 def from_folder(
@@ -48,16 +42,15 @@ def from_folder(
         UnsupportedError: Pillow is not installed; an image with more than 8 bits a value.
         ShapeError: images of different sizes, and no `size`.
         DataError: no such folder, no classes, a class without images, an image that cannot be read, a test class that
-            the training split lacks.
+            the training split lacks, a split PATH/train without PATH/test.
         ArgumentError: an unknown split, or a `size` or `test_every` that cannot be.
     """
     root = Path(path).expanduser()
     check_split(split)
-    if size is not None and min(size) < 1:
-        raise ArgumentError("images cannot have that size", where=str(root), expected="(H, W), both >= 1", got=size)
+    check_size(size, root)
     if test_every < 2:
         raise ArgumentError("test_every is too small", where=str(root), expected="2 or more", got=test_every)
-    _require_pillow(root)
+    require_pillow(root)
     if not root.is_dir():
         raise DataError("there is no such folder", where=str(root), remedy="give a folder of images by class")
 
@@ -65,6 +58,14 @@ def from_folder(
         classes = _class_names(root / "train")
         train_files, train_labels = _list_images(root / "train", classes)
         test_files, test_labels = _list_images(root / "test", classes)
+    elif (root / "train").is_dir() and any(p.is_dir() and p.name[0] != "." for p in (root / "train").iterdir()):
+        raise DataError(
+            "there is a folder 'train' of classes, and no folder 'test'",
+            where=str(root),
+            expected="both splits, or a folder for each class",
+            got=", ".join(_class_names(root)),
+            remedy=f"name the folder of test images 'test', or give {root / 'train'}, which is then split",
+        )
     else:
         classes = _class_names(root)
         files, labels = _list_images(root, classes)
@@ -73,34 +74,27 @@ def from_folder(
         test_files, test_labels = [f for f, held in zip(files, test, strict=True) if held], labels[test]
     if not train_files or not test_files:
         raise DataError(
-            "too few images for two splits", where=str(root), got=f"{len(train_files)} training, {len(test_files)} test"
+            "too few images for two splits",
+            where=str(root),
+            expected="at least one training and one test image",
+            got=f"{len(train_files)} training, {len(test_files)} test",
+            remedy="add images",
         )
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        headers = list(pool.map(_header, [*train_files, *test_files]))
-        mode = "L" if all(m in _GREY_MODES for m, _ in headers[: len(train_files)]) else "RGB"
+        headers = list(pool.map(header, [*train_files, *test_files]))
+        mode = "L" if all(m in GREY_MODES for m, _ in headers[: len(train_files)]) else "RGB"
         height, width = size or _common_size([*train_files, *test_files], [shape for _, shape in headers])
 
-        def decode(files: list[Path]) -> NDArray[np.uint8]:
+        def decode_all(files: list[Path]) -> NDArray[np.uint8]:
             images = np.empty((len(files), 1 if mode == "L" else 3, height, width), np.uint8)
-            for i, pixels in enumerate(pool.map(lambda file: _pixels(file, mode, (height, width)), files)):
+            for i, pixels in enumerate(pool.map(lambda file: decode(file, mode, (height, width)), files)):
                 images[i] = pixels
             return images
 
-        train_images = decode(train_files)
-        images, labels = (train_images, train_labels) if split == "train" else (decode(test_files), test_labels)
+        train_images = decode_all(train_files)
+        images, labels = (train_images, train_labels) if split == "train" else (decode_all(test_files), test_labels)
     mean, std = pixel_statistics(train_images)
     return Dataset(name or root.resolve().name, split, images, labels, classes, mean, std, str(root))
-
-
-def _require_pillow(root: Path) -> None:
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError(
-            "reading images needs Pillow, which is not installed",
-            where=str(root),
-            remedy="pip install 'parcnn[images]'",
-        ) from error
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -131,44 +125,6 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], ND
     return files, np.array(labels, np.int32)
 
 
-def _header(path: Path) -> tuple[str, tuple[int, int]]:
-    """Mode and (H, W), without decoding."""
-    image = _open(path)
-    with image:
-        if image.mode not in (*_GREY_MODES, *_COLOUR_MODES):
-            raise UnsupportedError(
-                f"images of Pillow's mode '{image.mode}' are not supported",
-                where=str(path),
-                expected="8 bits a value, grey or colour",
-                remedy="convert it to 8 bits a value",
-            )
-        return image.mode, (image.height, image.width)
-
-
-def _pixels(path: Path, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """(C, H, W)."""
-    from PIL import Image
-
-    with _open(path) as image:
-        try:
-            converted = image.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise, SyntaxError among them
-            raise damaged(path, f"the image cannot be decoded ({error})") from error
-    if (converted.height, converted.width) != size:
-        converted = converted.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(converted)
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
-
-
-def _open(path: Path) -> Image.Image:
-    from PIL import Image
-
-    try:
-        return Image.open(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise damaged(path, f"not an image that can be read ({error})") from error
-
-
 def _common_size(files: list[Path], sizes: list[tuple[int, int]]) -> tuple[int, int]:
     odd = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
     if odd is not None:
@@ -177,6 +133,6 @@ def _common_size(files: list[Path], sizes: list[tuple[int, int]]) -> tuple[int, 
             where=str(files[odd]),
             expected=f"{sizes[0]}, as {files[0]}",
             got=sizes[odd],
-            remedy="give size=(H, W) to resize them all",
+            remedy="give size=(H, W), `--size H W`, to resize them all",
         )
     return sizes[0]

@@ -1,7 +1,7 @@
 """`Recipe` and the TOML files that hold one.
 
     [model]      name
-    [data]       name, flip, shift_px
+    [data]       name, size (of a folder of images: [height, width]), flip, shift_px
     [train]      epochs, batch, seed, precision, label_smoothing
     [optimizer]  name ('sgd', 'adam', 'adamw') and the arguments of that optimizer (`parcnn.optim`)
     [schedule]   name ('constant', 'cosine', 'linear', 'step', 'triangular') and the arguments of that schedule
@@ -37,7 +37,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 # Keys of the tables whose names are those of Recipe's fields.
 _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "data": {"name": str, "flip": bool, "shift_px": int},
+    "data": {"name": str, "size": list, "flip": bool, "shift_px": int},
     "train": {"epochs": int, "batch": int, "seed": int, "precision": str, "label_smoothing": (int, float)},
     "model": {"name": str},
 }
@@ -45,7 +45,11 @@ _KEYS: dict[str, dict[str, type | tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. model, data: names; batch: images a step; flip, shift_px: `parcnn.train.Augment`."""
+    """A training run.
+
+    model, data: names; size: (H, W) that the images of a folder are resized to; batch: images a step; flip, shift_px:
+    `parcnn.train.Augment`. Raises ArgumentError for values out of range.
+    """
 
     model: str
     data: str
@@ -58,11 +62,18 @@ class Recipe:
     shift_px: int = 0
     optimizer: Any = field(default_factory=lambda: SGD(0.05, momentum=0.9, nesterov=True))
     schedule: Schedule = field(default_factory=TriangularLR)
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch) < 1:
             raise ArgumentError(
                 "epochs and batch are at least 1", where="recipe", got=f"epochs={self.epochs}, batch={self.batch}"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ArgumentError("a seed out of range", where="recipe", expected="0 to 2**64 - 1", got=self.seed)
+        if self.size is not None and (len(self.size) != 2 or not all(type(n) is int and n >= 1 for n in self.size)):
+            raise ArgumentError(
+                "images cannot have that size", where="recipe", expected="height and width", got=self.size
             )
         if self.model not in models.names():
             raise ArgumentError(
@@ -117,24 +128,26 @@ def read(source: str | Path) -> Recipe:
     values: dict[str, Any] = {}
     for name, keys in _KEYS.items():
         for key, value in content.get(name, {}).items():
-            values[name if key == "name" else key] = _checked(path, f"{name}.{key}", key, value, keys)
+            _check(path, f"{name}.{key}", key, value, keys)
+            values[name if key == "name" else key] = tuple(value) if isinstance(value, list) else value
     for name in ("model", "data"):
         if name not in values:
             raise ArgumentError("a key is missing", where=f"{path}: {name}.name", remedy=f'add [{name}] name = "..."')
-    for name, make in (("optimizer", make_optimizer), ("schedule", make_schedule)):
+    for name, make, usual in (("optimizer", make_optimizer, "sgd"), ("schedule", make_schedule, "constant")):
         if name in content:
-            values[name] = make(where=f"{path}: {name}", **content[name])
+            arguments = dict(content[name])
+            values[name] = make(arguments.pop("name", usual), arguments, f"{path}: {name}")
     return Recipe(**values)
 
 
-def make_optimizer(name: str = "sgd", *, where: str = "optimizer", **arguments: Any) -> Any:
+def make_optimizer(name: str, arguments: Mapping[str, Any] | None = None, where: str = "optimizer") -> Any:
     """An optimizer by name. Raises ArgumentError for unknown names and arguments, and for values out of range."""
-    return _make(OPTIMIZERS, name, where, arguments)
+    return _make(OPTIMIZERS, name, where, arguments or {})
 
 
-def make_schedule(name: str = "constant", *, where: str = "schedule", **arguments: Any) -> Schedule:
-    """A schedule by name. Raises ArgumentError for unknown names and arguments."""
-    return _make(SCHEDULES, name, where, arguments)
+def make_schedule(name: str, arguments: Mapping[str, Any] | None = None, where: str = "schedule") -> Schedule:
+    """A schedule by name. Raises ArgumentError for unknown names and arguments, and for values out of range."""
+    return _make(SCHEDULES, name, where, arguments or {})
 
 
 def _make(kinds: Mapping[str, Callable[..., Any]], name: str, where: str, arguments: Mapping[str, Any]) -> Any:
@@ -147,14 +160,15 @@ def _make(kinds: Mapping[str, Callable[..., Any]], name: str, where: str, argume
             raise ArgumentError("unknown key", where=f"{where}.{key}", expected=", ".join(types), got=key)
         allowed = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
         _check_type(f"{where}.{key}", value, allowed)
+        for item in value if isinstance(value, list | tuple) else ():
+            _check_type(f"{where}.{key}", item, (int, float))
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
 
 
-def _checked(path: Path, full: str, key: str, value: Any, keys: Mapping[str, Any]) -> Any:
+def _check(path: Path, full: str, key: str, value: Any, keys: Mapping[str, Any]) -> None:
     if key not in keys:
         raise _unknown(path, full, tuple(keys))
     _check_type(f"{path}: {full}", value, keys[key])
-    return value
 
 
 def _check_type(where: str, value: Any, allowed: Any) -> None:

@@ -73,7 +73,7 @@ class RichProgress(Callback):
         if result.val_accuracy is not None:
             parts.append(f"validation accuracy {result.val_accuracy:.2%}")
         parts.append(f"{result.images_per_second:,.0f} images/s  {result.seconds:.2f} s")
-        self.console.print("  ".join(parts), highlight=False)
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
     def on_end(self, history: History) -> None:
         self.progress.stop()

@@ -39,10 +39,17 @@ _NEEDED = {"epoch", "step", "trained", "classes", "mean", "std"}  # of a checkpo
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes of training images: mirrored left-right, moved by up to shift_px pixels each way."""
+    """Random changes of training images: mirrored left-right, moved by up to shift_px pixels each way.
+
+    Raises ArgumentError for a shift_px below 0.
+    """
 
     flip: bool = False
     shift_px: int = 0
+
+    def __post_init__(self) -> None:
+        if self.shift_px < 0:
+            raise ArgumentError("a value out of range", where="Augment.shift_px", expected=">= 0", got=self.shift_px)
 
 
 @dataclass(frozen=True)
