@@ -142,7 +142,7 @@ __device__ __forceinline__ void reduce(const Tile &tile, u32 ring, int tiles, Co
         copy_async_commit();
         if (t < tiles) settle(t, ring + t * Tile::StageBytes);
     }
-    if (tiles == 0) return;
+    if (tiles <= 0) return;
     copy_async_wait<Stages - 2>();
     __syncthreads();
     typename Tile::Fragments f[2];
