@@ -26,7 +26,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("benchmarks/results/gpu-check.json")
-HASHED = ("src/parcnn/**/*.py", "src/parcnn/**/*.cu", "src/parcnn/**/*.cuh", "tests/**/*.py")
+# Sources, tests, and what decides how they run: tables of tuned kernels, recipes.
+HASHED = tuple(
+    [f"src/parcnn/**/*.{suffix}" for suffix in ("py", "cu", "cuh", "json", "toml")]
+    + [f"tests/**/*.{suffix}" for suffix in ("py", "cu", "cuh")]
+)
 
 
 class RecordError(Exception):

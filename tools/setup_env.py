@@ -93,7 +93,9 @@ def set_up(venv: Path, extras: set[str], cuda: bool, retry: bool) -> None:
 
 
 def create_venv(venv: Path) -> None:
-    """Make an empty environment of the best interpreter on the PATH."""
+    """Make an empty environment of the best interpreter on the PATH; a broken one is replaced, another folder is not."""
+    if venv.exists() and not (venv / "pyvenv.cfg").is_file() and not (venv.is_dir() and not any(venv.iterdir())):
+        raise SetupError(f"{venv} is there and is no environment; remove it, or give another folder: make VENV=DIR")
     found = [(name, about) for name in INTERPRETERS if (about := probe(name)) is not None]
     usable = [(name, about) for name, about in found if tuple(about[0]) >= (3, 11)]
     if not usable:

@@ -44,11 +44,15 @@ def test_status_without_a_record(tool: Tool, tree: Path) -> None:
         ("src/parcnn/nn.py", "stale"),
         ("tests/test_nn.py", "stale"),
         ("src/parcnn/cuda/kernels/shared.cuh", "stale"),  # a file that was not there
+        ("src/parcnn/cuda/tuned/sm_90a.json", "stale"),
+        ("src/parcnn/recipes/own.toml", "stale"),
+        ("tests/cuda/toy.cu", "stale"),
     ],
 )
 def test_status_follows_the_sources(tool: Tool, tree: Path, changed: str | None, state: str) -> None:
     write_record(tree, tool("gpu_record.py", "--root", tree, "hash").stdout.strip())
     if changed is not None:
+        (tree / changed).parent.mkdir(parents=True, exist_ok=True)
         (tree / changed).write_text("changed")
     done = tool("gpu_record.py", "--root", tree, "status")
     assert done.returncode == 0

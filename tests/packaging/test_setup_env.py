@@ -79,3 +79,13 @@ def test_python_without_venv_is_named_with_the_remedy(tool: Tool, tmp_path: Path
     done = tool("setup_env.py", "--venv", tmp_path / "venv", "test", env={"PATH": str(tmp_path)})
     assert done.returncode == 1
     assert "apt install python3.12-venv" in done.stderr
+
+
+def test_a_folder_that_is_no_environment_is_not_cleared(tool: Tool, tmp_path: Path) -> None:
+    precious = tmp_path / "home" / "letters.txt"
+    precious.parent.mkdir()
+    precious.write_text("dear")
+    done = tool("setup_env.py", "--venv", precious.parent, "--no-cuda", "test")
+    assert done.returncode == 1
+    assert "is no environment" in done.stderr
+    assert precious.read_text() == "dear"
