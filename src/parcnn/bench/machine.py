@@ -51,7 +51,7 @@ class Machine:
     def row(
         self,
         bench: str,
-        problem: str,
+        problem: Any,
         variant: str,
         timing: StepTiming | None = None,
         *,

@@ -15,7 +15,8 @@ from parcnn.errors import DataError
 class Row:
     """One measurement.
 
-    bench: which benchmark; problem: on what ('lenet5 mnist, batch 64, train'); variant: how ('sequential', 'cuda', 'fuse off').
+    bench: which benchmark; problem: on what ('lenet5 mnist, batch 64, train'; of 'conv', an object with direction and
+    shape); variant: how ('sequential', 'cuda', 'fuse off', a kernel's name).
     p20_us, p50_us, p80_us: time of one run; None where what was measured is no time. peer: what a user would take
     instead, with its time in the same run; None where there is none. peak_bytes: memory, the data set apart.
     gpu, driver, cuda: None where no GPU was used. commit: None outside of a git checkout. date: UTC, ISO 8601.
@@ -23,7 +24,7 @@ class Row:
     """
 
     bench: str
-    problem: str
+    problem: Any
     variant: str
     p20_us: float | None = None
     p50_us: float | None = None
@@ -41,7 +42,8 @@ class Row:
     @property
     def key(self) -> tuple[str, str, str, str]:
         """What makes two rows measurements of the same thing: benchmark, problem, variant and machine."""
-        return self.bench, self.problem, self.variant, self.gpu or str(self.extra.get("cpu", ""))
+        problem = self.problem if isinstance(self.problem, str) else json.dumps(self.problem, sort_keys=True)
+        return self.bench, problem, self.variant, self.gpu or str(self.extra.get("cpu", ""))
 
 
 _FIELDS = {f.name for f in fields(Row)}

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import parcnn
-from parcnn.cli import bench, evaluate, info, plan, train
+from parcnn.cli import bench, evaluate, info, plan, train, tune
 from parcnn.cli.console import console, show_error
 from parcnn.errors import ParcnnError
 
@@ -38,6 +38,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(evaluate.predict)
 app.command("plan")(plan.plan)
+app.command("tune")(tune.tune)
 app.command("info")(info.info)
 app.add_typer(bench.app, name="bench")
 

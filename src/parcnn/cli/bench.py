@@ -12,12 +12,16 @@ import typer
 from parcnn.bench import accuracy as accuracy_bench
 from parcnn.bench import fused as fused_bench
 from parcnn.bench import gpu_check as gpu_check_bench
+from parcnn.bench import layers as layers_bench
 from parcnn.bench import memory as memory_bench
 from parcnn.bench import speedup as speedup_bench
 from parcnn.bench import step as step_bench
+from parcnn.bench.layer import CONV, DEPTHWISE, FUSED, LAYERS, random_layers
 from parcnn.bench.rows import Row, append, read_folder
 from parcnn.cli.console import say
 from parcnn.cli.options import DataDir, Device, Threads
+from parcnn.cli.plan import image_shape
+from parcnn.errors import ArgumentError
 from parcnn.report import page, plots, tables
 from parcnn.train import resolve_executor
 
@@ -68,6 +72,49 @@ def speedup(
 def fused(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) -> None:
     """Convolution + bias + ReLU + max-pool in one kernel against one kernel each: time, memory, bytes moved."""
     _keep(out, "fused", fused_bench.run(resolve_executor(device, threads), say))
+
+
+@app.command()
+def layers(
+    model: Annotated[str | None, typer.Option(help="The convolutions of this model's training step instead.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --model: images in a step.")] = 512,
+    random: Annotated[int, typer.Option(min=0, help="So many random problems instead.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random problems.")] = 0,
+    depthwise: Annotated[bool, typer.Option("--depthwise", help="Depthwise layers instead.")] = False,
+    only: Annotated[str, typer.Option(help="Layers with this in N,H,W,C,K,R,stride,pad.")] = "",
+    directions: Annotated[str, typer.Option(help=f"Of {', '.join((*CONV, *FUSED))}; comma-separated.")] = ",".join(
+        CONV
+    ),
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    portable: Annotated[bool, typer.Option("--portable", help="Only kernels that run on every GPU.")] = False,
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="PyTorch too, where it is installed.")] = True,
+    max_autotune: Annotated[bool, typer.Option("--max-autotune", help="torch.compile's slowest mode too.")] = False,
+    out: Out = RESULTS,
+) -> None:
+    """Convolution layers against cuDNN and the roofline; the block with bias, ReLU and max-pool against torch.compile."""
+    from parcnn.cuda.executor import CudaExecutor
+    from parcnn.cuda.kernels import REGISTRY
+
+    wanted = tuple(directions.split(","))
+    if unknown := set(wanted) - {*CONV, *FUSED}:
+        raise ArgumentError("unknown direction", where="--directions", expected=(*CONV, *FUSED), got=", ".join(unknown))
+    if precision not in ("bf16", "fp32"):
+        raise ArgumentError("unknown precision", where="--precision", expected="bf16, fp32", got=precision)
+    executor = CudaExecutor(registry=REGISTRY.portable if portable else None)
+    if model:
+        subjects = layers_bench.of_model(executor, model, image_shape(model, None), batch, precision)
+    else:
+        chosen = random_layers(random, seed) if random else DEPTHWISE if depthwise else LAYERS
+        chosen = tuple(layer for layer in chosen if only in layer.shape)
+        subjects = layers_bench.of_layers(executor, chosen, precision, say, wanted)
+    kind = "model" if model else "random" if random else "depthwise" if depthwise else ""
+    bench = " ".join(filter(None, ["conv", kind, "portable" * portable, precision * (precision != "bf16")]))
+    compiled = ("default", "max-autotune") if max_autotune else ("default",)
+    for rows in layers_bench.run(
+        executor, subjects, say, bench=bench, precision=precision, peers=peers, compiled=compiled
+    ):
+        append(out / "layers.jsonl", rows)
+    say(f"rows added to {out / 'layers.jsonl'}")
 
 
 @app.command()

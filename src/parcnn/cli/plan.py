@@ -49,7 +49,7 @@ def plan(
         raise ArgumentError("unknown mode", where="--mode", expected=", ".join(MODES), got=mode)
     if precision not in TENSOR_TYPES:
         raise ArgumentError("unknown precision", where="--precision", expected=", ".join(TENSOR_TYPES), got=precision)
-    sample = _shape(input_shape or INPUTS.get(model, "3,224,224"))
+    sample = image_shape(model, input_shape)
     options = Options(fuse=fuse, reuse=reuse, inplace=inplace, parallel=parallel)
     executor = _executor(device, threads)
 
@@ -112,7 +112,9 @@ def _executor(device: str, threads: int | None) -> Executor:
     return resolve_executor(device, threads)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def image_shape(model: str, text: str | None) -> tuple[int, ...]:
+    """(C, H, W) out of '3,32,32'; by default what the model was made for."""
+    text = text or INPUTS.get(model, "3,224,224")
     parts = text.replace("x", ",").split(",")
     if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
         raise ArgumentError("not the shape of an image", where="--input", expected="C,H,W such as 3,32,32", got=text)

@@ -7,7 +7,7 @@ events. Asynchronous copies (`write_async`, `read_async`) have two more streams,
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -360,6 +360,14 @@ class CudaExecutor:
         if tuned:
             found.insert(0, Choice(family_name(launcher), str(tuned["variant"])))
         return list(dict.fromkeys(found))
+
+    def kernels(self, call: Call) -> list[Kernel]:
+        """The kernels that run the call, in order."""
+        return [launch.kernel for launch in self._launches(call)]
+
+    def compile(self, kernels: Iterable[Kernel]) -> None:
+        """Compile kernels ahead of the programs that use them, all in parallel. Raises KernelCompileError."""
+        self._compiler.compile(kernels)
 
     @property
     def tuning_digest(self) -> str:

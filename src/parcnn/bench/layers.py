@@ -1,0 +1,200 @@
+"""Convolution layers, one by one: fprop, dgrad, wgrad against cuDNN, and the block with bias, ReLU and max-pool.
+
+Ours are calls of a plan, run by the executor that trains; both sides replay CUDA graphs of many calls, on several sets of
+random tensors that take turns, and their repeats take turns too (`parcnn.bench.repeated`, `parcnn.bench.conv_peers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import exp, log
+from typing import Any
+
+from parcnn import models, nn
+from parcnn.bench.conv_peers import Peer, TorchLayer
+from parcnn.bench.layer import CONV, FUSED, OPS, Layer, Plans, kept_bytes, layer_of
+from parcnn.bench.machine import Machine
+from parcnn.bench.peers import has_torch_on_gpu
+from parcnn.bench.repeated import RepeatedCalls, time_in_turn
+from parcnn.bench.roofline import Roofline
+from parcnn.bench.rows import Row
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.tuning import problem_key
+from parcnn.errors import UnsupportedError
+from parcnn.ops.program import Call
+from parcnn.optim import SGD
+from parcnn.plan.describe import outline
+
+GUESS_US = 20.0  # of a call on a GPU whose peak is not known
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: calls of a plan; the layer that they are in full or in part (None: no peer has it)."""
+
+    direction: str
+    problem: dict[str, Any]
+    calls: tuple[Call, ...]
+    layer: Layer | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def of_layers(
+    executor: CudaExecutor,
+    layers: Iterable[Layer],
+    precision: str,
+    say: Callable[[str], None],
+    directions: Sequence[str] = (*CONV, *FUSED),
+) -> list[Subject]:
+    """Each layer in each direction; what no kernel runs is said and left out."""
+    plans, subjects = Plans(executor, precision), []
+    for layer in layers:
+        for direction in layer.directions(fused=True):
+            if direction not in directions:
+                continue
+            problem = {
+                "direction": direction,
+                "shape": layer.shape,
+                **({"groups": layer.groups} if layer.groups > 1 else {}),
+            }
+            try:
+                subjects.append(Subject(direction, problem, tuple(plans.calls(layer, direction)), layer))
+            except UnsupportedError as error:
+                say(f"{direction} {layer.shape}: {error}")
+    return subjects
+
+
+def of_model(
+    executor: CudaExecutor, model: str, sample: tuple[int, ...], batch: int, precision: str, classes: int = 10
+) -> list[Subject]:
+    """The convolutions of a model's training step, each problem once. Linear layers are convolutions too."""
+    plan = outline(
+        models.create(model, num_classes=classes, in_channels=sample[0]),
+        mode="train",
+        batch=batch,
+        sample=sample,
+        executor=executor,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=SGD(momentum=0.9),
+        precision=precision,
+    )
+    found: dict[str, Subject] = {}
+    for call in plan.program.calls:
+        key = problem_key(call.op, call.input_specs)
+        if not isinstance(call.op, tuple(OPS.values())) or key in found:
+            continue
+        direction, layer = layer_of(call)
+        fused = [name for name in ("bias", "act", "pool", "add") if getattr(call.op, name, None)]
+        problem = {"direction": direction, "shape": layer.shape if layer else key, "fused": " ".join(fused)}
+        found[key] = Subject(direction, problem, (call,), layer, {"model": model, "batch": batch, "layer": call.layer})
+    return list(found.values())
+
+
+def run(
+    executor: CudaExecutor,
+    subjects: Sequence[Subject],
+    say: Callable[[str], None],
+    *,
+    bench: str = "conv",
+    precision: str = "bf16",
+    peers: bool = True,
+    compiled: Sequence[str] = ("default",),
+) -> Iterator[list[Row]]:
+    """Rows of each subject as they are measured: one for each peer, or one without.
+
+    peers: PyTorch in the same run, where it is installed and has the GPU; cuDNN's convolution alone, also where ours does
+    more in the same kernel. compiled: modes of torch.compile (`conv_peers.COMPILE_MODES`), the best of which the fused
+    block's row has. At the end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
+    """
+    peers = peers and has_torch_on_gpu()
+    machine, roof = Machine.of(executor), Roofline.of(executor.device.name, precision, executor)
+    executor.compile(kernel for subject in subjects for call in subject.calls for kernel in executor.kernels(call))
+    ratios: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for subject in subjects:
+        rows = list(_measure(executor, subject, machine, roof, bench, precision, peers, compiled))
+        for row in rows:
+            say(_line(subject, row))
+            if row.peer and row.peer_p50_us and row.p50_us:
+                ratio = row.peer_p50_us / row.p50_us
+                ratios.setdefault((subject.direction, row.peer), []).append((ratio, subject.problem["shape"]))
+        yield rows
+    for (direction, peer), found in ratios.items():
+        mean = exp(sum(log(ratio) for ratio, _ in found) / len(found))
+        worst, shape = min(found)
+        say(f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(found)}), worst {worst:.2f}x at {shape}")
+
+
+def _measure(
+    executor: CudaExecutor,
+    subject: Subject,
+    machine: Machine,
+    roof: Roofline,
+    bench: str,
+    precision: str,
+    peers: bool,
+    compiled: Sequence[str],
+) -> Iterator[Row]:
+    calls = subject.calls
+    flops = sum(call.op.flops(call.input_specs, call.output_specs) for call in calls)
+    nbytes = sum(call.op.bytes(call.input_specs, call.output_specs) for call in calls)
+    bound = roof.bound_us(flops, nbytes)
+    ours = RepeatedCalls(executor, calls, bound or GUESS_US)
+    theirs = _peers(subject, precision, ours, compiled) if peers and subject.layer else {}
+    timings = time_in_turn([ours.run, *(peer.run for peer in theirs.values())], executor.synchronize)
+    took, *others = [timing.of(ours.count) for timing in timings]
+    ours.free()
+    kernels = dict.fromkeys(kernel.label for call in calls for kernel in executor.kernels(call))
+    choices = [executor.choices(call.op, call.input_specs, call.output_specs)[:1] for call in calls]
+    best: dict[str | None, tuple[float | None, str | None, int | None]] = {}
+    for ((key, mode), peer), timing in zip(theirs.items(), others, strict=True):
+        if key not in best or timing.p50_us < (best[key][0] or 0):
+            best[key] = (timing.p50_us, mode, peer.kept_bytes)
+    for name, (peer_us, peer_mode, peer_kept) in (best or {None: (None, None, None)}).items():
+        yield machine.row(
+            bench,
+            subject.problem,
+            " + ".join(kernels),
+            took,
+            peer=name,
+            peer_p50_us=peer_us,
+            precision=precision,
+            flops=flops,
+            bytes_moved=nbytes,
+            tflops=flops / took.p50_us / 1e6,
+            bound_us=bound,
+            copy_share=nbytes / took.p50_us * 1e6 / roof.bytes_per_second,
+            copy_bytes_per_second=roof.bytes_per_second,
+            choice=" + ".join(str(choice) for found in choices for choice in found),
+            tuning=executor.tuning_digest,
+            peer_mode=peer_mode,
+            kept_bytes=kept_bytes(calls) if subject.direction == "fused_pool_train" else None,
+            peer_kept_bytes=peer_kept,
+            torch=machine.torch if name else None,
+            **subject.extra,
+        )
+
+
+def _peers(
+    subject: Subject, precision: str, ours: RepeatedCalls, compiled: Sequence[str]
+) -> dict[tuple[str, str], Peer]:
+    """Peers by name and mode, on as many sets of tensors as ours."""
+    if subject.layer is None:
+        return {}
+    torch_layer = TorchLayer(subject.layer, precision, ours.sets, ours.turns)
+    if subject.direction in CONV:
+        return {("cudnn", "benchmark"): torch_layer.convolution(subject.direction)}
+    modes = {("torch_eager", "eager"): "eager", **{("torch_compile", mode): mode for mode in compiled}}
+    return {key: torch_layer.block(subject.direction, mode) for key, mode in modes.items()}
+
+
+def _line(subject: Subject, row: Row) -> str:
+    bound = row.extra["bound_us"]
+    share = f"{bound / row.p50_us:5.0%} of the roofline" if bound and row.p50_us else ""
+    against = ""
+    if row.peer and row.peer_p50_us and row.p50_us:
+        against = f", {row.peer} {row.peer_p50_us:9.1f} us, {row.peer_p50_us / row.p50_us:5.2f}x"
+    name = f"{subject.direction} {subject.problem['shape']}"
+    return (
+        f"  {name:<42}{row.p50_us:9.1f} us {row.extra['tflops']:6.1f} TFLOP/s {share}{against}  {row.extra['choice']}"
+    )

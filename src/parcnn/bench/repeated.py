@@ -1,0 +1,150 @@
+"""Calls out of a plan, run again and again on random tensors: what a layer costs, or a variant of its kernel."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import ceil
+
+import numpy as np
+
+from parcnn.ops.base import Spec
+from parcnn.ops.program import Call, Executor, Program, Slot
+from parcnn.plan.options import Options
+from parcnn.plan.schedule import schedule
+from parcnn.plan.variable import align
+from parcnn.train.timing import StepTiming
+
+SETS_BYTES = 256 << 20  # tensors of all sets together: several times what a GPU's L2 holds
+FEWEST_SETS, MOST_SETS, MOST_CALLS = 2, 16, 256
+PROGRAM_US = 2000.0  # of a graph: launching it costs nothing beside it
+REPEAT_SECONDS = 0.01
+MOST_STEPS = 7  # of a repeat: one more, and the executor would capture eight in one graph
+_PATTERN_BYTES = 8 << 20
+
+
+class RepeatedCalls:
+    """`calls` of one plan, on several sets of memory that take turns, so that none finds its operands in L2.
+
+    Calls of a set run on the streams that the plan would give them; sets follow each other. What a call reads before any
+    writes it is random: floats standard normal, integers any bits. A step is one graph of `count` sets, a number
+    that follows from `expected_us`, of one set. Raises what the executor raises where memory or a kernel
+    lacks. `free` gives the memory back.
+    """
+
+    def __init__(self, executor: Executor, calls: Sequence[Call], expected_us: float) -> None:
+        own, set_bytes = _placed(executor, calls)
+        self.sets = max(FEWEST_SETS, min(MOST_SETS, ceil(SETS_BYTES / set_bytes)))
+        longest = MOST_CALLS // (self.sets * len(own))
+        self.turns = max(1, min(longest, ceil(PROGRAM_US / expected_us / self.sets)))
+        self._region = executor.region("arena", self.sets * set_bytes)
+        self._fill(own, set_bytes)
+        repeated = tuple(_in_turn(own, [i % self.sets * set_bytes for i in range(self.count)]))
+        streams = 1 + max(call.stream for call in own)
+        program = Program(own[0].op.name, repeated, {"arena": self._region.nbytes}, streams)
+        self._loaded = executor.load(program, {"arena": self._region})
+
+    @property
+    def count(self) -> int:
+        """Sets that a step runs, one after the other."""
+        return self.turns * self.sets
+
+    def run(self, steps: int) -> None:
+        """Submit so many steps."""
+        self._loaded.run(steps)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._region.free()
+
+    def _fill(self, own: Sequence[Call], set_bytes: int) -> None:
+        normal = np.random.default_rng(0).standard_normal(_PATTERN_BYTES // 4, np.float32)
+        bf16 = (np.resize(normal, _PATTERN_BYTES // 2).view(np.uint32) >> 16).astype(np.uint16)
+        bits = np.random.default_rng(1).integers(0, 256, _PATTERN_BYTES, np.uint8)
+        patterns = {"f32": normal.view(np.uint8), "bf16": bf16.view(np.uint8)}
+        for slot in _read_first(own):
+            pattern = patterns.get(slot.spec.dtype, bits)
+            for i in range(self.sets):
+                shifted = np.roll(pattern, 4096 * i) if i else pattern
+                for first in range(0, slot.spec.nbytes, pattern.nbytes):
+                    count = min(pattern.nbytes, slot.spec.nbytes - first)
+                    self._region.write(shifted[:count], i * set_bytes + slot.offset + first)
+
+
+def time_in_turn(
+    runs: Sequence[Callable[[int], None]], wait: Callable[[], object], repeats: int = 9
+) -> list[StepTiming]:
+    """Microseconds of a step of each of `runs`, which submit so many steps; `wait` waits for them.
+
+    Their repeats take turns, so that what the clock of the chip does meets all alike.
+    """
+
+    def seconds(run: Callable[[int], None], steps: int) -> float:
+        wait()
+        began = time.perf_counter()
+        run(steps)
+        wait()
+        return time.perf_counter() - began
+
+    steps = []
+    for run in runs:
+        seconds(run, 2)  # the first launches, then a graph
+        steps.append(max(1, min(MOST_STEPS, ceil(REPEAT_SECONDS / max(seconds(run, 1), 1e-6)))))
+    times = [[seconds(run, n) / n * 1e6 for run, n in zip(runs, steps, strict=True)] for _ in range(repeats)]
+    return [StepTiming(*(float(p) for p in np.percentile(of_one, (20, 50, 80)))) for of_one in zip(*times, strict=True)]
+
+
+def _placed(executor: Executor, calls: Sequence[Call]) -> tuple[tuple[Call, ...], int]:
+    """The calls with their tensors close together in one region, and its size; tensors that share memory still do."""
+    spans: list[tuple[str, int, int]] = []  # of slots that overlap: region, first byte, end
+    for region, first, end in sorted({(s.region, s.offset, s.end) for c in calls for s in (*c.inputs, *c.outputs)}):
+        if spans and spans[-1][0] == region and first < spans[-1][2]:
+            spans[-1] = (region, spans[-1][1], max(end, spans[-1][2]))
+        else:
+            spans.append((region, first, end))
+    starts = [(region, first) for region, first, _ in spans]
+    homes, size = [], 0
+    for _, first, end in spans:
+        homes.append(size)
+        size += align(end - first)
+
+    def place(slot: Slot) -> Slot:
+        i = bisect_right(starts, (slot.region, slot.offset)) - 1
+        return replace(slot, region="arena", offset=homes[i] + slot.offset - starts[i][1])
+
+    placed = []
+    for call in calls:
+        nbytes = executor.workspace_bytes(call.op, call.input_specs, call.output_specs)
+        scratch = Slot(Spec((nbytes,), "u8"), "arena", size) if nbytes else None
+        size += align(nbytes)
+        inputs, outputs = tuple(map(place, call.inputs)), tuple(map(place, call.outputs))
+        placed.append(replace(call, inputs=inputs, outputs=outputs, workspace=scratch))
+    return schedule(placed, Options().side_streams if executor.concurrent else 0), size
+
+
+def _in_turn(calls: Sequence[Call], offsets: Sequence[int]) -> Iterator[Call]:
+    """The calls at each of the offsets, all of one set after all of the set before."""
+    for turn, offset in enumerate(offsets):
+        first = turn * len(calls)
+        before = tuple(range(first - len(calls), first)) if turn else ()
+        for call in calls:
+            inputs, outputs = (
+                [replace(s, offset=s.offset + offset) for s in side] for side in (call.inputs, call.outputs)
+            )
+            scratch = replace(call.workspace, offset=call.workspace.offset + offset) if call.workspace else None
+            after = tuple(first + i for i in call.after) or before
+            yield replace(call, inputs=tuple(inputs), outputs=tuple(outputs), workspace=scratch, after=after)
+
+
+def _read_first(calls: Sequence[Call]) -> list[Slot]:
+    """Slots that a call reads and none before it writes."""
+    written: list[Slot] = []
+    found: dict[tuple[int, int], Slot] = {}
+    for call in calls:
+        for slot in call.inputs:
+            if not any(w.offset < slot.end and slot.offset < w.end for w in written):
+                found[slot.offset, slot.end] = slot
+        written += call.written
+    return list(found.values())

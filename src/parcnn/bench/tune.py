@@ -1,0 +1,99 @@
+"""Measuring every variant of a model's kernels: which one the tables should name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from parcnn.bench.layers import GUESS_US, Subject
+from parcnn.bench.repeated import RepeatedCalls, time_in_turn
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.tuning import Choice, Tuning, problem_key
+from parcnn.ops.program import Call
+
+LEAST_GAIN = 1.02  # below it the default stays: the times of one kernel differ by as much
+_FIRST_REPEATS, _FINAL_REPEATS = 3, 9
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One problem: the variant that runs by default, the best one (perhaps the same), their times, and how many there are."""
+
+    key: str
+    default: Choice
+    default_us: float
+    best: Choice
+    best_us: float
+    count: int
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast the best is."""
+        return self.default_us / self.best_us
+
+
+def problems(subjects: Sequence[Subject]) -> list[Call]:
+    """The calls of subjects, each problem once."""
+    calls = {problem_key(call.op, call.input_specs): call for subject in subjects for call in subject.calls}
+    return list(calls.values())
+
+
+def run(executor: CudaExecutor, calls: Sequence[Call], say: Callable[[str], None]) -> Iterator[Measured]:
+    """Measure every variant of each call that has several; the default is what runs without a table of the user's.
+
+    All are timed briefly, then the best two and the default again, in turns: so a variant is not taken for a moment's luck.
+    Leaves the executor with the tables that it had.
+    """
+    usual, base = executor.tuning, Tuning(executor.tuning.shipped)
+    executor.tuning = base
+    try:
+        wanted = [(call, executor.choices(call.op, call.input_specs, call.output_specs)) for call in calls]
+        wanted = [(call, choices) for call, choices in wanted if len(choices) > 1]
+        executor.compile([k for call, choices in wanted for c in choices for k in _kernels(executor, base, call, c)])
+        for i, (call, choices) in enumerate(wanted, 1):
+            found = _measure(executor, base, call, choices)
+            say(f"  {i}/{len(wanted)} {found.key}: {found.best_us:.1f} us, {found.gain:.2f}x the default")
+            yield found
+    finally:
+        executor.tuning = usual
+
+
+def table(measured: Sequence[Measured], old: dict[str, Choice]) -> dict[str, Choice]:
+    """What a table should say: of measured problems the best where it is no default, of others what it said."""
+    kept = {key: choice for key, choice in old.items() if key not in {each.key for each in measured}}
+    return kept | {each.key: each.best for each in measured if each.best != each.default}
+
+
+def _kernels(executor: CudaExecutor, base: Tuning, call: Call, choice: Choice) -> list:
+    executor.tuning = _naming(base, call, choice)
+    nbytes = executor.workspace_bytes(call.op, call.input_specs, call.output_specs)
+    scratch = replace(call.outputs[0], spec=replace(call.outputs[0].spec, shape=(nbytes,), dtype="u8"))
+    return executor.kernels(replace(call, workspace=scratch if nbytes else None))
+
+
+def _measure(executor: CudaExecutor, base: Tuning, call: Call, choices: Sequence[Choice]) -> Measured:
+    def timed(wanted: Sequence[Choice], repeats: int) -> dict[Choice, float]:
+        loaded = []
+        for choice in wanted:
+            executor.tuning = _naming(base, call, choice)
+            loaded.append(RepeatedCalls(executor, [replace(call, workspace=None)], GUESS_US))
+        timings = time_in_turn([each.run for each in loaded], executor.synchronize, repeats)
+        for each in loaded:
+            each.free()
+        return {c: t.p50_us / each.count for c, t, each in zip(wanted, timings, loaded, strict=True)}
+
+    first: dict[Choice, float] = {}
+    for choice in choices:
+        first |= timed([choice], _FIRST_REPEATS)
+    finalists = dict.fromkeys([choices[0], *sorted(first, key=first.__getitem__)[:2]])
+    final = timed(list(finalists), _FINAL_REPEATS)
+    best = min(final, key=final.__getitem__)
+    if final[choices[0]] < LEAST_GAIN * final[best]:
+        best = choices[0]
+    key = problem_key(call.op, call.input_specs)
+    return Measured(key, choices[0], final[choices[0]], best, final[best], len(choices))
+
+
+def _naming(base: Tuning, call: Call, choice: Choice) -> Tuning:
+    """The tables with one choice of the user's."""
+    return Tuning(base.shipped, {problem_key(call.op, call.input_specs): choice})

@@ -1,0 +1,139 @@
+"""`parcnn tune` and `parcnn bench layers`, on a device that runs nothing: what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from parcnn.bench import layers, repeated, roofline
+from parcnn.bench import tune as tune_bench
+from parcnn.bench.layer import Layer
+from parcnn.bench.rows import read
+from parcnn.bench.tune import Measured
+from parcnn.cli import bench as bench_command
+from parcnn.cli import tune as tune_command
+from parcnn.cli.app import app
+from parcnn.cuda import tuning
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import Registry
+from parcnn.cuda.tuning import Choice, Tuning, problem_key
+from parcnn.ops.program import Call
+
+SMALL = (Layer(4, 9, 7, 8, 16, 3, 1, 1), Layer(4, 12, 12, 3, 8, 5, 2, 2))
+GPU = CudaExecutor  # before it is replaced
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A machine with a null GPU, small lists of layers and an empty home."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for module, name, value in (
+        (repeated, "SETS_BYTES", 1 << 16),
+        (repeated, "REPEAT_SECONDS", 1e-4),
+        (roofline, "COPY_BYTES", 1 << 16),
+        (layers, "has_torch_on_gpu", lambda: False),
+        (tune_command, "LAYERS", SMALL),
+        (bench_command, "LAYERS", SMALL),
+    ):
+        monkeypatch.setattr(module, name, value)
+
+    def executor(registry: Registry | None = None, tuning: Tuning | None = None) -> CudaExecutor:
+        made = GPU.null(registry=registry)
+        made.tuning = tuning if tuning is not None else made.tuning
+        return made
+
+    monkeypatch.setattr("parcnn.cuda.executor.CudaExecutor", executor)
+    return tmp_path
+
+
+def succeed(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def fail(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == 1
+    assert "error:" in result.stderr
+    return result.stderr
+
+
+def test_the_best_variants_go_into_the_users_table(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = home / "parcnn" / "tuned" / "sm_90a-132.json"
+    found = Measured("conv_fprop f32[1]", Choice("conv_fprop", "a"), 30.0, Choice("conv_fprop", "b"), 20.0, 5)
+    same = Measured("conv_wgrad f32[1]", Choice("conv_wgrad", "a"), 30.0, Choice("conv_wgrad", "a"), 30.0, 5)
+    monkeypatch.setattr(tune_bench, "run", lambda executor, calls, say: iter([found, same]))
+    output = succeed("tune", "layers", "--precision", "fp32")
+    assert "1.50×" in output
+    assert "1 of 2 problems" in output
+    content = json.loads(path.read_text())
+    assert content["choices"] == {"conv_fprop f32[1]": "conv_fprop: b"}
+    assert Tuning(user=tuning.read(path, GPU.null().device)).digest in output
+
+
+def test_a_models_problems_are_those_of_its_training_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(executor: CudaExecutor, calls: list[Call], say: object) -> Iterator[Measured]:
+        for call in calls:
+            first, *_, last = executor.choices(call.op, call.input_specs, call.output_specs)
+            yield Measured(problem_key(call.op, call.input_specs), first, 3.0, last, 2.0, 9)
+
+    monkeypatch.setattr(tune_bench, "run", run)
+    output = succeed("tune", "lenet5", "--batch", "5", "--precision", "fp32", "--table", home / "own.json")
+    assert "14 of 14 problems" in output, "two convolutions and three linear layers; no gradient of images"
+    choices = json.loads((home / "own.json").read_text())["choices"]
+    assert "conv_fprop pad=(2, 2, 2, 2) pool='max' bias=True act='relu' f32[5,28,28,1] f32[6,5,5,1] f32[6]" in choices
+    assert not (home / "parcnn").exists(), "the user's own table is left alone"
+
+
+def test_a_damaged_table_stops_it(home: Path) -> None:
+    (home / "own.json").write_text("{")
+    assert "remove the file" in fail("tune", "lenet5", "--table", home / "own.json")
+
+
+def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = succeed("bench", "layers", "--precision", "fp32", "--out", home)
+    rows = read(home / "layers.jsonl")
+    assert [row.bench for row in rows] == ["conv fp32"] * 5
+    assert [row.problem["direction"] for row in rows] == ["fprop", "dgrad", "wgrad", "fprop", "wgrad"]
+    assert "fprop 4,9,7,8,16,3,1,1" in output
+    succeed("bench", "layers", "--only", "3,8,5", "--directions", "wgrad,fused_pool_fwd", "--out", home, "--portable")
+    rows = read(home / "layers.jsonl")[5:]
+    assert [(row.bench, row.problem["direction"]) for row in rows] == [
+        ("conv portable", "wgrad"),
+        ("conv portable", "fused_pool_fwd"),
+    ]
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    measured = iter([layers.RepeatedCalls] * 3)  # the copy, and two layers
+
+    def repeated_calls(*arguments: object) -> object:
+        kind = next(measured, None)
+        return kind(*arguments) if kind else stop()
+
+    monkeypatch.setattr(layers, "RepeatedCalls", repeated_calls)
+    monkeypatch.setattr(roofline, "RepeatedCalls", lambda *a, expected_us: repeated_calls(*a, expected_us))
+    CliRunner().invoke(app, ["bench", "layers", "--out", str(home)])
+    assert len(read(home / "layers.jsonl")) == 7 + 2
+
+
+def test_only_portable_kernels_run_where_asked(home: Path) -> None:
+    wide = ("--only", "4,9,7,8", "--directions", "fprop", "--out", home)
+    succeed("bench", "layers", *wide)
+    succeed("bench", "layers", *wide, "--portable")
+    variants = [row.variant for row in read(home / "layers.jsonl")]
+    assert "sm90" in variants[0]
+    assert "sm90" not in variants[1]
+
+
+def test_wrong_options_are_named(home: Path) -> None:
+    assert "--directions" in fail("bench", "layers", "--directions", "fprop,backprop")
+    assert "--precision" in fail("bench", "layers", "--precision", "fp16")
+    assert "unknown model" in fail("tune", "alexnet")
