@@ -62,6 +62,14 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (PoolFprop(kind="avg", kernel=(3, 2), stride=(2, 1), pad=(1, 0)), [f32(2, 7, 5, 65)]),
     (PoolDgrad(image=(7, 5)), [f32(2, 3, 2, 65), u8(2, 3, 2, 65)]),
     (PoolDgrad(kind="avg", image=(7, 5)), [f32(2, 3, 2, 65)]),
+    *(
+        (op, [bf16(2, 7, 5, c)])
+        for op in (PoolFprop(), AdaptiveAvgFprop(), AdaptiveAvgFprop((3, 2)))
+        for c in (64, 65, 84)
+    ),
+    (PoolDgrad(image=(7, 5)), [bf16(2, 3, 2, 64), u8(2, 3, 2, 64)]),
+    (PoolDgrad(kind="avg", image=(7, 5)), [bf16(2, 3, 2, 84)]),
+    (AdaptiveAvgDgrad(image=(7, 5)), [bf16(2, 1, 1, 65)]),
     (AdaptiveAvgFprop(), [f32(2, 7, 5, 65)]),
     (AdaptiveAvgDgrad(image=(7, 5)), [f32(2, 1, 1, 65)]),
     *((Act(kind), [f32(3, 5, 7)]) for kind in ("relu", "gelu", "silu", "tanh", "sigmoid")),

@@ -12,9 +12,11 @@ from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
 from parcnn.ops.program import Call, Executor, Slot
+from tests.cuda.bf16 import stored
 from tests.cuda.compare import check, executors, normal, random_fixture  # noqa: F401
 
 executor = executors(pool)
+element = pytest.mark.parametrize("element", ["f32", "bf16"])
 
 WINDOWS = {
     "2x2": {},
@@ -29,59 +31,85 @@ WINDOWS = {
     "whole image": {"kernel": (9, 7), "stride": (9, 7)},
 }
 windows = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
-CHANNELS = [1, 3, 8, 130]  # one, not a vector, vectors, more than a warp's lanes and a part of one
+# One, not a vector, vectors, in bf16 vectors of 8 bytes, more than a warp's lanes and a part of one.
+CHANNELS = [1, 3, 8, 84, 130]
 
 
+@element
 @windows
 @pytest.mark.parametrize("channels", CHANNELS)
-def test_max(executor: Executor, random: np.random.Generator, window: dict[str, object], channels: int) -> None:
+def test_max(
+    executor: Executor, random: np.random.Generator, window: dict[str, object], channels: int, element: str
+) -> None:
     x = random.integers(-2, 3, (2, 9, 7, channels)).astype(np.float32)  # ties
     x[0, 2, 2, 0] = x[0, 2, 3, 0] = np.nan
     x[1, ..., -1] = -np.inf
     op = PoolFprop("max", **window)
-    y, index = check(executor, op, [x], ulps=0)
-    check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [normal(random, *y.shape), index])
+    y, index = check(executor, op, [stored(x, element)], ulps=0)
+    check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [stored(normal(random, *y.shape), element), index])
 
 
+@element
 @windows
 @pytest.mark.parametrize(
     "divisor", [{}, {"count_include_pad": False}, {"divisor": 5}], ids=["padded", "inside", "given"]
 )
 def test_avg(
-    executor: Executor, random: np.random.Generator, window: dict[str, object], divisor: dict[str, object]
+    executor: Executor, random: np.random.Generator, window: dict[str, object], divisor: dict[str, object], element: str
 ) -> None:
     op = PoolFprop("avg", **window, **divisor)
-    for channels in (3, 8):
-        (y,) = check(executor, op, [normal(random, 2, 9, 7, channels)])
-        check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [normal(random, *y.shape)])
+    for channels in (3, 8, 12):
+        (y,) = check(executor, op, [stored(normal(random, 2, 9, 7, channels), element)])
+        check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [stored(normal(random, *y.shape), element)])
 
 
-def test_max_of_a_window_with_32_bit_indices(executor: Executor, random: np.random.Generator) -> None:
+@element
+@pytest.mark.parametrize("channels", [3, 8])
+def test_nan_and_infinities_in_averages(
+    executor: Executor, random: np.random.Generator, channels: int, element: str
+) -> None:
+    x = normal(random, 1, 6, 5, channels)
+    x[0, 0, 0, 0], x[0, 0, 1, -1], x[0, 3, 2, 0], x[0, 3, 3, 0] = np.nan, np.inf, np.inf, -np.inf
+    op = PoolFprop("avg", kernel=(3, 2), stride=(1, 1))
+    with np.errstate(invalid="ignore"):  # inf - inf
+        (y,) = check(executor, op, [stored(x, element)])
+        check(executor, AdaptiveAvgFprop((2, 2)), [stored(x, element)])
+        check(executor, PoolDgrad(**asdict(op), image=(6, 5)), [y])
+
+
+@element
+def test_max_of_a_window_with_32_bit_indices(executor: Executor, random: np.random.Generator, element: str) -> None:
     op = PoolFprop("max", kernel=(17, 18), stride=(2, 3), pad=(3, 4))
-    for channels in (2, 4):
+    for channels in (2, 4, 8):
         x = random.integers(-9, 9, (1, 20, 23, channels)).astype(np.float32)
         x += np.arange(20, dtype=np.float32)[:, None, None]  # late rows win
-        y, index = check(executor, op, [x], ulps=0)
+        y, index = check(executor, op, [stored(x, element)], ulps=0)
         assert index.dtype == np.int32
         assert index.max() > 255
-        check(executor, PoolDgrad(**asdict(op), image=(20, 23)), [normal(random, *y.shape), index])
+        check(executor, PoolDgrad(**asdict(op), image=(20, 23)), [stored(normal(random, *y.shape), element), index])
 
 
-def test_many_outputs_with_large_windows(executor: Executor, random: np.random.Generator) -> None:
+@element
+def test_many_outputs_with_large_windows(executor: Executor, random: np.random.Generator, element: str) -> None:
     """As many as fill the device: each has one thread."""
     for kind in ("max", "avg"):
-        check(executor, PoolFprop(kind, kernel=(4, 4), stride=(1, 1)), [normal(random, 1, 69, 68, 1)])
+        x = stored(normal(random, 1, 69, 68, 1), element)
+        check(executor, PoolFprop(kind, kernel=(4, 4), stride=(1, 1)), [x])
 
 
+@element
 @pytest.mark.parametrize("out", [(1, 1), (2, 3), (4, 7), (9, 11)])
-@pytest.mark.parametrize("channels", [3, 8])
-def test_adaptive(executor: Executor, random: np.random.Generator, out: tuple[int, int], channels: int) -> None:
-    (y,) = check(executor, AdaptiveAvgFprop(out), [normal(random, 2, 9, 7, channels)])
-    check(executor, AdaptiveAvgDgrad((9, 7)), [normal(random, *y.shape)])
+@pytest.mark.parametrize("channels", [3, 8, 10, 12])
+def test_adaptive(
+    executor: Executor, random: np.random.Generator, out: tuple[int, int], channels: int, element: str
+) -> None:
+    (y,) = check(executor, AdaptiveAvgFprop(out), [stored(normal(random, 2, 9, 7, channels), element)])
+    check(executor, AdaptiveAvgDgrad((9, 7)), [stored(normal(random, *y.shape), element)])
 
 
-def test_smallest(executor: Executor, random: np.random.Generator) -> None:
-    x = normal(random, 1, 1, 1, 1)
+@element
+def test_smallest(executor: Executor, random: np.random.Generator, element: str) -> None:
+    x = stored(normal(random, 1, 1, 1, 1), element)
     check(executor, PoolFprop("max", kernel=(3, 3), stride=(1, 1), pad=(1, 1)), [x])
     check(executor, AdaptiveAvgFprop((1, 1)), [x])
 
@@ -117,5 +145,6 @@ def test_windows_apart_read_their_error_once() -> None:
 
 def test_refuses() -> None:
     assert "f64" in (pool.supports(PoolFprop(), (Spec((1, 2, 2, 1), "f64"),)) or "")
+    assert "u8" in (pool.supports(PoolDgrad("avg", image=(4, 4)), (Spec((1, 2, 2, 1), "u8"),)) or "")
     assert "2**31" in (pool.supports(PoolFprop(), (Spec((2**15, 2**8, 2**8, 1)),)) or "")
     assert "2**31" in (pool.supports(AdaptiveAvgFprop((2**16, 1)), (Spec((1, 2**16, 1, 1)),)) or "")

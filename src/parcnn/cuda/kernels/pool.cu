@@ -11,9 +11,10 @@
 // pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
 //   from one window's start to the next one's; it reads that window's error once.
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
-// Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; every count below 2^31.
-// Macros: KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC, and for the way forward BATCHED:
-// how many taps are loaded before the first is used.
+// Sums are floats; what is stored is rounded once.
+// Preconditions: C is a multiple of VEC and tensors start on 16 bytes; every count below 2^31.
+// Macros: ELEMENT (float or bf16), KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC (at most 16
+// bytes of elements), and for the way forward BATCHED: how many taps are loaded before the first is used.
 #include "common.cuh"
 
 #define THREADS 256
@@ -75,7 +76,7 @@ __device__ __forceinline__ bool takes_over(float v, int at, float best, int best
 }
 
 // Taps part, part + parts, ... of the window, in that order. x points at the image's channels of this thread.
-__device__ __forceinline__ Result reduce_taps(const float *x, Taps h, Taps w, const Window &window, int channels, int part,
+__device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, const Window &window, int channels, int part,
                                               int parts) {
     Result r;
     r.value = splat<VEC>(KIND == MAX ? __int_as_float(0xff800000) : 0.0f);
@@ -86,26 +87,27 @@ __device__ __forceinline__ Result reduce_taps(const float *x, Taps h, Taps w, co
     int step_h = parts / width, step_w = parts - step_h * width;
     int th = part / width, tw = part - th * width;
     for (int t = part; t < count; t += BATCHED * parts) {
-        Floats<VEC> v[BATCHED];
+        Fetched<ELEMENT, VEC> fetched[BATCHED];
         int position[BATCHED];
 #pragma unroll
         for (int j = 0; j < BATCHED; ++j) {
             int a = h.first + th, b = w.first + tw;
             position[j] = a * window.w.kernel + b;
             int pixel = (h.start + a * h.step) * window.w.in + w.start + b * w.step;
-            if (t + j * parts < count) v[j] = load<VEC>(x + pixel * channels);
+            if (t + j * parts < count) fetched[j] = fetch<VEC>(x + pixel * channels);
             th += step_h, tw += step_w;
             if (tw >= width) tw -= width, ++th;
         }
 #pragma unroll
         for (int j = 0; j < BATCHED; ++j) {
             if (t + j * parts >= count) break;
+            Floats<VEC> v = widen(fetched[j]);
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
                 if (KIND != MAX) {
-                    r.value.v[e] += v[j].v[e];
-                } else if (beats(v[j].v[e], r.value.v[e])) {
-                    r.value.v[e] = v[j].v[e];
+                    r.value.v[e] += v.v[e];
+                } else if (beats(v.v[e], r.value.v[e])) {
+                    r.value.v[e] = v.v[e];
                     r.position[e] = position[j];
                 }
             }
@@ -115,42 +117,53 @@ __device__ __forceinline__ Result reduce_taps(const float *x, Taps h, Taps w, co
 }
 
 #if KIND == MAX
+// Up to four of them in one access.
 __device__ __forceinline__ void store_index(u8 *p, const int (&at)[VEC]) {
-    if constexpr (VEC == 4)
-        *reinterpret_cast<uchar4 *>(p) = make_uchar4((u8)at[0], (u8)at[1], (u8)at[2], (u8)at[3]);
-    else
+    if constexpr (VEC == 1) {
         *p = (u8)at[0];
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) store_word(p + e, make_uchar4((u8)at[e], (u8)at[e + 1], (u8)at[e + 2], (u8)at[e + 3]));
+    }
 }
 
 __device__ __forceinline__ void store_index(int *p, const int (&at)[VEC]) {
-    if constexpr (VEC == 4)
-        *reinterpret_cast<int4 *>(p) = make_int4(at[0], at[1], at[2], at[3]);
-    else
+    if constexpr (VEC == 1) {
         *p = at[0];
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) store_word(p + e, make_int4(at[e], at[e + 1], at[e + 2], at[e + 3]));
+    }
 }
 
 __device__ __forceinline__ void load_index(const u8 *p, int (&at)[VEC]) {
-    if constexpr (VEC == 4) {
-        uchar4 t = *reinterpret_cast<const uchar4 *>(p);
-        at[0] = t.x, at[1] = t.y, at[2] = t.z, at[3] = t.w;
-    } else {
+    if constexpr (VEC == 1) {
         at[0] = *p;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) {
+            uchar4 t = load_word<uchar4>(p + e);
+            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
+        }
     }
 }
 
 __device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
-    if constexpr (VEC == 4) {
-        int4 t = *reinterpret_cast<const int4 *>(p);
-        at[0] = t.x, at[1] = t.y, at[2] = t.z, at[3] = t.w;
-    } else {
+    if constexpr (VEC == 1) {
         at[0] = *p;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) {
+            int4 t = load_word<int4>(p + e);
+            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
+        }
     }
 }
 #else
 #define INDEX u8  // idx is null
 #endif
 
-__device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, float *y, INDEX *idx, size_t at) {
+__device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, INDEX *idx, size_t at) {
 #if KIND == MAX
     store_index(idx + at, r.position);
 #else
@@ -163,20 +176,20 @@ __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &w
 
 // count: outputs times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-pool_fprop(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
+pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
            FastDiv by_vectors, FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int vector, q, p;
     int n = divide(divide(divide(i, by_vectors, vector), by_q, q), by_p, p);
     Taps h = taps_of(p, window.h), w = taps_of(q, window.w);
-    const float *image = x + (size_t)n * window.h.in * window.w.in * channels + vector * VEC;
+    const ELEMENT *image = x + (size_t)n * window.h.in * window.w.in * channels + vector * VEC;
     finish(reduce_taps(image, h, w, window, channels, 0, 1), h, w, window, y, idx, (size_t)i * VEC);
 }
 
 // grid: (outputs, groups of vectors)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-pool_fprop_shared(const float *__restrict__ x, float *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
+pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
                   FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     __shared__ float values[VEC][THREADS];
     __shared__ int positions[VEC][KIND == MAX ? THREADS : 1];
@@ -236,7 +249,7 @@ __device__ __forceinline__ int tap_at(int i, int o, const Axis &a) {
 
 // count: pixels times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pool_dgrad(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *__restrict__ dx, int count, int channels,
+pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
            FastDiv by_vectors, FastDiv by_width, FastDiv by_height, const __grid_constant__ Window window) {
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
@@ -272,7 +285,7 @@ pool_dgrad(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *_
 
 // count: rows of images times cells of a row (windows, and what lies behind the last) times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pool_dgrad_apart(const float *__restrict__ dy, const INDEX *__restrict__ idx, float *__restrict__ dx, int count, int channels,
+pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
                  FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
@@ -293,7 +306,7 @@ pool_dgrad_apart(const float *__restrict__ dy, const INDEX *__restrict__ idx, fl
 #endif
     }
     int x = q * window.w.stride - window.w.pad;
-    float *result = dx + ((size_t)row * window.w.in + x) * channels + vector * VEC;
+    ELEMENT *result = dx + ((size_t)row * window.w.in + x) * channels + vector * VEC;
 #pragma unroll 2
     for (int s = 0; s < window.w.stride; ++s, ++x, result += channels) {
         Floats<VEC> value;

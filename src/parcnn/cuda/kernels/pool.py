@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div, lanes_for, refuse_dtype, refuse_size, vector_width
+from parcnn.cuda.kernels.common import (
+    ELEMENTS,
+    VECTOR_WIDTHS,
+    fast_div,
+    lanes_for,
+    refuse_dtype,
+    refuse_size,
+    vector_width,
+)
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
@@ -28,7 +37,7 @@ MAX, AVG, ADAPTIVE = 0, 1, 2
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
     (y, *_), x = op.infer(*inputs), inputs[0]
-    reason = refuse_dtype(x) or refuse_size(x, y)
+    reason = refuse_dtype(x, among=tuple(ELEMENTS)) or refuse_size(x, y)
     if reason is None and not isinstance(op, PoolWindow):
         for a in (1, 2):
             if (x.shape[a] + 1) * (y.shape[a] + 1) >= 2**31:
@@ -48,17 +57,20 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    entries = (("pool_fprop", FEW_TAPS), ("pool_fprop", MANY_TAPS), ("pool_fprop_shared", MANY_TAPS))
-    for entry, taps in (*entries, ("pool_dgrad", None), ("pool_dgrad_apart", None)):
-        for width in (1, 4):
-            yield from (_kernel(entry, MAX, index, width, taps) for index in INDEX_TYPES)
-            yield _kernel(entry, AVG, None, width, taps)
+    entries = (
+        *(("pool_fprop", FEW_TAPS), ("pool_fprop", MANY_TAPS), ("pool_fprop_shared", MANY_TAPS)),
+        *(("pool_dgrad", None), ("pool_dgrad_apart", None)),
+    )
+    for dtype in ELEMENTS:
+        for (entry, taps), width in product(entries, VECTOR_WIDTHS[dtype]):
+            yield from (_kernel(entry, dtype, MAX, index, width, taps) for index in INDEX_TYPES)
+            yield _kernel(entry, dtype, AVG, None, width, taps)
             if entry != "pool_dgrad_apart":
-                yield _kernel(entry, ADAPTIVE, None, width, taps)
+                yield _kernel(entry, dtype, ADAPTIVE, None, width, taps)
 
 
-def _kernel(entry: str, kind: int, index: str | None, width: int, taps: int | None) -> Kernel:
-    defines: list[tuple[str, int | str]] = [("KIND", kind), ("VEC", width)]
+def _kernel(entry: str, dtype: str, kind: int, index: str | None, width: int, taps: int | None) -> Kernel:
+    defines: list[tuple[str, int | str]] = [("ELEMENT", ELEMENTS[dtype]), ("KIND", kind), ("VEC", width)]
     if index:
         defines.append(("INDEX", INDEX_TYPES[index]))
     if taps:
@@ -86,7 +98,7 @@ def _fprop(call: Call, device: Device) -> Launch:
     x, y = call.inputs[0].spec, call.outputs[0].spec
     n, p, q, channels = y.shape
     index = call.outputs[1] if len(call.outputs) > 1 else None
-    width = vector_width(channels)
+    width = vector_width(channels, dtype=y.dtype)
     vectors = channels // width
     count = n * p * q * vectors
     op = _as_window(call.op, x, y)
@@ -97,11 +109,11 @@ def _fprop(call: Call, device: Device) -> Launch:
         lanes_log2 = lanes_for(vectors, max(LEAST_LANES, THREADS // sharing))
         grid = (n * p * q, -(-vectors >> lanes_log2), 1)
         sizes: tuple[Argument, ...] = (np.int32(channels), np.int32(lanes_log2), fast_div(q), fast_div(p))
-        kernel = _kernel("pool_fprop_shared", kind, index_type, width, MANY_TAPS)
+        kernel = _kernel("pool_fprop_shared", y.dtype, kind, index_type, width, MANY_TAPS)
     else:
         grid = (-(-count // THREADS), 1, 1)
         sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(q), fast_div(p))
-        kernel = _kernel("pool_fprop", kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS)
+        kernel = _kernel("pool_fprop", y.dtype, kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS)
     args = (call.inputs[0], call.outputs[0], index, *sizes, _window(op, x, y))
     return Launch(kernel, grid, (THREADS, 1, 1), args)
 
@@ -110,7 +122,7 @@ def _dgrad(call: Call) -> Launch:
     dy, dx = call.inputs[0], call.outputs[0]
     n, h, w, channels = dx.spec.shape
     index = call.inputs[1] if len(call.inputs) > 1 else None
-    width = vector_width(channels)
+    width = vector_width(channels, dtype=dx.spec.dtype)
     vectors = channels // width
     op = _as_window(call.op, dx.spec, dy.spec)
     if op and op.dilation == (1, 1) and op.kernel[0] <= op.stride[0] and op.kernel[1] <= op.stride[1]:
@@ -119,7 +131,7 @@ def _dgrad(call: Call) -> Launch:
         entry, cells = "pool_dgrad", w
     count = n * h * cells * vectors
     sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(h))
-    kernel = _kernel(entry, _kind(op), index.spec.dtype if index else None, width, None)
+    kernel = _kernel(entry, dx.spec.dtype, _kind(op), index.spec.dtype if index else None, width, None)
     args = (dy, index, dx, *sizes, _window(op, dx.spec, dy.spec))
     return Launch(kernel, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
 
