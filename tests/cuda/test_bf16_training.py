@@ -1,0 +1,132 @@
+"""Training in bf16: on the null driver, which checks every launch, and on the GPU, where it must learn as fp32 does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import parcnn
+from parcnn import data, models, nn, optim
+from parcnn.cpu import CpuExecutor
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.data import Dataset
+from parcnn.errors import ArgumentError
+from parcnn.train import Trainer
+
+
+def create(network: str) -> nn.Module:
+    if network == "mixed":
+        return mixed()
+    return models.create(network, in_channels=3 if network == "cifarnet" else 1)
+
+
+def trainer(executor: object, network: str = "lenet5", precision: str = "bf16", lr: float = 0.02) -> Trainer:
+    parcnn.manual_seed(3)
+    model = create(network)
+    return Trainer(
+        model, optim.SGD(lr, momentum=0.9), schedule=optim.CosineLR(warmup=0.1), device=executor, precision=precision,
+        batch_size=32,
+    )  # fmt: skip
+
+
+def noise(count: int, shape: tuple[int, ...]) -> Dataset:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 10, count)
+    return data.from_arrays(random.integers(0, 256, (count, *shape), np.uint8), labels, name="noise")
+
+
+def mixed() -> nn.Module:
+    """What the shipped networks do not have: few channels, strides, average pools, activations, dropout, a sum of paths."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 10, 5, stride=2, padding=2)
+            self.left, self.right = nn.Conv2d(10, 12, 3, padding=1), nn.Conv2d(10, 12, 1)
+            self.down = nn.Conv2d(12, 24, 3, stride=2, padding=1)
+            self.norm, self.drop = nn.BatchNorm2d(24), nn.Dropout(0.1)
+            self.head = nn.Linear(24, 10)
+
+        def forward(self, x: parcnn.Tensor) -> parcnn.Tensor:
+            x = nn.functional.gelu(self.stem(x))
+            x = nn.functional.avg_pool2d(nn.functional.relu(self.left(x) + self.right(x)), 2)
+            x = nn.functional.silu(self.norm(self.down(x)))
+            return self.head(self.drop(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)))
+
+    return Net()
+
+
+@pytest.mark.parametrize(("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32))])
+def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
+    some = noise(32 * 2 + 7, shape)  # and a tail
+    run = trainer(null, network)
+    run.fit(some, 1)
+    run.evaluate(some)
+    run.predict(some.images[:5])
+    run.session.pull()
+
+
+def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor) -> None:
+    run = Trainer(mixed(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
+    run.fit(noise(40, (3, 32, 32)), 1)
+
+
+@pytest.mark.parametrize(("precision", "device"), [("bf16", "cpu"), ("fp64", "null"), ("fp8", "cpu")])
+def test_a_precision_that_the_device_lacks(null: CudaExecutor, precision: str, device: str) -> None:
+    executor = null if device == "null" else CpuExecutor(threads=1)
+    with pytest.raises(ArgumentError, match=rf"(?s){re.escape(executor.name)}.*{precision}.*--device"):
+        trainer(executor, precision=precision)
+
+
+@pytest.mark.gpu
+def test_it_learns_as_fp32_does(cuda: CudaExecutor) -> None:
+    train, held_out = data.load("digits"), data.load("digits", "test")
+    accuracies = {}
+    for precision in ("fp32", "bf16"):
+        run = trainer(cuda, precision=precision, lr=0.03)
+        run.fit(train, 10)
+        accuracies[precision] = run.evaluate(held_out).accuracy
+    assert min(accuracies.values()) > 0.95, accuracies
+    assert abs(accuracies["bf16"] - accuracies["fp32"]) <= 0.02, accuracies
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32)), ("mixed", (3, 32, 32))]
+)
+def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        parcnn.manual_seed(3)
+        model = create(network)
+        run = Trainer(model, optim.SGD(1e-3), device=cuda, precision=precision, batch_size=64, shuffle=False)
+        losses[precision] = run.fit(noise(64 * 4, shape), 1).losses
+    # Eight bits of mantissa in some ten layers; a wrong gradient or a wrong layer moves the loss by far more.
+    np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.02)
+
+
+@pytest.mark.gpu
+def test_two_runs_give_the_same_bits(cuda: CudaExecutor) -> None:
+    runs = [trainer(cuda, "cifarnet") for _ in range(2)]
+    for run in runs:
+        run.fit(noise(32 * 6 + 5, (3, 32, 32)), 2)
+    states = [run.model.state_dict() for run in runs]
+    for name in states[0]:
+        np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_of_bf16_serves_the_cpu(cuda: CudaExecutor, tmp_path: Path) -> None:
+    train, held_out = data.load("digits"), data.load("digits", "test")
+    run = trainer(cuda, lr=0.03)
+    run.fit(train, 5)
+    run.save(tmp_path / "digits.safetensors")
+    on_cpu = trainer(CpuExecutor(), precision="fp32")
+    on_cpu.load(tmp_path / "digits.safetensors")
+    ours, theirs = run.predict(held_out.images), on_cpu.predict(held_out.images)
+    assert ours.dtype == np.float32
+    assert np.abs(ours - theirs).max() <= 0.03 * np.abs(theirs).max()
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.98
