@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import exp, log
 from pathlib import Path
 
+from parcnn.bench.layer import CONV, FUSED
 from parcnn.bench.rows import Row, latest
 from parcnn.errors import ArgumentError, DataError
 
 NONE = "–"
+BLOCK_PEERS = ("torch_eager", "torch_compile")
 MARKERS = "<!-- rows:NAME --> … <!-- /rows -->"
 
 
@@ -184,6 +188,130 @@ def _accuracy(rows: Sequence[Row]) -> Table:
     return Table(columns, lines, labels=3)
 
 
+def _conv_rows(rows: Sequence[Row], bench: str, directions: Sequence[str]) -> list[Row]:
+    """The newest row of each problem, peer and GPU, whichever kernel ran; direction by direction."""
+    newest: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        if row.bench == bench and row.problem["direction"] in directions:
+            newest[json.dumps(row.problem, sort_keys=True), row.peer or "", machine_name(row)] = row
+    return sorted(newest.values(), key=lambda row: directions.index(row.problem["direction"]))
+
+
+def _faster(row: Row) -> float | None:
+    """How many times as fast as the peer."""
+    return row.peer_p50_us / row.p50_us if row.peer_p50_us and row.p50_us else None
+
+
+def _share(row: Row) -> str:
+    """How much of the time the roofline asks for."""
+    bound = row.extra["bound_us"]
+    return f"{bound / row.p50_us:.0%}" if bound and row.p50_us else NONE
+
+
+def _ratios(rows: Sequence[Row]) -> tuple[str, str]:
+    """Geometric mean and least of how much faster rows are than their peers."""
+    found = [ratio for row in rows if (ratio := _faster(row))]
+    return (times(geometric_mean(found)), times(min(found))) if found else (NONE, NONE)
+
+
+def geometric_mean(factors: Sequence[float]) -> float:
+    """Of positive numbers."""
+    return exp(sum(map(log, factors)) / len(factors))
+
+
+def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
+    """Layers against cuDNN, each direction closed by its geometric mean."""
+
+    def table(rows: Sequence[Row]) -> Table:
+        lines = []
+        for direction in CONV:
+            own = _conv_rows(rows, bench, (direction,))
+            lines += [
+                (
+                    direction,
+                    row.problem["shape"],
+                    duration(row.p50_us),
+                    duration(row.peer_p50_us),
+                    times(_faster(row)),
+                    f"{row.extra['tflops']:,.0f}",
+                    _share(row),
+                )
+                for row in own
+            ]
+            if own:
+                mean, worst = _ratios(own)
+                machines = ", ".join(dict.fromkeys(map(machine_name, own)))
+                lines.append(
+                    (direction, f"geometric mean of {len(own)}, {machines}", "", f"worst {worst}", mean, "", "")
+                )
+        columns = ("direction", "N,H,W,C,K,R,stride,pad", "parcnn", "cuDNN", "faster", "TFLOP/s", "of the roofline")
+        return Table(columns, lines, labels=2)
+
+    return table
+
+
+def _conv_fused(rows: Sequence[Row]) -> Table:
+    lines = []
+    for direction in FUSED:
+        own = _conv_rows(rows, "conv", (direction,))
+        by_shape: dict[str, dict[str, Row]] = {}
+        for row in own:
+            by_shape.setdefault(row.problem["shape"], {})[row.peer or ""] = row
+        for shape, of in by_shape.items():
+            ours = next(iter(of.values()))
+            kept = [of["torch_compile"].extra["peer_kept_bytes"]] if "torch_compile" in of else []
+            both = [mebibytes(nbytes) for nbytes in (ours.extra["kept_bytes"], *kept) if nbytes is not None]
+            lines.append(
+                (
+                    direction,
+                    shape,
+                    duration(ours.p50_us),
+                    *(
+                        f"{duration(of[p].peer_p50_us)} ({times(_faster(of[p]))})" if p in of else NONE
+                        for p in BLOCK_PEERS
+                    ),
+                    " / ".join(both) or NONE,
+                )
+            )
+        if own:
+            means = (_ratios([row for row in own if row.peer == peer])[0] for peer in BLOCK_PEERS)
+            machines = ", ".join(dict.fromkeys(map(machine_name, own)))
+            lines.append((direction, f"geometric mean of {len(by_shape)}, {machines}", "", *means, ""))
+    columns = (
+        "direction", "N,H,W,C,K,R,stride,pad", "parcnn", "PyTorch eager", "torch.compile", "kept for backward, ours / compiled",
+    )  # fmt: skip
+    return Table(columns, lines, labels=2)
+
+
+def _conv_summary(rows: Sequence[Row]) -> Table:
+    """Every set of layers in one line a direction."""
+    lines = []
+    for bench in sorted({row.bench for row in rows if row.bench.partition(" ")[0] == "conv"}):
+        for direction in CONV:
+            own = [row for row in _conv_rows(rows, bench, (direction,)) if row.peer]
+            if own:
+                slowest = min(own, key=lambda row: _faster(row) or 0.0)
+                mean, worst = _ratios(own)
+                lines.append((bench, direction, str(len(own)), mean, worst, slowest.problem["shape"]))
+    return Table(("layers", "direction", "problems", "geometric mean", "worst", "which"), lines, labels=2)
+
+
+def _depthwise(rows: Sequence[Row]) -> Table:
+    lines = [
+        (
+            row.problem["direction"],
+            row.problem["shape"],
+            duration(row.p50_us),
+            f"{row.extra['copy_share']:.0%}",
+            duration(row.peer_p50_us),
+            times(_faster(row)),
+        )
+        for row in _conv_rows(rows, "conv depthwise", CONV)
+    ]
+    columns = ("direction", "N,H,W,C,K,R,stride,pad", "parcnn", "of a copy's speed", "cuDNN", "faster")
+    return Table(columns, lines, labels=2)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "speedup": _speedup,
     "agreement": _agreement,
@@ -192,6 +320,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "step": _step,
     "memory": _memory,
     "accuracy": _accuracy,
+    "conv": _conv("conv"),
+    "conv-fused": _conv_fused,
+    "conv-fp32": _conv("conv fp32"),
+    "conv-depthwise": _depthwise,
+    "conv-summary": _conv_summary,
 }
 
 
