@@ -208,6 +208,10 @@ def _share(row: Row) -> str:
     return f"{bound / row.p50_us:.0%}" if bound and row.p50_us else NONE
 
 
+def _machines(rows: Sequence[Row]) -> str:
+    return ", ".join(dict.fromkeys(map(machine_name, rows)))
+
+
 def _ratios(rows: Sequence[Row]) -> tuple[str, str]:
     """Geometric mean and least of how much faster rows are than their peers."""
     found = [ratio for row in rows if (ratio := _faster(row))]
@@ -240,10 +244,8 @@ def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
             ]
             if own:
                 mean, worst = _ratios(own)
-                machines = ", ".join(dict.fromkeys(map(machine_name, own)))
-                lines.append(
-                    (direction, f"geometric mean of {len(own)}, {machines}", "", f"worst {worst}", mean, "", "")
-                )
+                words = f"geometric mean of {sum(row.peer is not None for row in own)}, {_machines(own)}"
+                lines.append((direction, words, "", f"worst {worst}", mean, "", ""))
         columns = ("direction", "N,H,W,C,K,R,stride,pad", "parcnn", "cuDNN", "faster", "TFLOP/s", "of the roofline")
         return Table(columns, lines, labels=2)
 
@@ -275,8 +277,7 @@ def _conv_fused(rows: Sequence[Row]) -> Table:
             )
         if own:
             means = (_ratios([row for row in own if row.peer == peer])[0] for peer in BLOCK_PEERS)
-            machines = ", ".join(dict.fromkeys(map(machine_name, own)))
-            lines.append((direction, f"geometric mean of {len(by_shape)}, {machines}", "", *means, ""))
+            lines.append((direction, f"geometric mean of {len(by_shape)}, {_machines(own)}", "", *means, ""))
     columns = (
         "direction", "N,H,W,C,K,R,stride,pad", "parcnn", "PyTorch eager", "torch.compile", "kept for backward, ours / compiled",
     )  # fmt: skip
