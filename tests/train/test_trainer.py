@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import parcnn
-from parcnn import nn, optim
+from parcnn import models, nn, optim
 from parcnn.cpu import CpuExecutor
 from parcnn.data import Dataset, from_arrays
 from parcnn.errors import (
@@ -246,7 +246,8 @@ def test_an_optimizer_s_state_that_does_not_fit_is_refused(make_trainer: Make, d
 
 def test_a_checkpoint_knows_the_shape_of_its_images(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
-    make_trainer().fit(digits, 1, checkpoint=path)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer().fit(digits, 1, callbacks=[InterruptAt(1)], checkpoint=path)
     trainer = make_trainer()
     trainer.load(path)
     assert trainer.input_shape == (1, 28, 28)
@@ -256,7 +257,10 @@ def test_a_checkpoint_knows_the_shape_of_its_images(make_trainer: Make, digits: 
     older = make_trainer()
     older.load(path)
     assert older.input_shape == ()
-    older.fit(digits, 2)
+    assert older.step > 0
+    older.fit(digits, 1)
+    trainer.fit(digits, 1)
+    assert_same(older, trainer)
 
 
 def test_fit_works_outside_the_main_thread(make_trainer: Make, digits: Dataset) -> None:
@@ -406,8 +410,6 @@ def test_a_batch_that_does_not_fit_says_which_would(digits: Dataset) -> None:
         def available_bytes(self) -> int:
             return 3 << 20
 
-    from parcnn import models
-
     trainer = Trainer(models.create("lenet5"), device=SmallMachine(1), batch_size=4096)
     with pytest.raises(OutOfMemoryError) as caught:
         trainer.fit(
@@ -473,3 +475,30 @@ def test_predict_refuses_pixels_of_a_type_that_it_would_not_normalise(make_train
 def test_images_cannot_move_by_less_than_nothing() -> None:
     with pytest.raises(ArgumentError, match="shift_px"):
         Augment(shift_px=-1)
+
+
+def test_a_validation_set_that_does_not_fit_is_told_before_the_first_step(make_trainer: Make, digits: Dataset) -> None:
+    trainer = make_trainer()
+    with pytest.raises(LabelError, match=r"0\.\.11"):
+        trainer.fit(digits, 1, from_arrays(digits.images[:12], np.arange(12)))
+    assert trainer.trained == 0
+
+
+@pytest.mark.parametrize("where", ["validation", "on_epoch", "on_progress"])
+def test_what_runs_beside_training_may_need_more_memory(digits: Dataset, held_out: Dataset, where: str) -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from parcnn.cuda.executor import CudaExecutor
+
+    class Look(Callback):
+        def on_progress(self, *arguments: Any) -> None:
+            if where == "on_progress":
+                trainer.evaluate(held_out)
+
+        def on_epoch(self, result: EpochResult) -> None:
+            if where == "on_epoch":
+                trainer.predict(held_out.images)
+
+    trainer = Trainer(models.create("lenet5"), batch_size=512, device=CudaExecutor.null())
+    small = digits.subset(30)  # needs less than the 360 images of held_out
+    history = trainer.fit(small, 2, held_out if where == "validation" else None, callbacks=[Look()])
+    assert len(history.losses) == 2

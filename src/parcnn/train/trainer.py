@@ -157,7 +157,7 @@ class Trainer:
             tables = f"'{self._tuning}', now '{self.executor.tuning_digest}'"
             warnings.warn(f"trained so far with other tables of kernels ({tables}): not bit for bit", stacklevel=2)
             self._tuning = self.executor.tuning_digest
-        if self.step and self._samples != len(train):
+        if self.step and self._samples not in (0, len(train)):  # 0: an older checkpoint does not say
             raise DataError(
                 f"epoch {self.epoch + 1} was begun on another number of samples",
                 where=train.name,
@@ -168,6 +168,8 @@ class Trainer:
         self.classes, self.normalization = train.classes, (train.mean, train.std)
         self.input_shape, self._samples = tuple(train.images.shape[1:]), len(train)
         run = self.ready_pass("train", train)
+        if validation is not None:
+            self.ready_pass("eval", validation)  # what does not fit is told now, not after an epoch
         if self._pending_state is not None:
             if self.trained:
                 self.session.load_optimizer_state(self._pending_state)
@@ -182,7 +184,7 @@ class Trainer:
             with _interruptible() as interrupted:
                 while self.epoch < epochs:
                     began, first = time.perf_counter(), self.step
-                    for _ in self._train_steps(run, epochs, callbacks):
+                    for _ in self._train_steps(train, epochs, callbacks):
                         if interrupted() and self.step < run.steps:  # else the epoch is ended first
                             raise KeyboardInterrupt
                     seconds = time.perf_counter() - began
@@ -236,7 +238,7 @@ class Trainer:
         return EvalResult(loss, accuracy, len(data))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """The model's output (N, ...) float32 for images (N,C,H,W) uint8 or float, normalised as in training.
+        """The model's output (N, ...), float32 (fp64: float64), for images (N,C,H,W) uint8 or float, normalised as in training.
 
         Raises ShapeError for no images or images that do not fit the model, DataError for other types.
         """
@@ -339,8 +341,9 @@ class Trainer:
 
     # -- how it is done -----------------------------------------------------------------------------------------
 
-    def _train_steps(self, run: Pass, epochs: int, callbacks: Sequence[Callback]) -> Iterator[None]:
+    def _train_steps(self, train: Dataset, epochs: int, callbacks: Sequence[Callback]) -> Iterator[None]:
         """The steps of the current epoch that are left, a slice at a time."""
+        run = self.ready_pass("train", train)
         count, first = run.count, self.step
         order = permutation(count, self.seed, self.epoch) if self.shuffle else np.arange(count, dtype=np.int32)
         steps = np.arange(run.steps) + self.epoch * run.steps
@@ -367,6 +370,7 @@ class Trainer:
             for callback in callbacks:
                 callback.on_progress(self.epoch, done, run.steps, float(losses.mean()), accuracy, rate)
             yield
+            self.ready_pass("train", train)  # a callback may have run a larger plan, which took another arena
 
     def _pull(self) -> None:
         """Bring the weights home, where steps have changed them since."""
@@ -387,7 +391,8 @@ class Trainer:
     def ready_pass(self, mode: str, data: Dataset) -> Pass:
         """A pass over a data set, its data and programs in place; kept as long as the data set is.
 
-        Programs are loaded anew when layers were frozen or switched to inference since, or memory was replaced.
+        Programs are loaded anew, into the same Pass, when layers were frozen or switched to inference since, or memory was
+        replaced.
         """
         if not len(data):
             raise ShapeError("an empty data set", where=data.name, remedy="give at least one sample")
@@ -406,10 +411,13 @@ class Trainer:
         augment = self.augment if mode == "train" else Augment()
         mean, std = _per_channel(mean, std, data.images.shape[1])
         plans = self._plans(mode, batch, device_data.feed(mean, std, len(data), augment.flip, augment.shift_px))
-        if known is None or known.generation != self.session.generation or known.plans != plans:
-            kept[mode, batch] = self._bind(plans, device_data, regions)
+        if known is None:
+            known = kept[mode, batch] = self._bind(plans, device_data, regions)
+        elif known.generation != self.session.generation or known.plans != plans:
+            bound = self._bind(plans, device_data, regions)
+            known.plans, known.programs, known.generation = bound.plans, bound.programs, bound.generation
         self.session.push()
-        return kept[mode, batch]
+        return known
 
     def _plans(self, mode: str, batch: int, feed: Feed) -> dict[str, Plan]:
         """Plans for whole batches and for the smaller last one, where there are such."""
