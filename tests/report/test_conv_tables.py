@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from parcnn.bench.rows import Row
-from parcnn.report import tables
+from parcnn.bench.rows import Row, append
+from parcnn.cli.app import app
+from parcnn.report import plots, tables
 
 MIB = 1 << 20
 
@@ -78,6 +82,30 @@ def test_the_summary_names_the_worst_problem() -> None:
 
 def test_depthwise_layers_against_a_copy() -> None:
     assert tables.TABLES["conv-depthwise"](ROWS).lines == [("dgrad", "d", "10.0 µs", "88%", "25.0 µs", "2.50×")]
+
+
+def test_the_roofline_shows_layers_that_have_a_peer(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    own = [
+        row(d, "a", us, "cudnn", 2 * us, flops=10**11, bytes_moved=10**9, copy_bytes_per_second=4e12)
+        for d, us in (("fprop", 300.0), ("dgrad", 400.0), ("wgrad", 500.0))
+    ]
+    graph = plots.roofline(own)
+    assert graph is not None
+    assert [path.name for path in graph.write(tmp_path)] == [
+        "convolution-roofline.png",
+        "convolution-roofline-dark.png",
+    ]
+    assert graph.png == plots.roofline(own).png, "the same rows give the same file"
+    faster = plots.roofline([replace(own[0], p50_us=100.0), *own[1:]])
+    assert faster is not None
+    assert faster.png["light"] != graph.png["light"]
+    alone = replace(own[0], peer=None, peer_p50_us=None)
+    assert plots.roofline([alone]) is None
+    append(tmp_path / "rows.jsonl", own)
+    assert CliRunner().invoke(app, ["bench", "graphs", "--results", str(tmp_path)]).exit_code == 0
+    (tmp_path / "rows.jsonl").write_text("")
+    assert CliRunner().invoke(app, ["bench", "graphs", "--results", str(tmp_path)]).exit_code == 1
 
 
 def test_geometric_mean() -> None:

@@ -21,7 +21,7 @@ from parcnn.bench.rows import Row, append, read_folder
 from parcnn.cli.console import say
 from parcnn.cli.options import DataDir, Device, Threads
 from parcnn.cli.plan import image_shape
-from parcnn.errors import ArgumentError
+from parcnn.errors import ArgumentError, DataError
 from parcnn.report import page, plots, tables
 from parcnn.train import resolve_executor
 
@@ -166,6 +166,20 @@ def gpu_check(
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     say(f"Wrote {json_file}")
+
+
+@app.command("graphs")
+def make_graphs(
+    results: Annotated[Path, typer.Option(help="Folder of the rows, and of the graphs.")] = RESULTS,
+) -> None:
+    """Draw the graphs of convolution layers anew from the rows (`speedup` draws its own)."""
+    graph = plots.roofline(read_folder(results))
+    if graph is None:
+        raise DataError(
+            "there are no rows of layers with a peer", where=str(results), remedy="run `parcnn bench layers`"
+        )
+    for path in graph.write(results):
+        say(f"Wrote {path}")
 
 
 @app.command("tables")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parcnn.bench.layer import CONV
 from parcnn.bench.rows import Row
 from parcnn.errors import UnsupportedError
-from parcnn.report.tables import base_of_ablation, select, speedup_over_sequential
+from parcnn.report.tables import base_of_ablation, conv_rows, select, speedup_over_sequential
 
 ORDER = ("sequential", "all cores", "gpu")
 MODES = {"forward": "forward pass", "train": "training step"}
@@ -82,6 +83,16 @@ def graphs(rows: Sequence[Row]) -> list[Graph]:
         alt = "Time and memory of a training step with each optimization switched off, in parts of that with all on."
         made.append(_graph(name, f"{problem}: each optimization switched off", alt, _ablation, own))
     return made
+
+
+def roofline(rows: Sequence[Row]) -> Graph | None:
+    """Layers by their arithmetic intensity, ours and cuDNN's, below what the GPU could do; None without such rows."""
+    own = [row for row in conv_rows(rows, "conv", CONV) if row.peer and row.extra["bound_us"]]
+    if not own:
+        return None
+    title = f"Convolution layers in bf16 on {_label(own[0])}"
+    alt = "TFLOP/s of each layer over its FLOPs a byte, ours and cuDNN's, one panel a direction, below the GPU's roofline."
+    return _graph("convolution-roofline", title, alt, _roofline, own)
 
 
 def _graph(name: str, title: str, alt: str, draw: Callable[[Sequence[Row], Theme], Any], rows: Sequence[Row]) -> Graph:
@@ -235,6 +246,35 @@ def _ablation(rows: Sequence[Row], theme: Theme) -> Any:
         ax.set_xlim(left=0)
         _title(ax, theme, f"{words} (all on = 1)")
     axes[1].set_yticklabels([])
+    return figure
+
+
+def _roofline(rows: Sequence[Row], theme: Theme) -> Any:
+    """Points, one panel a direction; a line joins a layer's two."""
+    figure, axes = _figure(theme, len(CONV), 3.6)
+    intensity = {id(row): row.extra["flops"] / row.extra["bytes_moved"] for row in rows}
+    bytes_per_second = rows[0].extra["copy_bytes_per_second"]
+    peak = max((row.extra["flops"] / row.extra["bound_us"] * 1e6 for row in rows), default=0.0)
+    low, high = min(intensity.values()) / 1.6, max(intensity.values()) * 1.6
+    for ax, direction in zip(axes, CONV, strict=True):
+        own = [row for row in rows if row.problem["direction"] == direction]
+        bound = [(x, min(peak, x * bytes_per_second) / 1e12) for x in sorted((low, peak / bytes_per_second, high))]
+        ax.plot(*zip(*bound, strict=True), color=theme.soft, linewidth=1.4, label="roofline")
+        for row in own:
+            if row.p50_us is None or row.peer_p50_us is None:
+                continue
+            x = intensity[id(row)]
+            speeds = [row.extra["flops"] / us / 1e6 for us in (row.peer_p50_us, row.p50_us)]
+            ax.plot([x, x], speeds, color=theme.grid, linewidth=1.4, zorder=1)
+            place = {"linestyle": "none", "markersize": 5, "zorder": 2}
+            ax.plot([x], speeds[:1], color=theme.variants["all cores"], marker="o", label="cuDNN", **place)
+            ax.plot([x], speeds[1:], color=theme.variants["gpu"], marker="D", label="parcnn", **place)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("FLOPs a byte", color=theme.soft, fontsize=9)
+        _plain_ticks(ax)
+        _title(ax, theme, f"{direction}, TFLOP/s")
+    _legend(figure, axes, theme)
     return figure
 
 

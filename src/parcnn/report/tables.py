@@ -188,7 +188,7 @@ def _accuracy(rows: Sequence[Row]) -> Table:
     return Table(columns, lines, labels=3)
 
 
-def _conv_rows(rows: Sequence[Row], bench: str, directions: Sequence[str]) -> list[Row]:
+def conv_rows(rows: Sequence[Row], bench: str, directions: Sequence[str]) -> list[Row]:
     """The newest row of each problem, peer and GPU, whichever kernel ran; direction by direction."""
     newest: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -229,7 +229,7 @@ def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
     def table(rows: Sequence[Row]) -> Table:
         lines = []
         for direction in CONV:
-            own = _conv_rows(rows, bench, (direction,))
+            own = conv_rows(rows, bench, (direction,))
             lines += [
                 (
                     direction,
@@ -255,7 +255,7 @@ def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
 def _conv_fused(rows: Sequence[Row]) -> Table:
     lines = []
     for direction in FUSED:
-        own = _conv_rows(rows, "conv", (direction,))
+        own = conv_rows(rows, "conv", (direction,))
         by_shape: dict[str, dict[str, Row]] = {}
         for row in own:
             by_shape.setdefault(row.problem["shape"], {})[row.peer or ""] = row
@@ -289,7 +289,7 @@ def _conv_summary(rows: Sequence[Row]) -> Table:
     lines = []
     for bench in sorted({row.bench for row in rows if row.bench.partition(" ")[0] == "conv"}):
         for direction in CONV:
-            own = [row for row in _conv_rows(rows, bench, (direction,)) if row.peer]
+            own = [row for row in conv_rows(rows, bench, (direction,)) if row.peer]
             if own:
                 slowest = min(own, key=lambda row: _faster(row) or 0.0)
                 mean, worst = _ratios(own)
@@ -307,7 +307,7 @@ def _depthwise(rows: Sequence[Row]) -> Table:
             duration(row.peer_p50_us),
             times(_faster(row)),
         )
-        for row in _conv_rows(rows, "conv depthwise", CONV)
+        for row in conv_rows(rows, "conv depthwise", CONV)
     ]
     columns = ("direction", "N,H,W,C,K,R,stride,pad", "parcnn", "of a copy's speed", "cuDNN", "faster")
     return Table(columns, lines, labels=2)
