@@ -124,7 +124,7 @@ def test_a_checkpoint_of_bf16_serves_the_cpu(cuda: CudaExecutor, tmp_path: Path)
     run = trainer(cuda, lr=0.03)
     run.fit(train, 5)
     run.save(tmp_path / "digits.safetensors")
-    on_cpu = trainer(CpuExecutor(), precision="fp32")
+    on_cpu = trainer(CpuExecutor(), precision="fp32", lr=0.03)
     on_cpu.load(tmp_path / "digits.safetensors")
     ours, theirs = run.predict(held_out.images), on_cpu.predict(held_out.images)
     assert ours.dtype == np.float32
