@@ -1,0 +1,264 @@
+// Depthwise convolution and its input gradient: every channel has a filter of its own, R = S and the stride compile-time.
+//
+//     y[n,p,q,c]  = act(bias[c] + sum_{r,s} x[n, p*stride+r-top, q*stride+s-left, c] * w[c,r,s])
+//     dx[n,h,w,c] = (sum_{r,s} dy[n, (h+top-r)/stride, (w+left-s)/stride, c] * w[c,r,s] + addend[n,h,w,c]) * act'(saved)
+//
+// x (N,H,W,C), w (C,R,S), y (N,P,Q,C), bias (C) f32. One-dimensional grid: (items of strips and pieces) x (slices of the
+// channels, innermost); block (channels / VEC of a slice, items). See conv_depthwise.cuh for what a thread owns.
+//
+// conv_depthwise_fprop: BEHIND + 1 rows of outputs are under way; a row of x, read once, has its part in each of them.
+// conv_depthwise_dgrad, stride 1: the same, of dy with the filter mirrored. Larger strides: the thread keeps the BEHIND + 1
+//   rows of dy that STRIDE rows of dx are made of.
+// A 3x3 filter lies in registers, a larger one in shared memory as floats.
+//
+// Bytes: x (dy) once and the halo of strips again, y (dx) once, saved and addend once.
+// Preconditions: C % VEC == 0; tensors aligned to 16 bytes; dilation 1; fewer than 2^31 elements.
+#include "conv_depthwise.cuh"
+
+#define FILTER_IN_REGISTERS (FILTER <= 3)
+
+// The filters of the thread's channels, taps in reverse order where Mirror.
+template <bool Mirror> struct Filter {
+#if FILTER_IN_REGISTERS
+    float tap[TAPS][VEC];
+
+    __device__ __forceinline__ Filter(const ELEMENT *w, int channel, float *, const Depthwise &g) {
+        // VEC filters are TAPS vectors, one after the other. A thread without channels reads the last ones'.
+        const ELEMENT *first = w + min(channel, g.c - VEC) * TAPS;
+#pragma unroll
+        for (int i = 0; i < TAPS; ++i) {
+            Floats<VEC> part = load<VEC>(first + i * VEC);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                constexpr int last = TAPS - 1;
+                int t = (i * VEC + e) % TAPS;
+                tap[Mirror ? last - t : t][(i * VEC + e) / TAPS] = part.v[e];
+            }
+        }
+    }
+
+    __device__ __forceinline__ Floats<VEC> at(int t) const {
+        Floats<VEC> r;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) r.v[e] = tap[t][e];
+        return r;
+    }
+#else
+    const float *first;
+    int step;
+
+    // All threads of the block must call.
+    __device__ __forceinline__ Filter(const ELEMENT *w, int channel, float *shared, const Depthwise &g) {
+        step = blockDim.x * VEC;
+        const int first_channel = channel - threadIdx.x * VEC, count = min(step, g.c - first_channel) * TAPS;
+        for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < count; i += blockDim.x * blockDim.y) {
+            int c = i / TAPS, t = i % TAPS;
+            shared[(Mirror ? TAPS - 1 - t : t) * step + c] = load<1>(w + first_channel * TAPS + i).v[0];
+        }
+        __syncthreads();
+        first = shared + threadIdx.x * VEC;
+    }
+
+    __device__ __forceinline__ Floats<VEC> at(int t) const { return load<VEC>(first + t * step); }
+#endif
+};
+
+// Rows of outputs from the image's rows, Stride of them a row: finish(row, sums) for each row of the strip. Sums begin at `start`.
+template <int Stride, bool Mirror, class Finish>
+__device__ __forceinline__ void correlate(const ELEMENT *x, const Filter<Mirror> &filter, const Spot &spot, const Depthwise &g,
+                                          const Floats<VEC> &start, Finish finish) {
+    constexpr int Behind = (FILTER - 1) / Stride, Seen = (COLUMNS - 1) * Stride + FILTER;
+    const int left = spot.column * Stride - g.left, row_step = g.w * g.c;
+    const u32 mask = columns_inside<Seen>(left, g.w);
+    const int end = min(spot.row + g.rows, g.p);
+    int row = spot.row * Stride - g.top;
+    const int last = min((end - 1) * Stride - g.top + FILTER, g.h);  // rows before it are seen
+    const ELEMENT *from = x + ((long long)spot.image * g.h + row) * row_step + (long long)left * g.c + spot.channel;
+
+    float sums[Behind + 1][COLUMNS][VEC];
+#pragma unroll
+    for (int i = 0; i <= Behind; ++i)
+#pragma unroll
+        for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) sums[i][q][e] = start.v[e];
+
+    Pixels<Seen> ahead[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i, from += row_step)
+        ahead[i] = fetch_pixels<Seen>(from, g.c, row + i >= 0 && row + i < last ? mask : 0);
+#pragma unroll 1
+    for (int p = spot.row; p < end + Behind; ++p) {
+#pragma unroll
+        for (int j = 0; j < Stride; ++j, ++row, from += row_step) {
+            const Pixels<Seen> pixels = ahead[0];
+#pragma unroll
+            for (int i = 0; i + 1 < AHEAD; ++i) ahead[i] = ahead[i + 1];
+            ahead[AHEAD - 1] = fetch_pixels<Seen>(from, g.c, row + AHEAD >= 0 && row + AHEAD < last ? mask : 0);
+            if (row < 0 || row >= last) continue;
+#if FILTER_IN_REGISTERS
+#pragma unroll
+            for (int at = 0; at < Seen; ++at) {
+                const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+                for (int i = 0; i <= Behind; ++i) {
+                    const int r = j + (Behind - i) * Stride;
+#pragma unroll
+                    for (int q = 0; q < COLUMNS; ++q) {
+                        const int s = at - q * Stride;
+                        if (r >= FILTER || s < 0 || s >= FILTER) continue;
+#pragma unroll
+                        for (int e = 0; e < VEC; ++e) sums[i][q][e] += v.v[e] * filter.tap[r * FILTER + s][e];
+                    }
+                }
+            }
+#else
+            float v[Seen][VEC];
+            widen_pixels(pixels, v);
+#pragma unroll
+            for (int i = 0; i <= Behind; ++i) {
+                const int r = j + (Behind - i) * Stride;
+                if (r >= FILTER) continue;
+#pragma unroll
+                for (int s = 0; s < FILTER; ++s) {
+                    const Floats<VEC> tap = filter.at(r * FILTER + s);
+#pragma unroll
+                    for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                        for (int e = 0; e < VEC; ++e) sums[i][q][e] += v[q * Stride + s][e] * tap.v[e];
+                }
+            }
+#endif
+        }
+        if (p - Behind >= spot.row) finish(p - Behind, sums[0]);
+#pragma unroll
+        for (int i = 0; i <= Behind; ++i)
+#pragma unroll
+            for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) sums[i][q][e] = i < Behind ? sums[i + 1][q][e] : start.v[e];
+    }
+}
+
+#if STRIDE > 1
+// Rows of dx from the rows of dy, STRIDE rows a row: finish(row, sums) for rows from the strip's first on, which may lie outside
+// dx. Strips and pieces begin where a filter would: rows h with (h + top) % STRIDE == 0, columns likewise.
+template <class Finish>
+__device__ __forceinline__ void spread(const ELEMENT *dy, const Filter<false> &filter, const Spot &spot, const Depthwise &g,
+                                       Finish finish) {
+    static_assert(COLUMNS % STRIDE == 0, "a piece begins where a filter would");
+    constexpr int Seen = COLUMNS / STRIDE + BEHIND;
+    const int left = (spot.column + g.left) / STRIDE - BEHIND, row_step = g.w * g.c;
+    const u32 mask = columns_inside<Seen>(left, g.w);
+    const int newest = (spot.row + g.top) / STRIDE;
+    const int count = (min(g.rows, g.p - spot.row) + STRIDE - 1) / STRIDE;
+    const ELEMENT *from = dy + ((long long)spot.image * g.h + newest - BEHIND) * row_step + (long long)left * g.c + spot.channel;
+
+    float rows[BEHIND + 1][Seen][VEC];  // of dy, the newest last
+    auto shift = [&](const Pixels<Seen> &pixels) {
+#pragma unroll
+        for (int i = 0; i < BEHIND; ++i)
+#pragma unroll
+            for (int j = 0; j < Seen; ++j)
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) rows[i][j][e] = rows[i + 1][j][e];
+        widen_pixels(pixels, rows[BEHIND]);
+    };
+    int row = newest - BEHIND;
+    Pixels<Seen> next = fetch_pixels<Seen>(from, g.c, (u32)row < (u32)g.h ? mask : 0);
+    auto advance = [&]() {
+        shift(next);
+        ++row, from += row_step;
+        next = fetch_pixels<Seen>(from, g.c, (u32)row < (u32)g.h ? mask : 0);
+    };
+#pragma unroll
+    for (int i = 0; i < BEHIND; ++i) advance();
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        advance();
+#pragma unroll
+        for (int u = 0; u < STRIDE; ++u) {
+            float sums[COLUMNS][VEC] = {};
+#pragma unroll
+            for (int r = u; r < FILTER; r += STRIDE)
+#pragma unroll
+                for (int s = 0; s < FILTER; ++s) {
+                    Floats<VEC> tap = filter.at(r * FILTER + s);
+#pragma unroll
+                    for (int q = s % STRIDE; q < COLUMNS; q += STRIDE)
+#pragma unroll
+                        for (int e = 0; e < VEC; ++e)
+                            sums[q][e] += rows[BEHIND - r / STRIDE][BEHIND + q / STRIDE - s / STRIDE][e] * tap.v[e];
+                }
+            finish(spot.row + i * STRIDE + u, sums);
+        }
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+    conv_depthwise_fprop(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
+                         ELEMENT *__restrict__ y, Depthwise g) {
+    DYNAMIC_SHARED(float, shared);
+    int slice;
+    const int item = quotient(blockIdx.x, g.by_slices) * blockDim.y + threadIdx.y;
+    divide(blockIdx.x, g.by_slices, slice);
+    const Spot spot = spot_of(min(item, g.items - 1), slice, g);
+    const bool live = item < g.items && spot.channel < g.c;
+    const Filter<false> filter(w, spot.channel, shared, g);
+    if (!live) return;
+    const Floats<VEC> start = bias ? load<VEC>(bias + spot.channel) : splat<VEC>(0.0f);
+    ELEMENT *to = y + ((long long)spot.image * g.p * g.q + spot.column) * g.c + spot.channel;
+    correlate<STRIDE, false>(x, filter, spot, g, start, [&](int p, float (&sums)[COLUMNS][VEC]) {
+#pragma unroll
+        for (int q = 0; q < COLUMNS; ++q)
+            if (spot.column + q < g.q) {
+                Floats<VEC> out;
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) out.v[e] = g.act ? activate<ACT_RELU>(sums[q][e]) : sums[q][e];
+                store<VEC>(to + ((long long)p * g.q + q) * g.c, out);
+            }
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+    conv_depthwise_dgrad(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const ELEMENT *saved, const ELEMENT *addend,
+                         ELEMENT *dx, Depthwise g) {
+    DYNAMIC_SHARED(float, shared);
+    int slice;
+    const int item = quotient(blockIdx.x, g.by_slices) * blockDim.y + threadIdx.y;
+    divide(blockIdx.x, g.by_slices, slice);
+    const Spot spot = spot_of(min(item, g.items - 1), slice, g);
+    const bool live = item < g.items && spot.channel < g.c;
+    const Filter<STRIDE == 1> filter(w, spot.channel, shared, g);
+    if (!live) return;
+    const long long base = (long long)spot.image * g.p * g.q * g.c + spot.channel;
+    auto finish = [&](int p, float (&sums)[COLUMNS][VEC]) {
+        if ((u32)p >= (u32)g.p) return;
+#pragma unroll
+        for (int q = 0; q < COLUMNS; ++q) {
+            int column = spot.column + q;
+            if ((u32)column >= (u32)g.q) continue;
+            long long at = base + ((long long)p * g.q + column) * g.c;
+            Floats<VEC> out;
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) out.v[e] = sums[q][e];
+            if (addend) {
+                Floats<VEC> other = load<VEC>(addend + at);
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) out.v[e] += other.v[e];
+            }
+            if (g.act) {
+                Floats<VEC> kept = load<VEC>(saved + at);
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) out.v[e] = activation_dgrad_of(out.v[e], kept.v[e], g.act);
+            }
+            store<VEC>(dx + at, out);
+        }
+    };
+#if STRIDE == 1
+    correlate<1, true>(dy, filter, spot, g, splat<VEC>(0.0f), finish);
+#else
+    spread(dy, filter, spot, g, finish);
+#endif
+}

@@ -1,0 +1,72 @@
+// What the depthwise kernels share: the problem, and where a thread stands in it.
+//
+// A thread owns VEC neighbouring channels of COLUMNS neighbouring pixels and walks down a strip of rows. Its horizontal
+// overlap with its neighbours is read from L1; what rows have in common stays in registers.
+// Macros: ELEMENT (float, bf16) of images and filters; FILTER (R = S), STRIDE (of both sides), VEC, COLUMNS.
+#pragma once
+
+#include "conv_common.cuh"
+
+#define TAPS (FILTER * FILTER)
+// A filter column's outputs under way beside the newest: an image's row has a part in so many more rows of outputs.
+#define BEHIND ((FILTER - 1) / STRIDE)
+
+// Twin of `Depthwise.argument` in conv_depthwise.py. Dgrad calls dy the image and dx the outputs; with a stride it counts rows
+// and columns of dx from the first that a dy's filter would start at.
+struct Depthwise {
+    int h, w, c;            // image
+    int p, q;               // outputs
+    int top, left;          // from an output to the first tap that it sees
+    int rows;               // of a strip
+    int items;              // strips of all images, in pieces of `COLUMNS`
+    int first_p, first_q;   // of the outputs, where strips and pieces begin
+    int act;
+    FastDiv by_pieces, by_strips, by_slices;  // pieces of a row, strips of an image, slices of a block's channels
+};
+
+struct Spot {
+    int image, row, column, channel;  // first row and column of the strip's piece
+};
+
+// Item `item`, channels of the thread. Items run along a row, then down an image: neighbours share what they read.
+__device__ __forceinline__ Spot spot_of(int item, int slice, const Depthwise &g) {
+    Spot spot;
+    int strip;
+    spot.image = divide(divide(item, g.by_pieces, spot.column), g.by_strips, strip);
+    spot.column = g.first_q + spot.column * COLUMNS;
+    spot.row = g.first_p + strip * g.rows;
+    spot.channel = (slice * blockDim.x + threadIdx.x) * VEC;
+    return spot;
+}
+
+// Bit j: column `first` + j lies in a row of `width`.
+template <int Count> __device__ __forceinline__ u32 columns_inside(int first, int width) {
+    u32 mask = 0;
+#pragma unroll
+    for (int j = 0; j < Count; ++j) mask |= (u32)((u32)(first + j) < (u32)width) << j;
+    return mask;
+}
+
+// `Count` neighbouring pixels of a row, as they lie in memory; zeros where `mask` is 0.
+template <int Count> struct Pixels {
+    Fetched<ELEMENT, VEC> at[Count];
+};
+
+template <int Count> __device__ __forceinline__ Pixels<Count> fetch_pixels(const ELEMENT *first, int step, u32 mask) {
+    Pixels<Count> pixels;
+#pragma unroll
+    for (int j = 0; j < Count; ++j) {
+        pixels.at[j] = {};
+        if (mask >> j & 1) pixels.at[j] = fetch<VEC>(first + j * step);
+    }
+    return pixels;
+}
+
+template <int Count> __device__ __forceinline__ void widen_pixels(const Pixels<Count> &pixels, float (&v)[Count][VEC]) {
+#pragma unroll
+    for (int j = 0; j < Count; ++j) {
+        Floats<VEC> wide = widen(pixels.at[j]);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) v[j][e] = wide.v[e];
+    }
+}

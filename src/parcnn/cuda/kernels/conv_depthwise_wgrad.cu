@@ -1,0 +1,100 @@
+// Gradients of a depthwise convolution's filters and bias; x (N,H,W,C), dy (N,P,Q,C), dw (C,R,S) and db (C) f32.
+//
+//     dw[c,r,s] = sum_{n,p,q} x[n, p*stride+r-top, q*stride+s-left, c] * dy[n,p,q,c]        db[c] = sum_{n,p,q} dy[n,p,q,c]
+//
+// One-dimensional grid: (runs) x (slices of the channels, innermost); block (channels / VEC of a slice, items). A block takes
+// every `runs`-th group of items (conv_depthwise.cuh); a thread keeps the sums of its channels' taps, and the BEHIND + 1 rows of
+// dy that a row of x meets. At the end the block's threads are added in their order, into row `run` of `partial` (dw, then db),
+// which conv_wgrad_sum adds up; without `partial` there is one run, and it writes dw and db.
+// Bytes: x and dy once, the halo of x again. Preconditions: those of conv_depthwise.cu.
+#include "conv_depthwise.cuh"
+
+extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+    conv_depthwise_wgrad(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy, float *__restrict__ dw,
+                         float *__restrict__ db, float *__restrict__ partial, Depthwise g, int runs) {
+    constexpr int Seen = (COLUMNS - 1) * STRIDE + FILTER;
+    DYNAMIC_SHARED(float, shared);  // [tap of a row][item][channel of the slice]
+    int slice;
+    const int run = divide(blockIdx.x, g.by_slices, slice), channel = (slice * blockDim.x + threadIdx.x) * VEC;
+    const int x_step = g.w * g.c, dy_step = g.q * g.c;
+    float sums[TAPS][VEC] = {}, bias_sums[VEC] = {};
+
+    for (int item = run * blockDim.y + threadIdx.y; item < g.items && channel < g.c; item += runs * blockDim.y) {
+        const Spot spot = spot_of(item, slice, g);
+        const int left = spot.column * STRIDE - g.left, end = min(spot.row + g.rows, g.p);
+        const u32 mask = columns_inside<Seen>(left, g.w), dy_mask = columns_inside<COLUMNS>(spot.column, g.q);
+        int row = spot.row * STRIDE - g.top;
+        const int last = min((end - 1) * STRIDE - g.top + FILTER, g.h);
+        const ELEMENT *from = x + ((long long)spot.image * g.h + row) * x_step + (long long)left * g.c + channel;
+        const ELEMENT *error = dy + ((long long)spot.image * g.p + spot.row) * dy_step + (long long)spot.column * g.c + channel;
+
+        float errors[BEHIND + 1][COLUMNS][VEC] = {};  // rows of dy, the newest last
+        Pixels<Seen> next = fetch_pixels<Seen>(from, g.c, row >= 0 && row < last ? mask : 0);
+        Pixels<COLUMNS> next_error = fetch_pixels<COLUMNS>(error, g.c, dy_mask);
+#pragma unroll 1
+        for (int p = spot.row; p < end + BEHIND; ++p) {
+#pragma unroll
+            for (int i = 0; i < BEHIND; ++i)
+#pragma unroll
+                for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) errors[i][q][e] = errors[i + 1][q][e];
+            widen_pixels(next_error, errors[BEHIND]);
+            error += dy_step;
+            next_error = fetch_pixels<COLUMNS>(error, g.c, p + 1 < end ? dy_mask : 0);
+#pragma unroll
+            for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) bias_sums[e] += errors[BEHIND][q][e];
+#pragma unroll
+            for (int j = 0; j < STRIDE; ++j, ++row) {
+                const Pixels<Seen> pixels = next;
+                from += x_step;
+                next = fetch_pixels<Seen>(from, g.c, row + 1 >= 0 && row + 1 < last ? mask : 0);
+                if (row < 0 || row >= last) continue;
+#pragma unroll
+                for (int at = 0; at < Seen; ++at) {
+                    const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+                    for (int i = 0; i <= BEHIND; ++i) {
+                        const int r = j + (BEHIND - i) * STRIDE;
+#pragma unroll
+                        for (int q = 0; q < COLUMNS; ++q) {
+                            const int s = at - q * STRIDE;
+                            if (r >= FILTER || s < 0 || s >= FILTER) continue;
+#pragma unroll
+                            for (int e = 0; e < VEC; ++e) sums[r * FILTER + s][e] += v.v[e] * errors[i][q][e];
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    const int row_size = g.c * TAPS + (db ? g.c : 0);
+    float *dw_out = partial ? partial + (long long)run * row_size : dw;
+    float *db_out = partial ? dw_out + g.c * TAPS : db;
+    const int width = blockDim.x * VEC, height = blockDim.y, first = slice * width;
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * height;
+    float *own = shared + threadIdx.y * width + threadIdx.x * VEC;
+#pragma unroll
+    for (int r = 0; r <= FILTER; ++r) {  // the filter's rows, then the bias
+        const int count = r < FILTER ? FILTER : 1;
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < count; ++s)
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) own[s * height * width + e] = r < FILTER ? sums[r * FILTER + s][e] : bias_sums[e];
+        __syncthreads();
+        for (int i = thread; i < count * width; i += threads) {
+            const int s = i / width, c = i - s * width;
+            if (first + c >= g.c) continue;
+            float sum = 0.0f;
+            for (int y = 0; y < height; ++y) sum += shared[(s * height + y) * width + c];
+            if (r < FILTER)
+                dw_out[(first + c) * TAPS + r * FILTER + s] = sum;
+            else if (db)
+                db_out[first + c] = sum;
+        }
+    }
+}
