@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from parcnn.bench import layers, repeated, roofline, tune
-from parcnn.bench.layer import CONV, DEPTHWISE, LAYERS, Layer, Plans, kept_bytes, layer_of, random_layers
+from parcnn.bench.layer import CONV, DEPTHWISE, LAYERS, Layer, Plans, kept_bytes, layer_of, least_bytes, random_layers
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.roofline import Roofline
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.tuning import Choice, Tuning, problem_key
+from parcnn.errors import ArgumentError
 from parcnn.ops.base import Spec
 from parcnn.ops.pointwise import Act, Add
 from parcnn.ops.program import Call, Slot
@@ -95,7 +96,7 @@ def test_repeated_calls_take_turns_on_sets_of_memory(null: CudaExecutor) -> None
     """On the CPU, where the result can be looked at: each set is computed from its own random operands."""
     a, b, c = (Slot(Spec((5, 7)), "arena", offset) for offset in (1000, 5000, 9000))
     calls = [Call(Act("relu"), (a,), (b,)), Call(Add(), (b, a), (c,), after=(0,))]
-    own = RepeatedCalls(CpuExecutor(threads=1), calls, expected_us=500.0)
+    own = RepeatedCalls(CpuExecutor(threads=1), calls)
     assert own.sets == repeated.MOST_SETS
     assert own.count == own.turns * own.sets >= 4
     own.run(1)
@@ -116,12 +117,32 @@ def test_tensors_that_share_memory_still_do() -> None:
     """An op in place, and a view of half of what another wrote."""
     whole, half = Slot(Spec((4, 64)), "arena", 4096), Slot(Spec((2, 64)), "arena", 4096 + 512)
     calls = [Call(Act("relu"), (whole,), (whole,)), Call(Act("tanh"), (half,), (Slot(Spec((2, 64)), "arena", 0),))]
-    own = RepeatedCalls(CpuExecutor(threads=1), calls, expected_us=1e6)
+    own = RepeatedCalls(CpuExecutor(threads=1), calls)
     own.run(1)
     result, x = own._region.read(Spec((2, 64)), 0), own._region.read(Spec((4, 64)), 512)
     assert x.min() == 0
     np.testing.assert_allclose(result, np.tanh(x[2:]), rtol=1e-6)
     own.free()
+
+
+def test_more_scratch_memory_than_was_asked_for_is_refused(null: CudaExecutor) -> None:
+    (wgrad,) = Plans(null, "fp32").calls(Layer(64, 14, 14, 8, 16, 3, 1, 1), "wgrad")
+    choices = null.choices(wgrad.op, wgrad.input_specs, wgrad.output_specs)
+
+    def scratch(choice: Choice) -> int:
+        null.tuning = Tuning(user={problem_key(wgrad.op, wgrad.input_specs): choice})
+        return null.workspace_bytes(wgrad.op, wgrad.input_specs, wgrad.output_specs)
+
+    low, high = min(choices, key=scratch), max(choices, key=scratch)
+    most = scratch(high)
+    assert scratch(low) < most
+    roomy, tight = RepeatedCalls(null, [wgrad], most), RepeatedCalls(null, [wgrad])
+    scratch(high)
+    roomy.load()(1)
+    with pytest.raises(ArgumentError, match="scratch"):
+        tight.load()
+    for each in (roomy, tight):
+        each.free()
 
 
 def test_times_are_of_each_run() -> None:
@@ -165,6 +186,17 @@ def test_rows_of_layers(null: CudaExecutor) -> None:
     fprop = rows[0]
     assert fprop.extra["flops"] == ODD.flops
     assert fprop.extra["bytes_moved"] == 4 * (4 * 9 * 7 * 8 + 16 * 9 * 8 + 4 * 9 * 7 * 16)
+
+
+def test_a_stride_beyond_the_filter_skips_pixels() -> None:
+    plans = Plans(CpuExecutor(threads=1), "fp32")
+    layer = Layer(2, 7, 9, 4, 6, 1, 2, 0)
+    outputs = 4 * 2 * 4 * 5 * 6
+    assert least_bytes(*plans.calls(layer, "fprop")) == 4 * 2 * 4 * 5 * 4 + 4 * 6 * 4 + outputs
+    assert least_bytes(*plans.calls(layer, "wgrad")) == 4 * 2 * 4 * 5 * 4 + 4 * 6 * 4 + outputs
+    assert least_bytes(*plans.calls(layer, "dgrad")) == 4 * 2 * 7 * 9 * 4 + 4 * 6 * 4 + outputs
+    (padded,) = plans.calls(ODD, "fprop")
+    assert least_bytes(padded) == padded.op.bytes(padded.input_specs, padded.output_specs)
 
 
 def test_what_no_kernel_runs_is_said(null: CudaExecutor) -> None:
@@ -233,17 +265,18 @@ def test_a_faster_variant_goes_into_the_table(null: CudaExecutor, monkeypatch: p
     choices = null.choices(wgrad.op, wgrad.input_specs, wgrad.output_specs)
     own = null.choices(fprop.op, fprop.input_specs, fprop.output_specs)
     speeds = {choices[2]: 50.0, own[1]: 99.0}
-    made: list[Choice] = []
+    loaded: list[tuple[object, Choice, int]] = []
 
     class Timed(RepeatedCalls):
-        def __init__(self, executor: CudaExecutor, calls: list[Call], expected_us: float) -> None:
-            super().__init__(executor, calls, expected_us)
-            call = calls[0]
-            made.append(executor.choices(call.op, call.input_specs, call.output_specs)[0])
-            self.choice = made[-1]
+        def load(self):
+            call = self._calls[0]
+            choice = null.choices(call.op, call.input_specs, call.output_specs)[0]
+            loaded.append((super().load(), choice, self.count))
+            return loaded[-1][0]
 
     def times(runs, wait, repeats=9):
-        return [repeated.StepTiming(*[run.__self__.count * speeds.get(run.__self__.choice, 100.0)] * 3) for run in runs]
+        of = [next((choice, count) for run, choice, count in loaded if run == wanted) for wanted in runs]
+        return [repeated.StepTiming(*[count * speeds.get(choice, 100.0)] * 3) for choice, count in of]
 
     monkeypatch.setattr(tune, "RepeatedCalls", Timed)
     monkeypatch.setattr(tune, "time_in_turn", times)

@@ -119,7 +119,7 @@ def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pyte
         return kind(*arguments) if kind else stop()
 
     monkeypatch.setattr(layers, "RepeatedCalls", repeated_calls)
-    monkeypatch.setattr(roofline, "RepeatedCalls", lambda *a, expected_us: repeated_calls(*a, expected_us))
+    monkeypatch.setattr(roofline, "RepeatedCalls", repeated_calls)
     CliRunner().invoke(app, ["bench", "layers", "--out", str(home)])
     assert len(read(home / "layers.jsonl")) == 7 + 2
 

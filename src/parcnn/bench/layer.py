@@ -167,6 +167,22 @@ def kept_bytes(calls: Sequence[Call]) -> int:
     return sum(s.spec.nbytes for s in made if (s.region, s.offset, s.spec) in read)
 
 
+def least_bytes(call: Call) -> int:
+    """Fewest bytes that a call moves. Of an image under a stride beyond the filter only what the filter meets is read."""
+    op, nbytes = call.op, call.op.bytes(call.input_specs, call.output_specs)
+    if not isinstance(op, ConvFprop | ConvWgrad):
+        return nbytes
+    x, second = call.input_specs[:2]
+    filter_sides = second.shape[1:3] if isinstance(op, ConvFprop) else op.filter
+    met = [
+        min(side, count * taps)
+        for side, count, taps in zip(
+            x.shape[1:3], op.output_hw(*x.shape[1:3], *filter_sides), filter_sides, strict=True
+        )
+    ]
+    return nbytes - x.nbytes + x.nbytes * met[0] * met[1] // (x.shape[1] * x.shape[2])
+
+
 def layer_of(call: Call) -> tuple[str, Layer | None]:
     """Direction and layer of a convolution's call; no layer where its filters, strides or borders are not square."""
     op = call.op

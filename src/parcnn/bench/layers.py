@@ -13,7 +13,7 @@ from typing import Any
 
 from parcnn import models, nn
 from parcnn.bench.conv_peers import Peer, TorchLayer
-from parcnn.bench.layer import CONV, FUSED, OPS, Layer, Plans, kept_bytes, layer_of
+from parcnn.bench.layer import CONV, FUSED, OPS, Layer, Plans, kept_bytes, layer_of, least_bytes
 from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
@@ -25,8 +25,6 @@ from parcnn.errors import UnsupportedError
 from parcnn.ops.program import Call
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
-
-GUESS_US = 20.0  # of a call on a GPU whose peak is not known
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,9 @@ def _measure(
 ) -> Iterator[Row]:
     calls = subject.calls
     flops = sum(call.op.flops(call.input_specs, call.output_specs) for call in calls)
-    nbytes = sum(call.op.bytes(call.input_specs, call.output_specs) for call in calls)
+    nbytes = sum(map(least_bytes, calls))
     bound = roof.bound_us(flops, nbytes)
-    ours = RepeatedCalls(executor, calls, bound or GUESS_US)
+    ours = RepeatedCalls(executor, calls)
     theirs = _peers(subject, precision, ours, compiled) if peers and subject.layer else {}
     timings = time_in_turn([ours.run, *(peer.run for peer in theirs.values())], executor.synchronize)
     took, *others = [timing.of(ours.count) for timing in timings]

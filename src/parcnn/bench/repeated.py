@@ -10,6 +10,7 @@ from math import ceil
 
 import numpy as np
 
+from parcnn.errors import ArgumentError
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Call, Executor, Program, Slot
 from parcnn.plan.options import Options
@@ -19,7 +20,8 @@ from parcnn.train.timing import StepTiming
 
 SETS_BYTES = 256 << 20  # tensors of all sets together: several times what a GPU's L2 holds
 FEWEST_SETS, MOST_SETS, MOST_CALLS = 2, 16, 256
-PROGRAM_US = 2000.0  # of a graph: launching it costs nothing beside it
+PROGRAM_US = 2000.0  # of a graph, at the least: launching it costs nothing beside it
+FP32_FLOPS_PER_US, BF16_FLOPS_PER_US, BYTES_PER_US = 60e6, 800e6, 4e6  # a fast GPU's
 REPEAT_SECONDS = 0.01
 MOST_STEPS = 7  # of a repeat: one more, and the executor would capture eight in one graph
 _PATTERN_BYTES = 8 << 20
@@ -29,48 +31,57 @@ class RepeatedCalls:
     """`calls` of one plan, on several sets of memory that take turns, so that none finds its operands in L2.
 
     Calls of a set run on the streams that the plan would give them; sets follow each other. What a call reads before any
-    writes it is random: floats standard normal, integers any bits. A step is one graph of `count` sets, a number
-    that follows from `expected_us`, of one set. Raises what the executor raises where memory or a kernel
-    lacks. `free` gives the memory back.
+    writes it is random: floats standard normal, integers any bits. `scratch_bytes`: the most scratch memory that a call may
+    want of a program loaded later. Raises what the executor raises where memory or a kernel lacks. `free` gives the
+    memory back.
     """
 
-    def __init__(self, executor: Executor, calls: Sequence[Call], expected_us: float) -> None:
-        own, set_bytes = _placed(executor, calls)
-        self.sets = max(FEWEST_SETS, min(MOST_SETS, ceil(SETS_BYTES / set_bytes)))
-        longest = MOST_CALLS // (self.sets * len(own))
-        self.turns = max(1, min(longest, ceil(PROGRAM_US / expected_us / self.sets)))
-        self._region = executor.region("arena", self.sets * set_bytes)
-        self._fill(own, set_bytes)
-        repeated = tuple(_in_turn(own, [i % self.sets * set_bytes for i in range(self.count)]))
-        streams = 1 + max(call.stream for call in own)
-        program = Program(own[0].op.name, repeated, {"arena": self._region.nbytes}, streams)
-        self._loaded = executor.load(program, {"arena": self._region})
+    def __init__(self, executor: Executor, calls: Sequence[Call], scratch_bytes: int = 0) -> None:
+        self._executor, self._scratch_bytes = executor, scratch_bytes
+        self._calls, self._set_bytes = _placed(executor, calls, scratch_bytes)
+        self.sets = max(FEWEST_SETS, min(MOST_SETS, ceil(SETS_BYTES / self._set_bytes)))
+        longest = MOST_CALLS // (self.sets * len(calls))
+        self.turns = max(1, min(longest, ceil(PROGRAM_US / least_us(calls) / self.sets)))
+        self._region = executor.region("arena", self.sets * self._set_bytes)
+        self._fill()
+        self.run = self.load()
 
     @property
     def count(self) -> int:
-        """Sets that a step runs, one after the other."""
+        """Sets that a step runs, one after the other, in one graph."""
         return self.turns * self.sets
 
-    def run(self, steps: int) -> None:
-        """Submit so many steps."""
-        self._loaded.run(steps)
+    def load(self) -> Callable[[int], None]:
+        """A program of the calls, as the executor runs them now; what comes back submits so many steps of it."""
+        own, set_bytes = _placed(self._executor, self._calls, self._scratch_bytes)
+        if set_bytes > self._set_bytes:
+            raise ArgumentError(
+                "a program wants more scratch memory than there is room for",
+                where=own[0].op.name,
+                expected=f"at most {self._set_bytes:,} bytes a set",
+                got=f"{set_bytes:,}",
+            )
+        repeated = tuple(_in_turn(own, [i % self.sets * self._set_bytes for i in range(self.count)]))
+        streams = 1 + max(call.stream for call in own)
+        program = Program(own[0].op.name, repeated, {"arena": self._region.nbytes}, streams)
+        return self._executor.load(program, {"arena": self._region}).run
 
     def free(self) -> None:
         """Give the memory back."""
         self._region.free()
 
-    def _fill(self, own: Sequence[Call], set_bytes: int) -> None:
+    def _fill(self) -> None:
         normal = np.random.default_rng(0).standard_normal(_PATTERN_BYTES // 4, np.float32)
         bf16 = (np.resize(normal, _PATTERN_BYTES // 2).view(np.uint32) >> 16).astype(np.uint16)
         bits = np.random.default_rng(1).integers(0, 256, _PATTERN_BYTES, np.uint8)
         patterns = {"f32": normal.view(np.uint8), "bf16": bf16.view(np.uint8)}
-        for slot in _read_first(own):
+        for slot in _read_first(self._calls):
             pattern = patterns.get(slot.spec.dtype, bits)
             for i in range(self.sets):
                 shifted = np.roll(pattern, 4096 * i) if i else pattern
                 for first in range(0, slot.spec.nbytes, pattern.nbytes):
                     count = min(pattern.nbytes, slot.spec.nbytes - first)
-                    self._region.write(shifted[:count], i * set_bytes + slot.offset + first)
+                    self._region.write(shifted[:count], i * self._set_bytes + slot.offset + first)
 
 
 def time_in_turn(
@@ -96,8 +107,19 @@ def time_in_turn(
     return [StepTiming(*(float(p) for p in np.percentile(of_one, (20, 50, 80)))) for of_one in zip(*times, strict=True)]
 
 
-def _placed(executor: Executor, calls: Sequence[Call]) -> tuple[tuple[Call, ...], int]:
-    """The calls with their tensors close together in one region, and its size; tensors that share memory still do."""
+def least_us(calls: Sequence[Call]) -> float:
+    """Microseconds below which no GPU runs the calls: a bound for how long to measure."""
+    flops = sum(call.op.flops(call.input_specs, call.output_specs) for call in calls)
+    nbytes = sum(call.op.bytes(call.input_specs, call.output_specs) for call in calls)
+    single = any(spec.dtype == "f32" for spec in calls[0].input_specs[:1])
+    return max(flops / (FP32_FLOPS_PER_US if single else BF16_FLOPS_PER_US), nbytes / BYTES_PER_US, 2.0)
+
+
+def _placed(executor: Executor, calls: Sequence[Call], least_scratch: int) -> tuple[tuple[Call, ...], int]:
+    """The calls with their tensors close together in one region, and its size; tensors that share memory still do.
+
+    Each has room for `least_scratch` bytes of scratch memory or what it takes.
+    """
     spans: list[tuple[str, int, int]] = []  # of slots that overlap: region, first byte, end
     for region, first, end in sorted({(s.region, s.offset, s.end) for c in calls for s in (*c.inputs, *c.outputs)}):
         if spans and spans[-1][0] == region and first < spans[-1][2]:
@@ -118,7 +140,7 @@ def _placed(executor: Executor, calls: Sequence[Call]) -> tuple[tuple[Call, ...]
     for call in calls:
         nbytes = executor.workspace_bytes(call.op, call.input_specs, call.output_specs)
         scratch = Slot(Spec((nbytes,), "u8"), "arena", size) if nbytes else None
-        size += align(nbytes)
+        size += align(max(nbytes, least_scratch))
         inputs, outputs = tuple(map(place, call.inputs)), tuple(map(place, call.outputs))
         placed.append(replace(call, inputs=inputs, outputs=outputs, workspace=scratch))
     return schedule(placed, Options().side_streams if executor.concurrent else 0), size

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from parcnn.bench.layers import GUESS_US, Subject
+from parcnn.bench.layers import Subject
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.launch import Kernel
 from parcnn.cuda.tuning import Choice, Tuning, problem_key
-from parcnn.ops.program import Call
+from parcnn.ops.base import Spec
+from parcnn.ops.program import Call, Slot
 
 LEAST_GAIN = 1.02  # below it the default stays: the times of one kernel differ by as much
 _FIRST_REPEATS, _FINAL_REPEATS = 3, 9
@@ -64,36 +66,37 @@ def table(measured: Sequence[Measured], old: dict[str, Choice]) -> dict[str, Cho
     return kept | {each.key: each.best for each in measured if each.best != each.default}
 
 
-def _kernels(executor: CudaExecutor, base: Tuning, call: Call, choice: Choice) -> list:
-    executor.tuning = _naming(base, call, choice)
-    nbytes = executor.workspace_bytes(call.op, call.input_specs, call.output_specs)
-    scratch = replace(call.outputs[0], spec=replace(call.outputs[0].spec, shape=(nbytes,), dtype="u8"))
-    return executor.kernels(replace(call, workspace=scratch if nbytes else None))
-
-
 def _measure(executor: CudaExecutor, base: Tuning, call: Call, choices: Sequence[Choice]) -> Measured:
-    def timed(wanted: Sequence[Choice], repeats: int) -> dict[Choice, float]:
-        loaded = []
-        for choice in wanted:
-            executor.tuning = _naming(base, call, choice)
-            loaded.append(RepeatedCalls(executor, [replace(call, workspace=None)], GUESS_US))
-        timings = time_in_turn([each.run for each in loaded], executor.synchronize, repeats)
-        for each in loaded:
-            each.free()
-        return {c: t.p50_us / each.count for c, t, each in zip(wanted, timings, loaded, strict=True)}
-
-    first: dict[Choice, float] = {}
+    key = problem_key(call.op, call.input_specs)
+    scratch = 0
     for choice in choices:
-        first |= timed([choice], _FIRST_REPEATS)
-    finalists = dict.fromkeys([choices[0], *sorted(first, key=first.__getitem__)[:2]])
-    final = timed(list(finalists), _FINAL_REPEATS)
+        executor.tuning = _naming(base, key, choice)
+        scratch = max(scratch, executor.workspace_bytes(call.op, call.input_specs, call.output_specs))
+    operands = RepeatedCalls(executor, [call], scratch)
+
+    def timed(wanted: Iterable[Choice], repeats: int) -> dict[Choice, float]:
+        runs = {}
+        for choice in wanted:
+            executor.tuning = _naming(base, key, choice)
+            runs[choice] = operands.load()
+        timings = time_in_turn(list(runs.values()), executor.synchronize, repeats)
+        return {choice: timing.of(operands.count).p50_us for choice, timing in zip(runs, timings, strict=True)}
+
+    first = timed(choices, _FIRST_REPEATS)
+    final = timed(dict.fromkeys([choices[0], *sorted(first, key=first.__getitem__)[:2]]), _FINAL_REPEATS)
+    operands.free()
     best = min(final, key=final.__getitem__)
     if final[choices[0]] < LEAST_GAIN * final[best]:
         best = choices[0]
-    key = problem_key(call.op, call.input_specs)
     return Measured(key, choices[0], final[choices[0]], best, final[best], len(choices))
 
 
-def _naming(base: Tuning, call: Call, choice: Choice) -> Tuning:
+def _kernels(executor: CudaExecutor, base: Tuning, call: Call, choice: Choice) -> list[Kernel]:
+    executor.tuning = _naming(base, problem_key(call.op, call.input_specs), choice)
+    nbytes = executor.workspace_bytes(call.op, call.input_specs, call.output_specs)
+    return executor.kernels(replace(call, workspace=Slot(Spec((nbytes,), "u8"), "arena") if nbytes else None))
+
+
+def _naming(base: Tuning, key: str, choice: Choice) -> Tuning:
     """The tables with one choice of the user's."""
-    return Tuning(base.shipped, {problem_key(call.op, call.input_specs): choice})
+    return Tuning(base.shipped, {key: choice})
