@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 from pathlib import Path
@@ -156,6 +157,18 @@ def test_a_part_that_cannot_be_opened_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "images.gz.part").mkdir()
     with pytest.raises(DataError, match=r"images\.gz\.part: cannot be written"):
         download([FILE], ["http://127.0.0.1:9/"], tmp_path, "test")
+
+
+@pytest.mark.parametrize("call", ["fcntl.flock", "os.fsync"])
+def test_a_file_system_without_locks_or_room_is_a_data_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(f"parcnn.data.download.{call}", refuse)
+    with serve(Server(GOOD)) as server, pytest.raises(DataError, match=r"images\.gz\.part: cannot be written"):
+        fetch(FILE, [server.url + FILE.name], tmp_path / FILE.name, lambda have: None)
 
 
 def test_a_full_disk_is_a_data_error_and_not_a_fault_of_the_mirror(tmp_path: Path) -> None:

@@ -49,24 +49,23 @@ def fetch(file: RemoteFile, urls: Sequence[str], target: Path, report: Callable[
     """
     part = target.with_name(target.name + ".part")
     try:
-        handle = part.open("a+b")
-    except OSError as error:
-        raise _not_written(part, error) from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if target.exists():  # another process has finished it meanwhile
-            part.unlink(missing_ok=True)
-            return
-        problems = []
-        for url in urls:
-            resumed = _size(handle) > 0
-            problem = _attempt(file, url, handle, report)
-            if problem and resumed and _size(handle) == 0:  # what was there before was bad: from the start
-                problem = _attempt(file, url, handle, report)
-            if problem is None:
-                part.replace(target)
+        with part.open("a+b") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if target.exists():  # another process has finished it meanwhile
+                part.unlink(missing_ok=True)
                 return
-            problems.append(f"{url}: {problem}")
+            problems = []
+            for url in urls:
+                resumed = _size(handle) > 0
+                problem = _attempt(file, url, handle, report)
+                if problem and resumed and _size(handle) == 0:  # what was there before was bad: from the start
+                    problem = _attempt(file, url, handle, report)
+                if problem is None:
+                    part.replace(target)
+                    return
+                problems.append(f"{url}: {problem}")
+    except OSError as error:  # of the disk: no permission, no room, no locks on a network file system
+        raise _not_written(part, error) from error
     raise DataUnavailableError(
         "could not be downloaded",
         where=file.name,
