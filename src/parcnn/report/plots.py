@@ -256,6 +256,7 @@ def _roofline(rows: Sequence[Row], theme: Theme) -> Any:
     bytes_per_second = rows[0].extra["copy_bytes_per_second"]
     peak = max((row.extra["flops"] / row.extra["bound_us"] * 1e6 for row in rows), default=0.0)
     low, high = min(intensity.values()) / 1.6, max(intensity.values()) * 1.6
+    slowest = min(row.extra["flops"] / max(row.p50_us or 0, row.peer_p50_us or 0) * 1e6 for row in rows)
     for ax, direction in zip(axes, CONV, strict=True):
         own = [row for row in rows if row.problem["direction"] == direction]
         bound = [(x, min(peak, x * bytes_per_second) / 1e12) for x in sorted((low, peak / bytes_per_second, high))]
@@ -272,7 +273,10 @@ def _roofline(rows: Sequence[Row], theme: Theme) -> Any:
         ax.set_xscale("log")
         ax.set_yscale("log")
         ax.set_xlabel("FLOPs a byte", color=theme.soft, fontsize=9)
-        _plain_ticks(ax)
+        ax.set_ylim(slowest / 1e12 / 1.6, peak / 1e12 * 1.6)
+        _plain_ticks(ax.yaxis, ax.get_ylim())
+        _plain_ticks(ax.xaxis, ax.get_xlim())
+        ax.tick_params(axis="x", labelsize=8)
         _title(ax, theme, f"{direction}, TFLOP/s")
     _legend(figure, axes, theme)
     return figure
@@ -298,17 +302,17 @@ def _scale(ax: Any, values: Sequence[float]) -> None:
     else:
         ax.set_yscale("log")
         ax.set_ylim(low / 2, high * 2)
-        _plain_ticks(ax)
+        _plain_ticks(ax.yaxis, ax.get_ylim())
 
 
-def _plain_ticks(ax: Any) -> None:
+def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
     """On a logarithmic axis: 1, 2 and 5 of each decade where it spans few, and no powers of ten."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,)))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(_thousands)
+    low, high = limits
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(_thousands)
 
 
 def _thousands(value: float, position: int) -> str:
