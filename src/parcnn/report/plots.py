@@ -218,7 +218,7 @@ def _agreement(rows: Sequence[Row], theme: Theme) -> Any:
         label = f"{_label(row)}: test accuracy {row.extra['accuracy']:.2%}"
         ax.plot(steps, curve, color=theme.variants[row.variant], label=label, **style)
     ax.set_yscale("log")
-    _plain_ticks(ax)
+    _plain_ticks(ax.yaxis, ax.get_ylim())
     ax.set_xlabel("training step", color=theme.soft, fontsize=9)
     _title(ax, theme, f"{rows[0].problem}: loss")
     _legend(figure, [ax], theme)
