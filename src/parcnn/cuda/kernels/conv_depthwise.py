@@ -146,18 +146,25 @@ def refuse(op: ConvGeometry, image: Spec, filters: Spec, tensors: Iterable[Spec]
     return refuse_dtype(*tensors, among=tuple(ELEMENTS)) or refuse_size(*tensors)
 
 
-def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
-    """None where the kernels run the op on these operands, else the reason why not."""
+def refuse_epilogue(op: ConvGeometry, inputs: tuple[Spec, ...]) -> str | None:
+    """Why depthwise kernels cannot do what the op does to its outputs; None where they can."""
     if isinstance(op, ConvFprop):
+        # Of the others the code, in every row of a walk, costs more registers than the pass of their own costs time.
         if op.act not in (None, "relu"):
             return f"{op.act} is not fused to a depthwise convolution"
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
-        return refuse(op, inputs[0], inputs[1], op.infer(*inputs)[:1])
+    if isinstance(op, ConvDgrad) and op.act not in (None, *FROM_OUTPUT):
+        return f"the derivative of {op.act} does not follow from its output"
+    return None
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if isinstance(op, ConvFprop):
+        return refuse_epilogue(op, inputs) or refuse(op, inputs[0], inputs[1], op.infer(*inputs)[:1])
     if isinstance(op, ConvDgrad):
-        if op.act not in (None, *FROM_OUTPUT):
-            return f"the derivative of {op.act} does not follow from its output"
-        return refuse(op, op.infer(*inputs)[0], inputs[1], (inputs[0], *inputs[2:]))
+        return refuse_epilogue(op, inputs) or refuse(op, op.infer(*inputs)[0], inputs[1], (inputs[0], *inputs[2:]))
     return f"{op.name} is neither a forward convolution nor an input gradient"
 
 
