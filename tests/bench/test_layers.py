@@ -12,6 +12,7 @@ from parcnn.bench.layer import CONV, DEPTHWISE, LAYERS, Layer, Plans, kept_bytes
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.roofline import Roofline
 from parcnn.cpu import CpuExecutor
+from parcnn.cuda.device import is_available
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.tuning import Choice, Tuning, problem_key
 from parcnn.errors import ArgumentError
@@ -288,3 +289,22 @@ def test_a_faster_variant_goes_into_the_table(null: CudaExecutor, monkeypatch: p
     assert table == {"elsewhere": own[0], key: choices[2]}
     null.tuning = Tuning(user=table)
     assert null.choices(wgrad.op, wgrad.input_specs, wgrad.output_specs)[0] == choices[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_the_device(precision: str) -> None:
+    if not is_available():
+        pytest.skip("no NVIDIA GPU")
+    executor = CudaExecutor(tuning=Tuning())
+    subjects = layers.of_layers(executor, [ODD, FIRST], precision, ignore)
+    rows = [row for part in layers.run(executor, subjects, ignore, precision=precision, peers=False) for row in part]
+    assert len(rows) == 5 + 4
+    for row in rows:
+        assert row.p20_us is not None
+        assert row.p50_us is not None
+        assert 0.5 < row.p20_us <= row.p50_us
+        assert row.extra["copy_bytes_per_second"] > 1e11
+    measured = list(tune.run(executor, tune.problems(subjects[:1]), ignore))
+    assert [each.count > 1 and each.best_us > 0.5 for each in measured] == [True]
+    executor.close()

@@ -124,6 +124,16 @@ def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pyte
     assert len(read(home / "layers.jsonl")) == 7 + 2
 
 
+def test_a_models_own_convolutions_are_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeated, "MOST_CALLS", 4)
+    succeed("bench", "layers", "--model", "lenet5", "--batch", "7", "--precision", "fp32", "--out", home)
+    rows = read(home / "layers.jsonl")
+    assert {row.bench for row in rows} == {"conv model fp32"}
+    assert len(rows) == 14
+    assert {row.extra["layer"] for row in rows} == {"conv1", "conv2", "fc1", "fc2", "fc3"}
+    assert rows[0].problem == {"direction": "fprop", "shape": "7,28,28,1,6,5,1,2", "fused": "bias act pool"}
+
+
 def test_only_portable_kernels_run_where_asked(home: Path) -> None:
     wide = ("--only", "4,9,7,8", "--directions", "fprop", "--out", home)
     succeed("bench", "layers", *wide)

@@ -32,6 +32,8 @@ PROBLEMS: list[tuple[Op, tuple[Spec, ...]]] = [
     (ConvFprop(), (Spec((64, 14, 14, 128), "bf16"), Spec((256, 3, 3, 128), "bf16"))),
     (ConvDgrad(pad=(1, 1, 1, 1), image=(14, 14)), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"))),
     (ConvWgrad(filter=(3, 3)), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 12, 12, 64), "bf16"))),
+    (ConvFprop(groups=4), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 3, 3, 16), "bf16"))),
+    (ConvDgrad(stride=(2, 2), image=(15, 15)), (Spec((9, 7, 7, 72), "bf16"), Spec((72, 3, 3, 20), "bf16"))),
 ]
 
 
