@@ -104,6 +104,18 @@ def test_the_devices_own_memory_ends_too() -> None:
         executor.region("arena", 6_001)
 
 
+def test_page_locked_memory_that_the_host_refuses() -> None:
+    class NothingToLock(NullDriver):
+        def pinned(self, nbytes: int) -> np.ndarray:
+            raise MemoryError(nbytes)
+
+    executor = CudaExecutor(NothingToLock(), registry=REGISTRY)
+    assert executor.pinned((0, 3), np.float32).shape == (0, 3)
+    with pytest.raises(OutOfMemoryError, match="24 bytes") as caught:
+        executor.pinned((2, 3), np.float32)
+    assert "ulimit" in caught.value.remedy
+
+
 def test_memory_that_the_driver_refuses_although_it_looked_free() -> None:
     class Fragmented(NullDriver):
         def allocate(self, nbytes):

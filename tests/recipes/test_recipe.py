@@ -60,6 +60,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ("[optimizer]\nlearning_rate = 3\n", "optimizer.learning_rate"),
         ('[optimizer]\nname = "adam"\nmomentum = 0.9\n', "optimizer.momentum"),
         ('[optimizer]\nname = "lion"\n', "optimizer.name"),
+        ('[optimizer]\nname = ["sgd"]\n', "optimizer.name"),
         ('[schedule]\nname = "sawtooth"\n', "schedule.name"),
         ("[schedule]\nwarm = 0.1\n", "schedule.warm"),
         ('[train]\nepochs = "ten"\n', "train.epochs"),

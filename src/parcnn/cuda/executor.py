@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -418,9 +419,20 @@ class CudaExecutor:
             self.allocated_bytes -= allocation.nbytes
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
-        """Page-locked host memory, uninitialised: the source of a `write_async` that does not hold the host up."""
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return (self.driver.pinned(nbytes) if nbytes else np.empty(0, np.uint8)).view(dtype).reshape(shape)
+        """Page-locked host memory, uninitialised: the source of a `write_async` that does not hold the host up.
+
+        Raises OutOfMemoryError.
+        """
+        nbytes = prod(shape) * np.dtype(dtype).itemsize
+        try:
+            memory = self.driver.pinned(nbytes) if nbytes else np.empty(0, np.uint8)
+        except MemoryError as fault:
+            raise OutOfMemoryError(
+                "the host has not so much memory that it can lock",
+                expected=f"{nbytes:,} bytes",
+                remedy="a smaller batch, or a higher limit of locked memory (`ulimit -l`)",
+            ) from fault
+        return memory.view(dtype).reshape(shape)
 
     def take_staging(self, nbytes: int) -> np.ndarray:
         """A page-locked buffer out of those that earlier reads have given back, or a new one."""

@@ -233,7 +233,9 @@ def _enter_primary_context(gpu: Any, index: int) -> None:
     if threading.current_thread() is not threading.main_thread():
         raise DeviceError(
             "the first use of the GPU must be in the main thread, where its context is left at exit",
+            expected=threading.main_thread().name,
             got=threading.current_thread().name,
+            remedy="make the executor, or the Trainer, in the main thread and use it there",
         )
     context = gpu.retain_primary_context()
     context.push()

@@ -151,7 +151,7 @@ def make_schedule(name: str, arguments: Mapping[str, Any] | None = None, where: 
 
 
 def _make(kinds: Mapping[str, Callable[..., Any]], name: str, where: str, arguments: Mapping[str, Any]) -> Any:
-    if name not in kinds:
+    if not isinstance(name, str) or name not in kinds:
         raise ArgumentError("unknown name", where=f"{where}.name", expected=", ".join(kinds), got=name)
     kind: Any = kinds[name]
     types = {f.name: type(f.default) for f in fields(kind)}
