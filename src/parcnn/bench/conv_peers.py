@@ -25,6 +25,13 @@ class Peer:
     kept_bytes: int | None = None
 
 
+def version() -> str:
+    """'PyTorch 2.11.0, cuDNN 91900'."""
+    import torch
+
+    return f"PyTorch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+
+
 class TorchLayer:
     """A layer's tensors in PyTorch, as many copies as `sets`; `turns`: how often each is used in a graph."""
 

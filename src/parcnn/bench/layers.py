@@ -12,7 +12,7 @@ from math import exp, log
 from typing import Any
 
 from parcnn import models, nn
-from parcnn.bench.conv_peers import Peer, TorchLayer
+from parcnn.bench.conv_peers import Peer, TorchLayer, version
 from parcnn.bench.layer import CONV, FUSED, OPS, Layer, Plans, kept_bytes, layer_of, least_bytes
 from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
@@ -168,7 +168,7 @@ def _measure(
             peer_mode=peer_mode,
             kept_bytes=kept_bytes(calls) if subject.direction == "fused_pool_train" else None,
             peer_kept_bytes=peer_kept,
-            torch=machine.torch if name else None,
+            peer_version=version() if name else None,
             **subject.extra,
         )
 
