@@ -25,18 +25,28 @@ def _read_array(path: Path, channels: int) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as fault:
-        raise DataError("not a .npy array that can be read", where=str(path), got=fault) from fault
+        raise DataError(
+            "not a .npy array that can be read", where=str(path), got=fault, remedy="write it by numpy.save"
+        ) from fault
     if array.ndim == 2:
         array = array[None]
     if array.ndim == 3:
         array = array[None] if array.shape[0] == channels else array[:, None]
     if array.ndim != 4 or array.shape[1] != channels or not array.size:
         raise ShapeError(
-            "not images of this network", where=str(path), expected=f"(N, {channels}, H, W)", got=array.shape
+            "not images of this network",
+            where=str(path),
+            expected=f"(N, {channels}, H, W)",
+            got=array.shape,
+            remedy="give them as they were in training",
         )
     if array.dtype != np.uint8 and array.dtype.kind != "f":
         raise DataError(
-            "neither pixels nor floats", where=str(path), expected="uint8 (0..255) or a float type", got=array.dtype
+            "neither pixels nor floats",
+            where=str(path),
+            expected="uint8 (0..255) or a float type",
+            got=array.dtype,
+            remedy="array.astype(numpy.uint8), if its values are 0..255",
         )
     if array.dtype != np.uint8 and not np.isfinite(array).all():
         raise DataError("values that are not finite", where=str(path), remedy="leave out images with NaN or infinity")

@@ -70,7 +70,12 @@ class PycudaDriver:
     def __init__(self, index: int = 0) -> None:
         count = device_count()
         if not 0 <= index < count:
-            raise DeviceError("no such GPU", expected=f"a number from 0 to {count - 1}", got=index)
+            raise DeviceError(
+                "no such GPU",
+                expected=f"a number from 0 to {count - 1}",
+                got=index,
+                remedy="`nvidia-smi -L` lists them; CUDA_VISIBLE_DEVICES hides some",
+            )
         try:
             import pycuda.driver as cuda
         except ImportError as fault:

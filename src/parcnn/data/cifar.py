@@ -32,7 +32,11 @@ def read_cifar(path: Path, label_bytes: int, classes: int) -> tuple[NDArray[np.u
     try:
         values = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+        raise DataError(
+            f"cannot be read ({error.strerror or error})",
+            where=str(path),
+            remedy="check what it is and its permissions",
+        ) from error
     record = label_bytes + PIXELS
     if len(values) == 0 or len(values) % record:
         raise damaged(

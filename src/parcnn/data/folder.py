@@ -119,7 +119,12 @@ def _list_images(folder: Path, classes: tuple[str, ...]) -> tuple[list[Path], ND
     for label, name in enumerate(classes):
         mine = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not mine and (folder / name).is_dir():  # a test split may lack a class
-            raise DataError("a class has no images", where=str(folder / name), expected=" ".join(SUFFIXES))
+            raise DataError(
+                "a class has no images",
+                where=str(folder / name),
+                expected=" ".join(SUFFIXES),
+                remedy="put images there, or remove the folder",
+            )
         files += mine
         labels += [label] * len(mine)
     return files, np.array(labels, np.int32)

@@ -48,7 +48,11 @@ def read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise damaged(path, f"corrupt gzip data ({error})") from error
     except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror or error})", where=str(path)) from error
+        raise DataError(
+            f"cannot be read ({error.strerror or error})",
+            where=str(path),
+            remedy="check what it is and its permissions",
+        ) from error
 
 
 def _parse(file: BinaryIO | gzip.GzipFile, path: Path, axes: int, most: int) -> NDArray[np.uint8]:

@@ -83,7 +83,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     for name, tensor in tensors.items():
         kind, _, key = name.partition(".")
         if kind not in parts:
-            raise CheckpointError("an unknown tensor", where=str(path), got=name)
+            raise CheckpointError(
+                "an unknown tensor", where=str(path), expected="model.* and optimizer.*", got=name,
+                remedy="use an older checkpoint",
+            )  # fmt: skip
         parts[kind][key] = tensor
     return Checkpoint(parts["model"], parts["optimizer"], info)
 
