@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -37,6 +37,9 @@ def u8(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.uint8)
 
 
+Tensors = Callable[..., np.ndarray]
+
+
 def convolutions(n: int, h: int, c: int, k: int, r: int, pool: str | None) -> Iterator[tuple[Op, list[np.ndarray]]]:
     """fprop, dgrad and wgrad of one convolution with padding 1 and, behind it, a pool."""
     geometry = {"pad": (1, 1, 1, 1), "pool": pool}
@@ -51,12 +54,29 @@ def convolutions(n: int, h: int, c: int, k: int, r: int, pool: str | None) -> It
     yield ConvWgrad(**geometry, filter=(r, r)), [x, dy, *idx]
 
 
+def grouped(
+    make: Tensors, h: int, c: int, k: int, r: int, groups: int, stride: int
+) -> Iterator[tuple[Op, list[np.ndarray]]]:
+    """fprop, dgrad and wgrad of a convolution in groups of two images, with padding 1."""
+    geometry = {"stride": (stride, stride), "pad": (1, 1, 1, 1), "groups": groups}
+    x, w, b = make(2, h, h, c), make(k, r, r, c // groups), f32(k)
+    dy = make(2, *ConvFprop(**geometry).output_hw(h, h, r, r), k)
+    yield ConvFprop(**geometry, bias=True, act="relu"), [x, w, b]
+    yield ConvDgrad(**geometry, image=(h, h), act="relu", add=True), [dy, w, x, x]
+    yield ConvWgrad(**geometry, filter=(r, r), bias=True), [x, dy]
+
+
 CHANNELS = [f32(65)] * 4
 CASES: list[tuple[Op, list[np.ndarray]]] = [
     *convolutions(3, 17, 3, 24, 3, "max"),
     *convolutions(1, 1, 65, 7, 3, None),
     *convolutions(130, 8, 64, 128, 3, "avg"),
     *convolutions(64, 28, 1, 6, 5, "max"),
+    *(case for make in (f32, bf16) for case in grouped(make, 9, 130, 130, 3, 130, 1)),
+    *(case for make in (f32, bf16) for case in grouped(make, 14, 12, 24, 5, 12, 2)),
+    *(case for make in (f32, bf16) for case in grouped(make, 30, 48, 96, 3, 4, 2)),
+    *grouped(bf16, 31, 24, 24, 5, 24, 2),
+    *grouped(bf16, 16, 20, 20, 7, 20, 1),
     (ConvFprop(bias=True), [f32(70, 1, 1, 400), f32(120, 1, 1, 400), f32(120)]),
     (PoolFprop(), [f32(2, 7, 5, 65)]),
     (PoolFprop(kind="avg", kernel=(3, 2), stride=(2, 1), pad=(1, 0)), [f32(2, 7, 5, 65)]),

@@ -8,8 +8,12 @@ from types import MappingProxyType
 
 from parcnn.cuda.kernels import (
     batch_norm,
+    conv_depthwise,
+    conv_depthwise_any,
+    conv_depthwise_wgrad,
     conv_dgrad,
     conv_fprop,
+    conv_grouped,
     conv_mma_dgrad,
     conv_mma_fprop,
     conv_mma_wgrad,
@@ -96,6 +100,10 @@ def family_name(launcher: Launcher) -> str:
 
 REGISTRY = Registry(
     [
+        conv_depthwise,
+        conv_depthwise_wgrad,
+        conv_depthwise_any,
+        conv_grouped,
         conv_fprop,
         conv_dgrad,
         conv_wgrad,
