@@ -228,6 +228,7 @@ def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text('[model]\nname = "lenet5"\n[data]\nname = "digits"\n[train]\nepoch = 1\n')
     assert "bad.toml: train.epoch" in fail("train", tmp_path / "bad.toml")
     assert "--input" in fail("plan", "lenet5", "--input", "28,28")
+    assert "--input" in fail("plan", "lenet5", "--input", "1,28,²")
     assert "fc1" in fail("plan", "lenet5", "--input", "1,32,32")
 
 

@@ -118,6 +118,7 @@ def test_lists_and_transposed_arrays_are_taken() -> None:
         (PIXELS, LABELS[:, None], ShapeError, r"labels\[:, 0\]"),
         (PIXELS, np.full((11, 2), np.nan), DataError, "regression"),
         (PIXELS, LABELS - 1, LabelError, "label -1"),
+        (PIXELS, LABELS + 2**40, LabelError, "number the classes"),
         (PIXELS.astype(np.int64), LABELS, DataError, "int64"),
         (PIXELS[0, 0], LABELS, ShapeError, r"\(5, 4\)"),
         (np.zeros((0, 1, 2, 2), np.uint8), np.zeros(0, np.int64), DataError, "no images"),

@@ -116,6 +116,6 @@ def image_shape(model: str, text: str | None) -> tuple[int, ...]:
     """(C, H, W) out of '3,32,32'; by default what the model was made for."""
     text = text or INPUTS.get(model, "3,224,224")
     parts = text.replace("x", ",").split(",")
-    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ArgumentError("not the shape of an image", where="--input", expected="C,H,W such as 3,32,32", got=text)
     return tuple(int(part) for part in parts)

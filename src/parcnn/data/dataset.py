@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from parcnn.errors import ArgumentError, DataError, LabelError, ShapeError
 
 SPLITS = ("train", "test")
+_MOST_CLASSES = 1 << 20  # that are named by their numbers: what is larger is no number of a class
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +136,14 @@ def from_arrays(
             remedy="labels.astype(np.int32), if they are class numbers",
         )  # fmt: skip
     if classes is None:
+        if targets.max(initial=0) >= _MOST_CLASSES:
+            raise LabelError(
+                "labels are too large to be numbers of classes",
+                where=name,
+                expected=f"0..{_MOST_CLASSES - 1}",
+                got=int(targets.max()),
+                remedy="number the classes: np.unique(labels, return_inverse=True)[1]",
+            )
         classes = [str(i) for i in range(int(targets.max(initial=0)) + 1)]
     if targets.dtype.kind != "f":  # before the cast: int64 labels may not fit
         _check_labels(targets, len(pixels), len(classes), name)
