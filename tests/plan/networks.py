@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -96,16 +97,17 @@ class Problem:
 @st.composite
 def convs(draw: st.DrawFn, c: int, h: int, w: int, keep: bool, out: int | None = None) -> nn.Conv2d:
     """A convolution that fits an image; with `keep` its output has the image's size."""
-    k = out or draw(st.integers(1, 5))
+    k = out or draw(st.one_of(st.integers(1, 5), st.sampled_from([c, 2 * c])))
+    groups = draw(st.sampled_from([g for g in range(1, gcd(c, k) + 1) if c % g == k % g == 0]))
     r, s = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     bias = draw(st.booleans())
     if keep:
-        return nn.Conv2d(c, k, (r, s), padding="same", dilation=dilation, bias=bias)
+        return nn.Conv2d(c, k, (r, s), padding="same", dilation=dilation, groups=groups, bias=bias)
     pad = (draw(st.integers(0, 2)), draw(st.integers(0, 2)))
     extent = [min(n, (size + 2 * p - 1) // d + 1) for n, size, p, d in zip((r, s), (h, w), pad, dilation, strict=True)]
     stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
-    return nn.Conv2d(c, k, tuple(extent), stride, pad, dilation, bias=bias)
+    return nn.Conv2d(c, k, tuple(extent), stride, pad, dilation, groups, bias)
 
 
 def _conv_size(conv: nn.Conv2d, h: int, w: int) -> tuple[int, int]:
