@@ -1,4 +1,4 @@
-"""bf16 convolutions of few channels: on the host's emulation, the null driver and the device. Tolerances as in test_conv_mma."""
+"""bf16 convolutions of few channels: on the host, on the null driver and on the device. Tolerances as in test_conv_mma."""
 
 from __future__ import annotations
 
