@@ -60,11 +60,35 @@ __device__ __forceinline__ u32 round_pair(float low, float high) {
 __device__ __forceinline__ float low_of(u32 pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
 
+// ---- Places in an image, both sides in one register ----------------------------------------------------------------------
+// Each side is biased by 2^15, so that its 16 bits say by the highest whether it is below zero, and neither sums nor
+// differences carry into the other. Sides are within +-2^14, and so are displacements.
+
+#define PLACE_BIAS 0x80008000u
+
+__device__ __forceinline__ u32 displacement(int h, int w) { return ((u32)h << 16) + (u32)w; }
+__device__ __forceinline__ u32 place_of(int h, int w) { return displacement(h, w) + PLACE_BIAS; }
+__device__ __forceinline__ u32 no_displacement() { return displacement(-0x4000, 0); }  // out of every image
+__device__ __forceinline__ u32 no_place() { return place_of(-0x4000, 0); }
+
+// Whether `place`, displaced, lies in the image, of which `sides` is displacement(height, width).
+__device__ __forceinline__ bool in_image(u32 place, u32 displaced, u32 sides) {
+    u32 not_negative = place + displaced, beyond = place + (displaced - sides);
+    return (not_negative & ~beyond & PLACE_BIAS) == PLACE_BIAS;
+}
+
+// ---- Tiles in shared memory ----------------------------------------------------------------------------------------------
+
 // Bytes from a tile's start to a chunk of one of its rows, each of Chunks chunks. Rows 8 apart are swizzled alike, and the
 // offset of chunk c ^ d is that of chunk c, ^ (d << 4).
 template <int Chunks> __device__ __forceinline__ u32 chunk_offset(int row, int chunk) {
     int swizzle = Chunks >= 8 ? row & 7 : Chunks == 4 ? row >> 1 & 3 : row >> 2 & 1;
     return (u32)(row * Chunks + (chunk ^ swizzle)) * 16;
+}
+
+// The same for row `first` + i * Step, as an offset from the first that is known to the compiler where Step allows it.
+template <int Chunks, int Step> __device__ __forceinline__ u32 chunk_offset(int first, int i, int chunk) {
+    return Step % 8 == 0 ? chunk_offset<Chunks>(first, chunk) + i * Step * Chunks * 16 : chunk_offset<Chunks>(first + i * Step, chunk);
 }
 
 // What a warp multiplies: its part of a Rows x Columns tile, and the fragments of it.
@@ -103,14 +127,17 @@ template <int Rows, int Columns, int Depth, int WarpsM, int WarpsN, bool ColumnW
         return sums[(i * TilesN + j) / 2][(i * TilesN + j) % 2 * 4 + e];
     }
 
+    // The i-th 16 rows of A.
+    __device__ __forceinline__ void load_a(u32 (&a)[4], u32 stage, int step, int i) const {
+        if (ColumnWiseA)
+            load_transposed_matrices(a, stage + (a_at ^ (i << 5)) + step * 16 * ChunksA * 16);
+        else
+            load_matrices(a, stage + (a_at ^ (step << 5)) + i * 16 * ChunksA * 16);
+    }
+
     __device__ __forceinline__ void load(Fragments &f, u32 stage, int step) const {
 #pragma unroll
-        for (int i = 0; i < TilesM; ++i) {
-            if (ColumnWiseA)
-                load_transposed_matrices(f.a[i], stage + (a_at ^ (i << 5)) + step * 16 * ChunksA * 16);
-            else
-                load_matrices(f.a[i], stage + (a_at ^ (step << 5)) + i * 16 * ChunksA * 16);
-        }
+        for (int i = 0; i < TilesM; ++i) load_a(f.a[i], stage, step, i);
 #pragma unroll
         for (int j = 0; j < TilesN; j += 2) {
             u32 v[4];
@@ -131,42 +158,46 @@ template <int Rows, int Columns, int Depth, int WarpsM, int WarpsN, bool ColumnW
 };
 
 // Walk the reduction: `tiles` stages' worth, Stages - 1 of them under way. copy(t, stage) starts the copies of the t-th into
-// a stage, settle(t, stage) stores what it kept in registers, multiply(fragments) uses a step of 16.
-template <int Stages, class Tile, class Copy, class Settle, class Multiply>
-__device__ __forceinline__ void reduce(const Tile &tile, u32 ring, int tiles, Copy copy, Settle settle, Multiply multiply) {
+// a stage, settle(stage) stores what it kept in registers, watch(stage) may read one before it is multiplied. copy() is also
+// called for Stages - 1 beyond the last, so that no branch keeps it from running among the products: it fills with zeros there.
+template <int Stages, class Tile, class Copy, class Settle, class Watch>
+__device__ __forceinline__ void reduce(const Tile &tile, typename Tile::Sums &sums, u32 ring, int tiles, Copy copy, Settle settle, Watch watch) {
     static_assert(Stages >= 3, "settle() stores behind the barrier that the next tile's readers pass");
     constexpr u32 Last = (Stages - 1) * Tile::StageBytes;
+    if (tiles <= 0) return;
 #pragma unroll
     for (int t = 0; t < Stages - 1; ++t) {
-        if (t < tiles) copy(t, ring + t * Tile::StageBytes);
+        copy(t, ring + t * Tile::StageBytes);
         copy_async_commit();
-        if (t < tiles) settle(t, ring + t * Tile::StageBytes);
+        settle(ring + t * Tile::StageBytes);
     }
-    if (tiles <= 0) return;
     copy_async_wait<Stages - 2>();
     __syncthreads();
     typename Tile::Fragments f[2];
     tile.load(f[0], ring, 0);
-    u32 reads = 0, writes = Last;
+    u32 reads = ring, writes = ring + Last;
 #pragma unroll 1
     for (int t = 0; t < tiles; ++t) {
+        watch(reads);
 #pragma unroll
         for (int step = 0; step < Tile::Steps; ++step) {
             if (step == Tile::Steps - 1) {
                 copy_async_wait<Stages - 2>();
                 __syncthreads();  // the next stage is there, and this one may be written: its last fragments are in registers
-                reads = reads == Last ? 0 : reads + Tile::StageBytes;
+                reads = reads == ring + Last ? ring : reads + Tile::StageBytes;
             }
-            tile.load(f[(step + 1) % 2], ring + reads, (step + 1) % Tile::Steps);
+            tile.load(f[(step + 1) % 2], reads, (step + 1) % Tile::Steps);
             if (step == 0) {
-                if (t + Stages - 1 < tiles) copy(t + Stages - 1, ring + writes);
+                copy(t + Stages - 1, writes);
                 copy_async_commit();
             }
-            multiply(f[step % 2]);
+            Tile::multiply(sums, f[step % 2]);
         }
-        if (t + Stages - 1 < tiles) settle(t + Stages - 1, ring + writes);
-        writes = writes == Last ? 0 : writes + Tile::StageBytes;
+        settle(writes);
+        writes = writes == ring + Last ? ring : writes + Tile::StageBytes;
     }
+    copy_async_wait<0>();
+    __syncthreads();  // all have read their last fragments, and nothing comes any more: the ring is free
 }
 
 // ---- Operands through registers: channels that come in no multiples of eight, errors that are routed ---------------------

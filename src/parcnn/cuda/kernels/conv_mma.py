@@ -20,7 +20,10 @@ _REGISTERS_PER_SM, _THREADS_PER_SM = 65536, 1536
 
 
 class Tile(NamedTuple):
-    """Shape of a block: its outputs, depth of a stage, warps along each side, stages of the ring."""
+    """Shape of a block: its outputs, depth of a stage, warps along each side, stages of the ring.
+
+    `flat`: the reduction over taps and channels is cut as one run, not tap by tap, each padded to a stage's depth.
+    """
 
     bm: int
     bn: int
@@ -28,6 +31,7 @@ class Tile(NamedTuple):
     warps_m: int
     warps_n: int
     stages: int
+    flat: int = 0
 
     @property
     def threads(self) -> int:
@@ -39,7 +43,11 @@ class Tile(NamedTuple):
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
-        return tuple(zip(("BM", "BN", "BK", "WARPS_M", "WARPS_N", "STAGES"), self, strict=True))
+        return tuple(zip(("BM", "BN", "BK", "WARPS_M", "WARPS_N", "STAGES", "FLAT"), self, strict=True))
+
+    def steps(self, taps: float, channels: int) -> float:
+        """Stages of a reduction."""
+        return max(1, ceil(taps * channels / self.bk)) if self.flat else taps * ceil(channels / self.bk)
 
     def resident(self, shared_bytes: int, device: Device) -> int:
         """Blocks that are on an SM at once; an estimate, as the registers are not known here."""
@@ -50,7 +58,7 @@ class Tile(NamedTuple):
         return max(1, min(shared, _REGISTERS_PER_SM // registers, _THREADS_PER_SM // self.threads))
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}/{self.warps_m}x{self.warps_n}/{self.stages}"
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.warps_m}x{self.warps_n}/{self.stages}" + " flat" * self.flat
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,9 @@ def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], fi
     if op.groups > MAX_GROUPS:
         return f"a grid has at most {MAX_GROUPS} groups, not {op.groups}"
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
-    if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
-        return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"
+    padded = image[0] + op.pad[0] + op.pad[2], image[1] + op.pad[1] + op.pad[3]
+    if max(*padded, *span, *op.stride) >= MAX_SIDE:
+        return f"padded image sides, filter spans and strides must be below {MAX_SIDE}"
     return None
 
 
@@ -112,20 +121,13 @@ def vector(channels: int) -> int:
     return CHUNK if channels % CHUNK == 0 else 1
 
 
-def channel_block(channels: int, depth: int) -> int:
-    """Channels that the taps are walked for at a time: a stage's where they divide, so that taps that share pixels follow
-    each other and L1 keeps them (else all)."""
-    return depth if channels % depth == 0 else channels
-
-
-def cycles(tile: Tile, blocks: int, depth: float, gathers: float, shared_bytes: int, device: Device) -> float:
-    """Estimated clock cycles of `blocks` blocks that each reduce over `depth`: what the choice of a tile rests on.
+def cycles(tile: Tile, blocks: int, steps: float, gathers: float, shared_bytes: int, device: Device) -> float:
+    """Estimated clock cycles of `blocks` blocks that each reduce over so many stages: what the choice of a tile rests on.
 
     The larger of what the busiest SM does and of what the rounds of its resident blocks take, each at a block's own pace.
     An SM multiplies 1300 bf16 pairs a cycle by mma.sync, reads 128 bytes of shared memory and copies 40 from L2;
     `gathers` is the elements of a stage that go through registers one by one.
     """
-    steps = ceil(depth / tile.bk)
     warp_m, warp_n = tile.bm // tile.warps_m, tile.bn // tile.warps_n
     warps = tile.threads // 32
     products = tile.bm * tile.bn * tile.bk / 1300

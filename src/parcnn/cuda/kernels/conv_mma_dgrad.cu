@@ -4,10 +4,12 @@
 //     dx[n,h,w,c] = act'(saved) * (addend[n,h,w,c] + sum_{r,s,k} dy[n,p,q,k] * w[k,r,s,c])
 //         over the taps with h + top = p*stride + r*dilation and w + left = q*stride + s*dilation
 //
-// Implicit GEMM. M = input pixels, N = channels of a group, reduction (block of filters, r, s, filter of the block). grid (N
-//   tiles fastest, then classes, then M tiles; groups): pixels whose h modulo the stride (and w likewise) are equal form a
-//   class; they meet the same taps, every (stride / gcd(stride, dilation))-th, and a class is a convolution of stride 1: taps
-//   that meet no output cost nothing. Block and warps as in conv_mma.cuh; dy is row-wise, the filters column-wise.
+// Implicit GEMM. M = input pixels, N = channels of a group. grid (N tiles fastest, then classes, then M tiles; groups): pixels
+//   whose h modulo the stride (and w likewise) are equal form a class; they meet the same taps, every (stride / gcd(stride,
+//   dilation))-th, and a class is a convolution of stride 1: taps that meet no output cost nothing. Block and warps as in
+//   conv_mma.cuh; dy is row-wise, the filters column-wise.
+// FLAT = 0: a stage is BK filters of one tap, the last of them padded; taps that share outputs follow each other, so that L1
+//   keeps them. FLAT = 1: the reduction is (r,s,k) in one run, which wastes nothing where filters are few.
 // ROUTED = 1: dy is the error of the 2x2-pooled output. For max-pooling a pixel before the pool has it where idx names it
 //   the winner, else 0; for average-pooling it has a quarter. Routing happens between the load and shared memory: the
 //   error before the pool is never written.
@@ -17,7 +19,7 @@
 // Preconditions: pointers aligned to 16 bytes; VEC_A = 8 needs K/groups % 8 == 0, VEC_B = 8 needs C/groups % 8 == 0; every
 // tensor has less than 2^31 elements; image sides and filter spans are below 2^14. dx may be the memory of saved or addend.
 //
-// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, ROUTED, VEC_A, VEC_B.
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, ROUTED, VEC_A, VEC_B. VEC_A = 1 needs FLAT = 1.
 
 #include "conv_mma.cuh"
 
@@ -26,14 +28,13 @@ struct Problem {
     int rows;              // pixels of a class, those beyond the image too
     int h, w, c, p, q, k;  // image, outputs before the pool, channels of a pixel of dx and of dy
     int group_c, group_k;  // channels, filters of a group
-    int block_k;           // filters that the taps are walked for at a time
     int r, s;
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int step_h, step_w;    // every so many-th tap is live
     int back_h, back_w;    // outputs from one live tap to the next
     int pool, act, n_tiles, classes;
-    // By a class's sides, by block_k, and by the number of live taps: the most that a class has, and one fewer.
-    FastDiv by_class_h, by_class_w, by_block_k, by_taps_s, by_fewer_s, by_taps_r, by_fewer_r;
+    // By a class's sides, by group_k, and by the number of live taps along s: the most that a class has, and one fewer.
+    FastDiv by_class_h, by_class_w, by_group_k, by_taps_s, by_fewer_s;
 };
 
 // First tap that meets pixels of class `phase`: phase + pad = tap * dilation modulo stride; `taps` where there is none.
@@ -43,7 +44,7 @@ __device__ __forceinline__ int first_tap(int phase, int pad, int dilation, int s
     return taps;
 }
 
-// Position in the reduction: how many live taps along each side, and the filter of the group.
+// Position in the reduction: the live tap along each side, and the filter of the group.
 struct Tap {
     int r, s, k;
 };
@@ -65,33 +66,40 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     const int r0 = first_tap(phase_h, g.pad_h, g.dilation_h, g.stride_h, g.r);
     const int s0 = first_tap(phase_w, g.pad_w, g.dilation_w, g.stride_w, g.s);
     const int taps_r = (g.r - r0 + g.step_h - 1) / g.step_h, taps_s = (g.s - s0 + g.step_w - 1) / g.step_w;
-    const FastDiv by_taps_r = taps_r == (int)g.by_taps_r.d ? g.by_taps_r : g.by_fewer_r;
     const FastDiv by_taps_s = taps_s == (int)g.by_taps_s.d ? g.by_taps_s : g.by_fewer_s;
-    const int depth = taps_r * taps_s * g.group_k, filter_size = g.r * g.s * g.group_c;
+    const int filter_size = g.r * g.s * g.group_c;
+    const u32 sides = displacement(g.p, g.q);
 
     // The rows that this thread copies: the output that their first live tap meets.
     const int chunk_a = threadIdx.x % CHUNKS_A, first_a = threadIdx.x / CHUNKS_A;
-    int row_base[LOADS_A], row_pq[LOADS_A];
+    int row_offset[LOADS_A];  // with routing, of the image's outputs
+    u32 row_place[LOADS_A];
 #pragma unroll
     for (int i = 0; i < LOADS_A; ++i) {
         int m = m0 + first_a + i * STEP_A, h, left;
         int n = divide(divide(m < g.rows ? m : 0, g.by_class_w, left), g.by_class_h, h);
         int p = h + (phase_h + g.pad_h - r0 * g.dilation_h) / g.stride_h;
         int q = left + (phase_w + g.pad_w - s0 * g.dilation_w) / g.stride_w;
-        row_base[i] = ROUTED ? n * (g.p / 2) : ((n * g.p + p) * g.q + q) * g.k + group * g.group_k;
-        row_pq[i] = m < g.rows ? pack_hw(p, q) : ROW_DEAD;
+        row_offset[i] = ROUTED ? n * (g.p / 2) : ((n * g.p + p) * g.q + q) * g.k + group * g.group_k;
+        row_place[i] = m < g.rows ? place_of(p, q) : no_place();
     }
     const int chunk_b = threadIdx.x % CHUNKS_B, first_b = threadIdx.x / CHUNKS_B;
-    const u16 *weights = w + group * g.group_k * filter_size + n0 + chunk_b * 8;
+    const int filter0 = group * g.group_k * filter_size + n0 + chunk_b * 8;
 
+    auto weights_of = [&](const Tap &t) {
+        return filter0 + t.k * filter_size + ((r0 + t.r * g.step_h) * g.s + s0 + t.s * g.step_w) * g.group_c;
+    };
+#if FLAT
+    const int depth = taps_r * taps_s * g.group_k, stages = (depth + BK - 1) / BK;
     auto tap_of = [&](int j) {
         Tap t;
-        int outer = divide(divide(divide(j, g.by_block_k, t.k), by_taps_s, t.s), by_taps_r, t.r);
-        t.k += outer * g.block_k;
+        t.r = divide(divide(j, g.by_group_k, t.k), by_taps_s, t.s);
         return t;
     };
-    auto weights_at = [&](const Tap &t) { return t.k * filter_size + ((r0 + t.r * g.step_h) * g.s + s0 + t.s * g.step_w) * g.group_c; };
-    const bool one_tap = g.block_k % BK == 0;  // in a stage
+#else
+    const int stages = taps_r * taps_s * ((g.group_k + BK - 1) / BK);
+    Tap stage_tap = {0, 0, 0};  // of the stage that is copied next
+#endif
 
 #if ROUTED || VEC_A == 1
     Chunk errors[LOADS_A];
@@ -101,26 +109,36 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
 #endif
     auto copy_errors = [&](int t, u32 stage) {
 #if VEC_A == 8
-        int j = t * BK + chunk_a * 8;
-        const bool live = j < depth;
-        const Tap tap = tap_of(j);
+#if FLAT
+        const Tap tap = tap_of(t * BK + chunk_a * 8);
+        const bool live = t * BK + chunk_a * 8 < depth;
+#else
+        Tap tap = stage_tap;
+        tap.k += chunk_a * 8;
+        const bool live = tap.k < g.group_k;
+#endif
         const int dp = -tap.r * g.back_h, dq = -tap.s * g.back_w;
+        const u32 displaced = displacement(dp, dq);
+#if !ROUTED
+        const int offset = (dp * g.q + dq) * g.k + tap.k;
+#endif
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i) {
             if (BM % STEP_A != 0 && first_a + i * STEP_A >= BM) continue;
-            bool here = live && inside(row_pq[i], dp, dq, g.p, g.q);
+            bool here = live && in_image(row_place[i], displaced, sides);
 #if ROUTED
             errors[i] = Chunk{};
             winners[i] = 0;
             if (here) {
-                int p = unpack_h(row_pq[i]) + dp, q = unpack_w(row_pq[i]) + dq, k = group * g.group_k + tap.k;
-                int pixel = (row_base[i] + (p >> 1)) * (g.q / 2) + (q >> 1);
+                u32 at = row_place[i] + displaced - PLACE_BIAS;
+                int p = at >> 16, q = at & 0xffffu, k = group * g.group_k + tap.k;
+                int pixel = (row_offset[i] + (p >> 1)) * (g.q / 2) + (q >> 1);
                 errors[i] = chunk_of(*reinterpret_cast<const uint4 *>(dy + pixel * g.k + k));
                 if (g.pool == POOL_MAX) winners[i] = *reinterpret_cast<const u16 *>(idx + pixel * (g.k / 4) + k / 4);
                 winners[i] |= (u32)(2 * (p & 1) + (q & 1)) << 16;
             }
 #else
-            copy_cached_chunk(stage + chunk_offset<CHUNKS_A>(first_a + i * STEP_A, chunk_a), dy + row_base[i] + (dp * g.q + dq) * g.k + tap.k, here);
+            copy_cached_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (row_offset[i] + offset), here);
 #endif
         }
 #else
@@ -130,12 +148,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
             const bool live = j < depth;
             const Tap tap = tap_of(j);
             const int dp = -tap.r * g.back_h, dq = -tap.s * g.back_w;
+            const u32 displaced = displacement(dp, dq);
 #pragma unroll
             for (int i = 0; i < LOADS_A; ++i) {
-                bool here = live && inside(row_pq[i], dp, dq, g.p, g.q);
+                bool here = live && in_image(row_place[i], displaced, sides);
 #if ROUTED
-                int p = unpack_h(row_pq[i]) + dp, q = unpack_w(row_pq[i]) + dq, k = group * g.group_k + tap.k;
-                int pixel = (row_base[i] + (p >> 1)) * (g.q / 2) + (q >> 1), position = 2 * (p & 1) + (q & 1);
+                u32 at = row_place[i] + displaced - PLACE_BIAS;
+                int p = at >> 16, q = at & 0xffffu, k = group * g.group_k + tap.k;
+                int pixel = (row_offset[i] + (p >> 1)) * (g.q / 2) + (q >> 1), position = 2 * (p & 1) + (q & 1);
                 u32 error = here ? dy[pixel * g.k + k] : 0;
                 if (g.pool == POOL_AVG)
                     error = round_pair(0.25f * low_of(error), 0.0f) & 0xffffu;
@@ -143,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
                     error = 0;
                 errors[i].put(e, error);
 #else
-                errors[i].put(e, here ? dy[row_base[i] + (dp * g.q + dq) * g.k + tap.k] : 0);
+                errors[i].put(e, here ? dy[row_offset[i] + (dp * g.q + dq) * g.k + tap.k] : 0);
 #endif
             }
         }
@@ -157,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
 #if ROUTED && VEC_A == 8
             errors[i] = route(errors[i], winners[i], winners[i] >> 16, g.pool);
 #endif
-            store_chunk(stage + chunk_offset<CHUNKS_A>(first_a + i * STEP_A, chunk_a), errors[i].vector());
+            store_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), errors[i].vector());
         }
 #endif
     };
@@ -166,18 +186,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     Chunk filters[LOADS_B];
 #endif
     auto copy_filters = [&](int t, u32 stage) {
-        Tap tap = tap_of(t * BK);
-        int at = weights_at(tap) + first_b * filter_size;
+#if !FLAT
+        const int offset = weights_of(stage_tap) + first_b * filter_size;
+#endif
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i) {
-            int row = first_b + i * STEP_B, j = t * BK + row;
+            int row = first_b + i * STEP_B;
             if (BK % STEP_B != 0 && row >= BK) continue;
-            const u16 *from = weights + (one_tap ? at + i * STEP_B * filter_size : weights_at(tap_of(j)));
+#if FLAT
+            const int at = weights_of(tap_of(t * BK + row));
+            const bool live = t * BK + row < depth;
+#else
+            const int at = offset + i * STEP_B * filter_size;
+            const bool live = stage_tap.k + row < g.group_k;
+#endif
 #if VEC_B == 8
-            copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B>(first_b + i * STEP_B, chunk_b), from, j < depth && chunk_b * 8 < columns);
+            copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), w + at, live && chunk_b * 8 < columns);
 #else
 #pragma unroll
-            for (int e = 0; e < 8; ++e) filters[i].put(e, j < depth && chunk_b * 8 + e < columns ? from[e] : 0);
+            for (int e = 0; e < 8; ++e) filters[i].put(e, live && chunk_b * 8 + e < columns ? w[at + e] : 0);
 #endif
         }
     };
@@ -185,22 +212,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
 #if VEC_B == 1
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i)
-            if (BK % STEP_B == 0 || first_b + i * STEP_B < BK) store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B>(first_b + i * STEP_B, chunk_b), filters[i].vector());
+            if (BK % STEP_B == 0 || first_b + i * STEP_B < BK)
+                store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), filters[i].vector());
 #endif
     };
 
     Tile::Sums sums = {};
     reduce<STAGES>(
-        tile, ring, (depth + BK - 1) / BK,
+        tile, sums, ring, stages,
         [&](int t, u32 stage) {
             copy_errors(t, stage);
             copy_filters(t, stage);
+#if !FLAT
+            if (++stage_tap.s == taps_s) {
+                stage_tap.s = 0;
+                if (++stage_tap.r == taps_r) stage_tap.r = 0, stage_tap.k += BK;
+            }
+#endif
         },
-        [&](int, u32 stage) {
+        [&](u32 stage) {
             settle_errors(stage);
             settle_filters(stage);
         },
-        [&](const Tile::Fragments &f) { Tile::multiply(sums, f); });
+        [](u32) {});
 
     // Where row m of the class lies in dx; negative beyond the image.
     const int c0 = group * g.group_c + n0;
@@ -230,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
             }
     }
 
-    __syncthreads();  // all have read their last fragments: the ring becomes the tile that is written
+    // The ring becomes the tile that is written.
 #pragma unroll
     for (int i = 0; i < Tile::TilesM; ++i)
 #pragma unroll

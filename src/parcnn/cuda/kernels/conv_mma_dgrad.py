@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, channel_block, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad
@@ -19,16 +19,23 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvDgrad,)
 SOURCE = "conv_mma_dgrad.cu"
 
-_WIDE, _TALL, _LARGE = Tile(128, 256, 32, 2, 4, 4), Tile(256, 128, 32, 4, 2, 4), Tile(128, 128, 32, 2, 2, 4)
-_NARROW, _MEDIUM, _SMALL = Tile(256, 64, 32, 4, 1, 4), Tile(128, 64, 32, 4, 1, 4), Tile(64, 64, 32, 2, 2, 4)
-_FEW, _FEWEST = Tile(128, 32, 32, 4, 1, 4), Tile(64, 16, 64, 2, 1, 4)
-_GATHERED, _FEW_GATHERED = Tile(128, 64, 32, 4, 1, 3), Tile(64, 16, 32, 4, 1, 3)
-# (ROUTED, VEC_A, VEC_B): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
+_GATHERED, _FEW_GATHERED = Tile(128, 64, 32, 4, 1, 3, 1), Tile(64, 16, 32, 4, 1, 3, 1)
+# (ROUTED, VEC_A, VEC_B): tiles compiled for it, from many pixels and channels down to few. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 8, 8): (_WIDE, _TALL, _LARGE, _NARROW, _MEDIUM, _SMALL, _FEW, _FEWEST),
+    (0, 8, 8): (
+        Tile(128, 256, 64, 2, 4, 3),
+        Tile(128, 128, 64, 2, 2, 3),
+        Tile(256, 64, 32, 4, 1, 4),
+        Tile(128, 64, 64, 2, 1, 3),
+        Tile(64, 64, 64, 2, 2, 3),
+        Tile(128, 64, 32, 4, 1, 4, 1),
+        Tile(64, 64, 32, 2, 2, 4, 1),
+        Tile(128, 32, 32, 4, 1, 4),
+        Tile(64, 16, 64, 2, 1, 4, 1),
+    ),
     (0, 8, 1): (_GATHERED, _FEW_GATHERED),
     (0, 1, 1): (_GATHERED, _FEW_GATHERED),
-    (1, 8, 8): (Tile(128, 128, 32, 4, 2, 3), _GATHERED, Tile(64, 64, 32, 2, 2, 3)),
+    (1, 8, 8): (Tile(128, 128, 32, 4, 2, 3), Tile(128, 64, 32, 4, 1, 3), Tile(64, 64, 32, 2, 2, 3, 1)),
     (1, 8, 1): (_FEW_GATHERED,),
     (1, 1, 1): (_FEW_GATHERED,),
 }
@@ -58,14 +65,16 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     op, sizes = _sizes(call)
     routed, vec_a, vec_b = key = _key(op, sizes)
     classes = op.stride[0] * op.stride[1]
-    depth = sizes.conv.r * sizes.conv.s * sizes.filters / classes
+    taps = sizes.conv.r * sizes.conv.s / classes
     costs = {}
     for tile in TILES_OF[key]:
         shared_bytes = _shared_bytes(tile)
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
             gathers = (tile.bm * (vec_a == 1) + tile.bn * (vec_b == 1)) * tile.bk
-            costs[tile] = cycles(tile, blocks, depth, gathers, shared_bytes, device) * (1.2 if routed else 1)
+            costs[tile] = cycles(tile, blocks, tile.steps(taps, sizes.filters), gathers, shared_bytes, device) * (
+                1.2 if routed else 1
+            )
     return sorted(costs, key=costs.__getitem__)
 
 
@@ -125,14 +134,12 @@ def _problem(sizes: Grouped, tile: Tile, rows: int, n_tiles: int, act: str | Non
     (stride_h, stride_w), (dilation_h, dilation_w) = conv.stride, conv.dilation
     common_h, common_w = gcd(stride_h, dilation_h), gcd(stride_w, dilation_w)
     step_h, step_w = stride_h // common_h, stride_w // common_w
-    block = channel_block(sizes.filters, tile.bk)
     numbers = (
-        rows, conv.h, conv.w, conv.c, *sizes.outputs, conv.k, sizes.channels, sizes.filters, block, conv.r, conv.s,
+        rows, conv.h, conv.w, conv.c, *sizes.outputs, conv.k, sizes.channels, sizes.filters, conv.r, conv.s,
         *conv.stride, *conv.pad, *conv.dilation, step_h, step_w, dilation_h // common_h, dilation_w // common_w,
         POOL_CODES[conv.pool], act_code(act), n_tiles, stride_h * stride_w,
     )  # fmt: skip
     divisors = (
-        ceil(conv.h / stride_h), ceil(conv.w / stride_w), block,
-        ceil(conv.s / step_w), max(1, conv.s // step_w), ceil(conv.r / step_h), max(1, conv.r // step_h),
+        ceil(conv.h / stride_h), ceil(conv.w / stride_w), sizes.filters, ceil(conv.s / step_w), max(1, conv.s // step_w),
     )  # fmt: skip
     return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))

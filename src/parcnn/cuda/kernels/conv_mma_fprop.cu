@@ -3,8 +3,10 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// Implicit GEMM. M = output pixels, N = filters of a group, reduction (block of channels, r, s, channel of the block). grid (N
-//   tiles fastest, then M tiles; groups); block and warps as in conv_mma.cuh, both operands row-wise.
+// Implicit GEMM. M = output pixels, N = filters of a group. grid (N tiles fastest, then M tiles; groups); block and warps as in
+//   conv_mma.cuh, both operands row-wise.
+// FLAT = 0: a stage is BK channels of one tap, the last of them padded; taps that share pixels follow each other, so that L1
+//   keeps them. FLAT = 1: the reduction is (r,s,c) in one run, which wastes nothing where channels are few.
 // POOL = 1: a group of 32 rows is eight windows: rows i, i + 8, i + 16 and i + 24 are a window's pixels, which one thread
 //   holds in its sums. Values are rounded before they are compared.
 // VEC = 8: channels are copied by 16 bytes; VEC = 1: elements are gathered through registers, whatever their number.
@@ -14,7 +16,7 @@
 // Preconditions: pointers aligned to 16 bytes; VEC = 8 needs C/groups % 8 == 0; every tensor has less than 2^31 elements; image
 // sides and filter spans are below 2^14; with a maximum and groups, K/groups % 4 == 0.
 //
-// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, VEC, POOL.
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, VEC, POOL. VEC = 1 needs FLAT = 1.
 
 #include "conv_mma.cuh"
 
@@ -23,27 +25,21 @@ struct Problem {
     int rows;              // output pixels, of which windows after the pool count four
     int h, w, c, k;        // image; channels of a pixel of x and of y
     int group_c, group_k;  // channels, filters of a group
-    int block_c;           // channels that the taps are walked for at a time
-    int depth;             // r * s * group_c
+    int r, depth, stages;  // depth: r * s * group_c; stages: of the reduction
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int pool, act, n_tiles;
-    FastDiv by_p, by_q, by_block_c, by_s, by_r;
+    FastDiv by_p, by_q, by_group_c, by_s;
 };
 
 // Where an element of the reduction lies, relative to a pixel's receptive field and to a filter.
 struct Tap {
-    int dh, dw, x, w;
+    u32 displaced;
+    int x, w;
 };
 
-__device__ __forceinline__ Tap tap_of(const Problem &g, int j) {
-    int c, s, r;
-    int block = divide(divide(divide(j, g.by_block_c, c), g.by_s, s), g.by_r, r);
-    c += block * g.block_c;
-    Tap t;
-    t.dh = r * g.dilation_h, t.dw = s * g.dilation_w;
-    t.x = (t.dh * g.w + t.dw) * g.c + c;
-    t.w = (r * (int)g.by_s.d + s) * g.group_c + c;
-    return t;
+__device__ __forceinline__ Tap tap_at(const Problem &g, int r, int s, int c) {
+    int dh = r * g.dilation_h, dw = s * g.dilation_w;
+    return Tap{displacement(dh, dw), (dh * g.w + dw) * g.c + c, (r * (int)g.by_s.d + s) * g.group_c + c};
 }
 
 // The output of row m, before the pool; false where there is none.
@@ -69,37 +65,59 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     const int m0 = (int)(blockIdx.x / g.n_tiles) * BM, n0 = (int)(blockIdx.x % g.n_tiles) * BN, group = blockIdx.y;
     const int columns = g.group_k - n0;  // that exist
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
-    const u16 *filters = w + (group * g.group_k + n0 + first) * g.depth;
+    const int filter0 = (group * g.group_k + n0 + first) * g.depth;  // that this thread copies
 
     // The rows that this thread copies: where their receptive field starts.
-    int row_offset[LOADS_A], row_hw[LOADS_A];
+    int row_offset[LOADS_A];
+    u32 row_place[LOADS_A];
 #pragma unroll
     for (int i = 0; i < LOADS_A; ++i) {
         int n, p, q;
         bool live = output_of(g, m0 + first + i * STEP, n, p, q);
         int h = p * g.stride_h - g.pad_h, left = q * g.stride_w - g.pad_w;
         row_offset[i] = ((n * g.h + h) * g.w + left) * g.c + group * g.group_c;
-        row_hw[i] = live ? pack_hw(h, left) : ROW_DEAD;
+        row_place[i] = live ? place_of(h, left) : no_place();
     }
+    const u32 sides = displacement(g.h, g.w);
+
+#if FLAT
+    // The element of the reduction that is the j-th: channels innermost, then s, then r.
+    auto tap_of = [&](int j) {
+        int c, s, r = divide(divide(j, g.by_group_c, c), g.by_s, s);
+        return tap_at(g, r, s, c);
+    };
+#else
+    int r = 0, s = 0, c = 0;  // of the stage that is copied next
+#endif
 
 #if VEC == 8
     auto copy = [&](int t, u32 stage) {
-        int j = t * BK + chunk * 8;
+#if FLAT
+        const int j = t * BK + chunk * 8;
         const bool live = j < g.depth;
-        const Tap at = tap_of(g, j);
+        const Tap tap = tap_of(j);
+#else
+        const bool live = c + chunk * 8 < g.group_c;
+        const Tap tap = tap_at(g, r, s, c + chunk * 8);
+        if (++s == (int)g.by_s.d) {
+            s = 0;
+            if (++r == g.r) r = 0, c += BK;
+        }
+#endif
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i) {
             if (BM % STEP != 0 && first + i * STEP >= BM) continue;
-            copy_cached_chunk(stage + chunk_offset<CHUNKS>(first + i * STEP, chunk), x + row_offset[i] + at.x,
-                              live && inside(row_hw[i], at.dh, at.dw, g.h, g.w));
+            copy_cached_chunk(stage + chunk_offset<CHUNKS, STEP>(first, i, chunk), x + (row_offset[i] + tap.x),
+                              live && in_image(row_place[i], tap.displaced, sides));
         }
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i) {
             if (BN % STEP != 0 && first + i * STEP >= BN) continue;
-            copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS>(first + i * STEP, chunk), filters + i * STEP * g.depth + at.w, live && first + i * STEP < columns);
+            copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS, STEP>(first, i, chunk), w + (filter0 + i * STEP * g.depth + tap.w),
+                       live && first + i * STEP < columns);
         }
     };
-    auto settle = [](int, u32) {};
+    auto settle = [](u32) {};
 #else
     Chunk pixels[LOADS_A], weights[LOADS_B];
     auto copy = [&](int t, u32) {
@@ -107,28 +125,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
         for (int e = 0; e < 8; ++e) {
             int j = t * BK + chunk * 8 + e;
             const bool live = j < g.depth;
-            const Tap at = tap_of(g, j);
+            const Tap tap = tap_of(j);
 #pragma unroll
             for (int i = 0; i < LOADS_A; ++i)
-                pixels[i].put(e, live && inside(row_hw[i], at.dh, at.dw, g.h, g.w) ? x[row_offset[i] + at.x] : 0);
+                pixels[i].put(e, live && in_image(row_place[i], tap.displaced, sides) ? x[row_offset[i] + tap.x] : 0);
 #pragma unroll
             for (int i = 0; i < LOADS_B; ++i)
-                weights[i].put(e, live && first + i * STEP < columns ? filters[i * STEP * g.depth + at.w] : 0);
+                weights[i].put(e, live && first + i * STEP < columns ? w[filter0 + i * STEP * g.depth + tap.w] : 0);
         }
     };
-    auto settle = [&](int, u32 stage) {
+    auto settle = [&](u32 stage) {
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i)
-            if (BM % STEP == 0 || first + i * STEP < BM) store_chunk(stage + chunk_offset<CHUNKS>(first + i * STEP, chunk), pixels[i].vector());
+            if (BM % STEP == 0 || first + i * STEP < BM) store_chunk(stage + chunk_offset<CHUNKS, STEP>(first, i, chunk), pixels[i].vector());
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i)
-            if (BN % STEP == 0 || first + i * STEP < BN) store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS>(first + i * STEP, chunk), weights[i].vector());
+            if (BN % STEP == 0 || first + i * STEP < BN)
+                store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS, STEP>(first, i, chunk), weights[i].vector());
     };
 #endif
 
     Tile::Sums sums = {};
-    reduce<STAGES>(tile, ring, (g.depth + BK - 1) / BK, copy, settle,
-                   [&](const Tile::Fragments &f) { Tile::multiply(sums, f); });
+    reduce<STAGES>(tile, sums, ring, g.stages, copy, settle, [](u32) {});
 
     if (bias) {
 #pragma unroll
@@ -143,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     }
     activate_all(sums, g.act);
 
-    __syncthreads();  // all have read their last fragments: the ring becomes the tile that is written
+    // The ring becomes the tile that is written.
     constexpr int OUT_CHUNKS = BN / 8;
     const int k0 = group * g.group_k + n0;
     const bool whole = g.k % 8 == 0 && g.group_k % 8 == 0;

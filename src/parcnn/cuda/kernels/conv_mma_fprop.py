@@ -9,7 +9,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, channel_block, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -19,19 +19,21 @@ OPS: tuple[type[Op], ...] = (ConvFprop,)
 SOURCE = "conv_mma_fprop.cu"
 POOLED_ROWS = 32  # eight windows
 
-# From many pixels and filters down to the small products of linear layers at a small batch.
+# From many pixels and filters down to the small products of linear layers at a small batch; then those for few channels.
 TILES = (
-    Tile(128, 256, 32, 2, 4, 4),
-    Tile(256, 128, 32, 4, 2, 4),
-    Tile(128, 128, 32, 2, 2, 4),
+    Tile(128, 256, 64, 2, 4, 3),
+    Tile(128, 128, 64, 2, 2, 3),
     Tile(256, 64, 32, 4, 1, 4),
-    Tile(128, 64, 32, 4, 1, 4),
-    Tile(64, 64, 32, 2, 2, 4),
-    Tile(128, 32, 32, 4, 1, 4),
-    Tile(64, 16, 64, 2, 1, 4),
+    Tile(128, 64, 64, 2, 1, 3),
+    Tile(64, 64, 64, 2, 2, 3),
+    Tile(128, 128, 32, 2, 2, 4, 1),
+    Tile(128, 64, 32, 4, 1, 4, 1),
+    Tile(64, 64, 32, 2, 2, 4, 1),
+    Tile(128, 32, 32, 4, 1, 4, 1),
+    Tile(64, 16, 64, 2, 1, 4, 1),
 )
 # Channels in no multiples of eight.
-GATHERED_TILES = (Tile(128, 64, 32, 4, 1, 3), Tile(128, 16, 32, 4, 1, 3), Tile(64, 32, 32, 2, 2, 3))
+GATHERED_TILES = (Tile(128, 64, 32, 4, 1, 3, 1), Tile(128, 16, 32, 4, 1, 3, 1), Tile(64, 32, 32, 2, 2, 3, 1))
 Variant = Tile
 
 
@@ -64,7 +66,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
             gathers = 0 if vec > 1 else (tile.bm + tile.bn) * tile.bk
-            costs[tile] = cycles(tile, blocks, sizes.depth, gathers, shared_bytes, device)
+            costs[tile] = cycles(tile, blocks, _stages(sizes, tile), gathers, shared_bytes, device)
     return sorted(costs, key=costs.__getitem__)
 
 
@@ -108,13 +110,16 @@ def _shared_bytes(tile: Tile) -> int:
     return max(tile.ring_bytes, 2 * tile.bm * tile.bn)
 
 
+def _stages(sizes: Grouped, tile: Tile) -> int:
+    return int(tile.steps(sizes.conv.r * sizes.conv.s, sizes.channels))
+
+
 def _problem(sizes: Grouped, tile: Tile, n_tiles: int, act: str | None) -> Struct:
     """`Problem` of conv_mma_fprop.cu."""
     conv = sizes.conv
-    block = channel_block(sizes.channels, tile.bk)
     numbers = (
-        conv.rows, conv.h, conv.w, conv.c, conv.k, sizes.channels, sizes.filters, block, sizes.depth,
+        conv.rows, conv.h, conv.w, conv.c, conv.k, sizes.channels, sizes.filters, conv.r, sizes.depth, _stages(sizes, tile),
         *conv.stride, *conv.pad, *conv.dilation, POOL_CODES[conv.pool], act_code(act), n_tiles,
     )  # fmt: skip
-    divisors = (conv.p, conv.q, block, conv.s, conv.r)
+    divisors = (conv.p, conv.q, sizes.channels, conv.s)
     return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))

@@ -21,8 +21,6 @@
 
 #include "conv_mma.cuh"
 
-#define TAP_DEAD ((int)0x80000000)  // a displacement out of every image, from wherever a receptive field starts
-
 // Twin of the struct that conv_mma_wgrad.py builds.
 struct Problem {
     int rows, chunk;       // output pixels before the pool, those of a split
@@ -45,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     static_assert(Tile::Threads >= BK, "a thread locates one pixel of a stage");
     DYNAMIC_SHARED(char, shared);
     const u32 ring = shared_address(shared);
-    int2 *pixels = reinterpret_cast<int2 *>(shared + STAGES * Tile::StageBytes);  // [STAGES][BK]: where a receptive field starts
+    // [STAGES][Threads], of which BK are of a stage: where a pixel's receptive field starts.
+    int2 *pixels = reinterpret_cast<int2 *>(shared + STAGES * Tile::StageBytes);
 
     const Tile tile;
     const int m0 = (int)(blockIdx.x / g.n_tiles) * BM, n0 = (int)(blockIdx.x % g.n_tiles) * BN, group = blockIdx.z;
@@ -54,12 +53,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     const int tiles = (end - begin + BK - 1) / BK;
 
     auto locate = [&](int t) {
-        if (threadIdx.x >= BK) return;
         int m = begin + t * BK + threadIdx.x, p, q;
         int n = divide(divide(m < end ? m / POSITIONS : 0, g.by_q, q), g.by_p, p);
         if (ROUTED) p = 2 * p + (m >> 1 & 1), q = 2 * q + (m & 1);
         int h = p * g.stride_h - g.pad_h, left = q * g.stride_w - g.pad_w;
-        pixels[t % STAGES * BK + threadIdx.x] = make_int2(((n * g.h + h) * g.w + left) * g.c, m < end ? pack_hw(h, left) : ROW_DEAD);
+        pixels[t % STAGES * Tile::Threads + threadIdx.x] =
+            make_int2(((n * g.h + h) * g.w + left) * g.c, (int)(m < end ? place_of(h, left) : no_place()));
     };
 
     const int chunk_a = threadIdx.x % CHUNKS_A, first_a = threadIdx.x / CHUNKS_A;
@@ -67,12 +66,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     const int k = group * g.group_k + m0 + chunk_a * 8;  // of dy
 
     // The columns that this thread copies: displacement of their tap, and of their element.
-    int tap[VEC_B == 8 ? 1 : 8], offset[VEC_B == 8 ? 1 : 8];
+    u32 displaced[VEC_B == 8 ? 1 : 8];
+    int offset[VEC_B == 8 ? 1 : 8];
+    const u32 sides = displacement(g.h, g.w);
 #pragma unroll
     for (int e = 0; e < 8 / VEC_B; ++e) {
         int j = n0 + chunk_b * 8 + e, c, s;
         int r = divide(divide(j < g.depth ? j : 0, g.by_group_c, c), g.by_s, s);
-        tap[e] = j < g.depth ? pack_hw(r * g.dilation_h, s * g.dilation_w) : TAP_DEAD;
+        displaced[e] = j < g.depth ? displacement(r * g.dilation_h, s * g.dilation_w) : no_displacement();
         offset[e] = (r * g.dilation_h * g.w + s * g.dilation_w) * g.c + group * g.group_c + c;
     }
 
@@ -91,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
             const int pixel = m / POSITIONS;
             const bool live = m < end && chunk_a * 8 < rows_m;
 #if !ROUTED && VEC_A == 8
-            copy_chunk(stage + chunk_offset<CHUNKS_A>(row, chunk_a), dy + pixel * g.k + k, live);
+            copy_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (pixel * g.k + k), live);
 #else
             errors[i] = Chunk{};
             winners[i] = 0;
@@ -108,23 +109,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
             }
 #endif
         }
+        int2 starts[LOADS_B];
+#pragma unroll
+        for (int i = 0; i < LOADS_B; ++i) starts[i] = pixels[t % STAGES * Tile::Threads + first_b + i * STEP_B];
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i) {
-            int row = first_b + i * STEP_B;
-            if (BK % STEP_B != 0 && row >= BK) continue;
-            const int2 pixel = pixels[t % STAGES * BK + row];
+            if (BK % STEP_B != 0 && first_b + i * STEP_B >= BK) continue;
+            const int2 pixel = starts[i];
 #if VEC_B == 8
-            copy_cached_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B>(first_b + i * STEP_B, chunk_b), x + pixel.x + offset[0],
-                              inside(pixel.y, unpack_h(tap[0]), unpack_w(tap[0]), g.h, g.w));
+            copy_cached_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), x + (pixel.x + offset[0]),
+                              in_image((u32)pixel.y, displaced[0], sides));
 #else
 #pragma unroll
             for (int e = 0; e < 8; ++e)
-                values[i].put(e, inside(pixel.y, unpack_h(tap[e]), unpack_w(tap[e]), g.h, g.w) ? x[pixel.x + offset[e]] : 0);
+                values[i].put(e, in_image((u32)pixel.y, displaced[e], sides) ? x[pixel.x + offset[e]] : 0);
 #endif
         }
         if (t + 1 >= STAGES) locate(t + 1);  // in the place of the tile before, whose copies have started before the barrier
     };
-    auto settle = [&](int, u32 stage) {
+    auto settle = [&](u32 stage) {
 #if ROUTED || VEC_A == 1
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i) {
@@ -140,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
 #if VEC_B == 1
 #pragma unroll
         for (int i = 0; i < LOADS_B; ++i)
-            if (BK % STEP_B == 0 || first_b + i * STEP_B < BK) store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B>(first_b + i * STEP_B, chunk_b), values[i].vector());
+            if (BK % STEP_B == 0 || first_b + i * STEP_B < BK) store_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), values[i].vector());
 #endif
     };
 
@@ -148,26 +151,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
     for (int t = 0; t < STAGES; ++t) locate(t);
     __syncthreads();
     const bool sums_bias = db && n0 == 0;
+    const int bias_tile0 = min(tile.warp_n * BIAS_TILES, Tile::TilesM - BIAS_TILES);
     Tile::Sums sums = {};
     float bias[BIAS_TILES][4] = {};
-    reduce<STAGES>(tile, ring, tiles, copy, settle, [&](const Tile::Fragments &f) {
-        Tile::multiply(sums, f);
-        if (sums_bias) {
+    reduce<STAGES>(tile, sums, ring, tiles, copy, settle, [&](u32 stage) {
+        if (!sums_bias) return;
 #pragma unroll
-            for (int i = 0; i < Tile::TilesM; ++i)
-                if (i / BIAS_TILES == tile.warp_n) multiply_add(bias[i % BIAS_TILES], f.a[i], 0x3f803f80u, 0x3f803f80u);
-        }
+        for (int step = 0; step < Tile::Steps; ++step)
+#pragma unroll
+            for (int i = 0; i < BIAS_TILES; ++i) {
+                u32 a[4];
+                tile.load_a(a, stage, step, bias_tile0 + i);
+                multiply_add(bias[i], a, 0x3f803f80u, 0x3f803f80u);  // by ones
+            }
     });
 
     const int filter0 = group * g.group_k + m0, row_size = g.k * (g.depth + (db ? 1 : 0));
     float *dw_out = partial ? partial + (u64)blockIdx.y * row_size : dw;
     float *db_out = partial ? dw_out + g.k * g.depth : db;
-    if (sums_bias && threadIdx.x % 4 == 0) {
+    if (sums_bias && threadIdx.x % 4 == 0 && tile.warp_n * BIAS_TILES < Tile::TilesM) {
 #pragma unroll
-        for (int i = 0; i < Tile::TilesM; ++i)
+        for (int i = 0; i < BIAS_TILES; ++i)
 #pragma unroll
             for (int e = 0; e < 4; e += 2)
-                if (i / BIAS_TILES == tile.warp_n && tile.row(i, e) < rows_m) db_out[filter0 + tile.row(i, e)] = bias[i % BIAS_TILES][e];
+                if (tile.row(bias_tile0 + i, e) < rows_m) db_out[filter0 + tile.row(bias_tile0 + i, e)] = bias[i][e];
     }
     const bool pairs = g.depth % 2 == 0 && row_size % 2 == 0;
 #pragma unroll

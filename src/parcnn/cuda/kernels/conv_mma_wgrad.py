@@ -21,12 +21,18 @@ OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_mma_wgrad.cu"
 MAX_SPLITS = 65535  # of a grid's second dimension
 
-_WIDE, _LARGE, _TALL = Tile(128, 256, 32, 2, 4, 4), Tile(128, 128, 32, 2, 2, 4), Tile(256, 128, 32, 4, 2, 4)
-_LOW, _SMALL, _FLAT = Tile(64, 128, 32, 1, 2, 4), Tile(64, 64, 32, 2, 2, 4), Tile(16, 128, 32, 1, 4, 4)
 _GATHERED, _FLAT_GATHERED = Tile(64, 64, 32, 2, 2, 3), Tile(16, 64, 64, 1, 4, 3)
 # (ROUTED, VEC_A, VEC_B): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 8, 8): (_WIDE, _LARGE, _TALL, _LOW, _SMALL, _FLAT),
+    (0, 8, 8): (
+        Tile(256, 128, 64, 4, 2, 3),
+        Tile(128, 256, 64, 2, 4, 3),
+        Tile(128, 128, 64, 2, 2, 3),
+        Tile(64, 256, 32, 1, 4, 4),
+        Tile(64, 128, 32, 1, 2, 4),
+        Tile(64, 64, 64, 2, 2, 3),
+        Tile(16, 128, 32, 1, 4, 4),
+    ),
     (0, 8, 1): (_GATHERED, _FLAT_GATHERED),
     (0, 1, 1): (_GATHERED, _FLAT_GATHERED),
     (1, 8, 8): (Tile(128, 128, 32, 2, 4, 3), _GATHERED),
@@ -112,7 +118,7 @@ def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:
 
 def _shared_bytes(tile: Tile) -> int:
     """The ring, and where the receptive fields of its pixels start."""
-    return tile.ring_bytes + 8 * tile.stages * tile.bk
+    return tile.ring_bytes + 8 * tile.stages * tile.threads
 
 
 def _row_size(op: ConvWgrad, sizes: Grouped) -> int:
@@ -151,7 +157,7 @@ def _ranked(op: ConvWgrad, sizes: Grouped, device: Device) -> list[Variant]:
             wanted = waves * resident * device.sm_count // blocks
             each = ceil(steps / max(1, min(steps, wanted, MAX_SPLITS)))
             splits = ceil(steps / each)  # none is empty
-            estimate = cycles(tile, blocks * splits, each * tile.bk, gathers, shared_bytes, device)
+            estimate = cycles(tile, blocks * splits, each, gathers, shared_bytes, device)
             costs[Variant(tile, splits)] = estimate * (1.2 if routed else 1) + _sum_cycles(op, sizes, splits)
     return sorted(costs, key=costs.__getitem__)
 
