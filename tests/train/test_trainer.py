@@ -29,6 +29,7 @@ from parcnn.errors import (
 from parcnn.plan.trace import Tensor
 from parcnn.train import Augment, Callback, EpochResult, Trainer, predict
 from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from parcnn.train.session import KEPT_PLANS
 
 Make = Callable[..., Trainer]
 
@@ -420,6 +421,16 @@ def test_a_batch_that_does_not_fit_says_which_would(digits: Dataset) -> None:
         trainer.plan("train", digits, named).peak_bytes <= 3 << 20 < trainer.plan("train", digits, named + 1).peak_bytes
     )
     assert "conv" in caught.value.where
+
+
+def test_plans_are_kept_while_they_are_in_use(make_trainer: Make, digits: Dataset) -> None:
+    trainer = make_trainer()
+    first, second = trainer.plan("eval", digits, 1), trainer.plan("eval", digits, 2)
+    for batch in range(3, KEPT_PLANS + 2):
+        trainer.plan("eval", digits, batch)
+        assert trainer.plan("eval", digits, 1) is first
+    assert trainer.plan("eval", digits, 2) is not second
+    assert trainer.plan("eval", digits, 2) == second
 
 
 def test_progress_is_reported(make_trainer: Make, digits: Dataset) -> None:

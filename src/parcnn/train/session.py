@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -17,12 +18,15 @@ from parcnn.plan.options import Options
 from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.plan.variable import Layout, Variable
 
+# Plans take some 100 kB each, and every number of images that is predicted has its own.
+KEPT_PLANS = 64
+
 
 class Session:
     """Owns the memory of one model on one executor.
 
-    Plans are made once for each (mode, batch, feed). The arena is as large as the largest plan needs. Weights live on the
-    device while they are trained; `pull` brings them home, `push` takes host changes (load_state_dict) there.
+    Plans are made once for each (mode, batch, feed) in use. The arena is as large as the largest plan needs. Weights live
+    on the device while they are trained; `pull` brings them home, `push` takes host changes (load_state_dict) there.
     """
 
     def __init__(
@@ -48,18 +52,21 @@ class Session:
         self.layout = Layout.of(model.named_variables(), accumulator(self.dtype))
         if optimizer is not None:
             self.layout.add_state(optimizer.slots)
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self.generation = 0  # counts regions that were replaced: programs loaded before are void
         self._regions: dict[str, Region] = {}
         self._versions: dict[Variable, int] = {}
 
     def plan(self, mode: str, batch: int, feed: Feed) -> Plan:
-        """The plan for a mode, a batch size and a feed, made at the first call."""
+        """The plan for a mode, a batch size and a feed; the latest KEPT_PLANS are kept."""
         trainable = tuple(v.requires_grad for v in self.layout.offsets)
         training = tuple(m.training for m in self.model.modules())
         key = (mode, batch, feed, trainable, training)
         if key not in self._plans:
             self._plans[key] = self._build(mode, batch, feed)
+        self._plans.move_to_end(key)
+        if len(self._plans) > KEPT_PLANS:
+            self._plans.popitem(last=False)
         return self._plans[key]
 
     def _build(self, mode: str, batch: int, feed: Feed) -> Plan:
