@@ -393,9 +393,10 @@ def test_no_split_is_empty() -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
 def test_other_devices_run_every_bf16_convolution(arch: str) -> None:
-    registry = REGISTRY.on(arch)
+    registry, ran = REGISTRY.on(arch), set()
     for call in every_call():
-        assert registry.find(call.op, call.input_specs) is FAMILIES[type(call.op)]
+        ran.add(registry.find(call.op, call.input_specs))
+    assert ran >= set(LAUNCHERS)
 
 
 def test_nothing_is_computed_for_no_images() -> None:

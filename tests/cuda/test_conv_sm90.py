@@ -14,7 +14,7 @@ import pytest
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_sm90
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_sm90
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
@@ -192,8 +192,7 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     specs = call_of(op, operands).input_specs
     assert null.registry.find(op, specs) is conv_sm90
     assert "conv_sm90" in null.kernel_name(op, specs, op.infer(*specs))
-    ada = CudaExecutor.null("sm_89")
-    assert not ada.can_fuse(op, specs)
+    assert CudaExecutor.null("sm_89").registry.find(op, specs) is conv_mma_fprop
 
 
 def test_every_variant_is_listed() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_sm90, conv_wgrad_sm90
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
 from parcnn.cuda.kernels.conv_wgrad_sm90 import FORMS, Form, Variant
 from parcnn.cuda.launch import Device
@@ -178,7 +178,7 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     tensors = Spec((4, 8, 8, 64), "bf16"), Spec((4, 8, 8, 64), "bf16")
     assert null.registry.find(op, tensors) is conv_wgrad_sm90
     assert null.registry.find(op, (Spec((4, 8, 8, 64)), Spec((4, 8, 8, 64)))) is not conv_wgrad_sm90
-    assert not CudaExecutor.null("sm_89").can_fuse(op, tensors)
+    assert CudaExecutor.null("sm_89").registry.find(op, tensors) is conv_mma_wgrad
 
 
 def test_gradients_of_bf16_tensors_are_f32() -> None:
