@@ -264,6 +264,15 @@ def test_a_checkpoint_knows_the_shape_of_its_images(make_trainer: Make, digits: 
     assert_same(older, trainer)
 
 
+def test_where_ctrl_c_is_ignored_it_stays_so(make_trainer: Make, digits: Dataset) -> None:
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert len(make_trainer().fit(digits, 1, callbacks=[InterruptAt(1)]).epochs) == 1
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_fit_works_outside_the_main_thread(make_trainer: Make, digits: Dataset) -> None:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(make_trainer().fit(digits, 1)))

@@ -509,7 +509,11 @@ def _interruptible() -> Iterator[Callable[[], int]]:
         if hits > 1:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (
+        signal.SIG_IGN,
+        None,
+    )  # as nohup and background jobs of scripts have it
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield lambda: 0
         return
     previous = signal.signal(signal.SIGINT, handle)
