@@ -275,8 +275,11 @@ def test_derivatives(make: MakeExecutor, name: str, act: str) -> None:
 
 def check_close(executor: Executor, op: Any, operands: Arrays) -> None:
     """Slopes of activations are at most 1.2 and they err by 2**-20; a pooled value errs as the worst of its window."""
-    before = replace(op, pool=None, act=None) if isinstance(op, ConvFprop) else replace(op, act=None)
-    plain = [a for i, a in enumerate(operands) if not (isinstance(op, ConvDgrad) and op.act and i == saved_at(op))]
+    before, plain = op, operands
+    if isinstance(op, ConvFprop):
+        before = replace(op, pool=None, act=None)
+    elif isinstance(op, ConvDgrad) and op.act:
+        before, plain = replace(op, act=None), [a for i, a in enumerate(operands) if i != 2 + (op.pool == "max")]
     magnitude = on_cpu(before, [a if a.dtype == np.uint8 else np.abs(a) for a in plain])[0]
     got, *index = run_op(executor, op, bits_of(op, operands))
     true = on_cpu(op, operands)[0]
@@ -291,10 +294,6 @@ def check_close(executor: Executor, op: Any, operands: Arrays) -> None:
         full_size = windows_of(on_cpu(replace(op, pool=None), operands)[0], true.shape)
         winner = np.take_along_axis(full_size, index[0][..., None].astype(int), -1)[..., 0]
         assert (winner >= full_size.max(-1) - 2 * slack - 2.0**-8 * np.abs(true)).all()
-
-
-def saved_at(op: ConvDgrad) -> int:
-    return 2 + (op.pool == "max")
 
 
 def windows_of(y: np.ndarray, pooled: tuple[int, ...]) -> np.ndarray:

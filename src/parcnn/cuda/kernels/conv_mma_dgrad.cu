@@ -245,6 +245,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
         return m < g.rows && h < g.h && left < g.w ? ((n * g.h + h) * g.w + left) * g.c + c0 : -1;
     };
     if (saved || addend) {
+        const bool pairs = g.c % 2 == 0 && g.group_c % 2 == 0;
+        auto load_two = [&](const u16 *from, int left) {  // two columns, of which the second need not exist
+            return pairs ? *reinterpret_cast<const u32 *>(from) : from[0] | (left > 1 ? (u32)from[1] << 16 : 0u);
+        };
 #pragma unroll
         for (int i = 0; i < Tile::TilesM; ++i)
 #pragma unroll
@@ -252,15 +256,19 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
                 int at = place(m0 + tile.row(i, e));
                 if (at < 0) continue;
 #pragma unroll
-                for (int j = 0; j < Tile::TilesN; ++j)
-#pragma unroll
-                    for (int u = 0; u < 2; ++u) {
-                        int column = tile.column(j) + u;
-                        if (column >= columns) continue;
-                        float &v = Tile::sum(sums, i, j, e + u);
-                        if (addend) v += low_of(addend[at + column]);
-                        if (saved) v = activation_dgrad_of(v, low_of(saved[at + column]), g.act);
+                for (int j = 0; j < Tile::TilesN; ++j) {
+                    const int left = columns - tile.column(j);
+                    if (left <= 0) continue;
+                    float &v = Tile::sum(sums, i, j, e), &u = Tile::sum(sums, i, j, e + 1);
+                    if (addend) {
+                        u32 two = load_two(addend + at + tile.column(j), left);
+                        v += low_of(two), u += high_of(two);
                     }
+                    if (saved) {
+                        u32 two = load_two(saved + at + tile.column(j), left);
+                        v = activation_dgrad_of(v, low_of(two), g.act), u = activation_dgrad_of(u, high_of(two), g.act);
+                    }
+                }
             }
     }
 
