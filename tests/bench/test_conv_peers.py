@@ -47,6 +47,7 @@ def test_the_block_eager(direction: str) -> None:
         assert peer.kept_bytes >= 2 * 3 * 9 * 9 * 16
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_the_block_compiled() -> None:
     import torch
 

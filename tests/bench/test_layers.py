@@ -254,8 +254,9 @@ def test_every_variant_is_measured_and_the_tables_stay(null: CudaExecutor, monke
         assert each.key == problem_key(call.op, call.input_specs)
         assert each.default == choices[0]
         assert each.best in choices
-        assert each.count == len(choices)
-        assert {str(choice) for choice in choices} <= set(ran)
+        assert 1 < each.count <= len(choices)
+        own = {str(choice) for choice in choices if choice.family == choices[0].family}
+        assert own <= set(ran), "all of the family that runs by default"
         assert each.best == each.default or each.gain >= tune.LEAST_GAIN
 
 
@@ -275,7 +276,7 @@ def test_a_faster_variant_goes_into_the_table(null: CudaExecutor, monkeypatch: p
             loaded.append((super().load(), choice, self.count))
             return loaded[-1][0]
 
-    def times(runs, wait, repeats=9):
+    def times(runs, wait, repeats=9, repeat_seconds=None):
         of = [next((choice, count) for run, choice, count in loaded if run == wanted) for wanted in runs]
         return [repeated.StepTiming(*[count * speeds.get(choice, 100.0)] * 3) for choice, count in of]
 

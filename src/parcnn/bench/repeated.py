@@ -85,11 +85,15 @@ class RepeatedCalls:
 
 
 def time_in_turn(
-    runs: Sequence[Callable[[int], None]], wait: Callable[[], object], repeats: int = 9
+    runs: Sequence[Callable[[int], None]],
+    wait: Callable[[], object],
+    repeats: int = 9,
+    repeat_seconds: float | None = None,
 ) -> list[StepTiming]:
     """Microseconds of a step of each of `runs`, which submit so many steps; `wait` waits for them.
 
-    Their repeats take turns, so that what the clock of the chip does meets all alike.
+    A repeat takes at least `repeat_seconds` (REPEAT_SECONDS), within MOST_STEPS. Their repeats take turns, so that what the
+    clock of the chip does meets all alike.
     """
 
     def seconds(run: Callable[[int], None], steps: int) -> float:
@@ -99,10 +103,11 @@ def time_in_turn(
         wait()
         return time.perf_counter() - began
 
+    least = REPEAT_SECONDS if repeat_seconds is None else repeat_seconds
     steps = []
     for run in runs:
         seconds(run, 2)  # the first launches, then a graph
-        steps.append(max(1, min(MOST_STEPS, ceil(REPEAT_SECONDS / max(seconds(run, 1), 1e-6)))))
+        steps.append(max(1, min(MOST_STEPS, ceil(least / max(seconds(run, 1), 1e-6)))))
     times = [[seconds(run, n) / n * 1e6 for run, n in zip(runs, steps, strict=True)] for _ in range(repeats)]
     return [StepTiming(*(float(p) for p in np.percentile(of_one, (20, 50, 80)))) for of_one in zip(*times, strict=True)]
 

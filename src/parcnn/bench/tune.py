@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from parcnn.bench.layers import Subject
@@ -14,7 +14,9 @@ from parcnn.ops.base import Spec
 from parcnn.ops.program import Call, Slot
 
 LEAST_GAIN = 1.02  # below it the default stays: the times of one kernel differ by as much
-_FIRST_REPEATS, _FINAL_REPEATS = 3, 9
+MOST_OF_OTHERS = 3  # variants of a family that does not run by default: the best by its own rule
+NEAR = 1.1  # how many times the best first time a variant may take to be timed again
+_FIRST_SECONDS, _FINAL_REPEATS, _MOST_FINALISTS = 0.003, 7, 3
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,15 @@ def problems(subjects: Sequence[Subject]) -> list[Call]:
 
 
 def run(executor: CudaExecutor, calls: Sequence[Call], say: Callable[[str], None]) -> Iterator[Measured]:
-    """Measure every variant of each call that has several; the default is what runs without a table of the user's.
+    """Measure the variants of each call that has several; the default is what runs without a table of the user's.
 
-    All are timed briefly, then the best two and the default again, in turns: so a variant is not taken for a moment's luck.
-    Leaves the executor with the tables that it had.
+    All of the default's family, the best few of others. Each is timed once and briefly; then those near the best, and the
+    default, again and in turns: so that none is taken for a moment's luck. Leaves the executor with its tables.
     """
     usual, base = executor.tuning, Tuning(executor.tuning.shipped)
     executor.tuning = base
     try:
-        wanted = [(call, executor.choices(call.op, call.input_specs, call.output_specs)) for call in calls]
+        wanted = [(call, _worth_a_try(executor, call)) for call in calls]
         wanted = [(call, choices) for call, choices in wanted if len(choices) > 1]
         executor.compile([k for call, choices in wanted for c in choices for k in _kernels(executor, base, call, c)])
         for i, (call, choices) in enumerate(wanted, 1):
@@ -66,6 +68,15 @@ def table(measured: Sequence[Measured], old: dict[str, Choice]) -> dict[str, Cho
     return kept | {each.key: each.best for each in measured if each.best != each.default}
 
 
+def _worth_a_try(executor: CudaExecutor, call: Call) -> list[Choice]:
+    """The default first, then its family's variants, and a few of each other's."""
+    choices = executor.choices(call.op, call.input_specs, call.output_specs)
+    own = [choice for choice in choices if choice.family == choices[0].family]
+    for family in dict.fromkeys(choice.family for choice in choices if choice.family != choices[0].family):
+        own += [choice for choice in choices if choice.family == family][:MOST_OF_OTHERS]
+    return own
+
+
 def _measure(executor: CudaExecutor, base: Tuning, call: Call, choices: Sequence[Choice]) -> Measured:
     key = problem_key(call.op, call.input_specs)
     scratch = 0
@@ -74,16 +85,17 @@ def _measure(executor: CudaExecutor, base: Tuning, call: Call, choices: Sequence
         scratch = max(scratch, executor.workspace_bytes(call.op, call.input_specs, call.output_specs))
     operands = RepeatedCalls(executor, [call], scratch)
 
-    def timed(wanted: Iterable[Choice], repeats: int) -> dict[Choice, float]:
-        runs = {}
-        for choice in wanted:
-            executor.tuning = _naming(base, key, choice)
-            runs[choice] = operands.load()
-        timings = time_in_turn(list(runs.values()), executor.synchronize, repeats)
-        return {choice: timing.of(operands.count).p50_us for choice, timing in zip(runs, timings, strict=True)}
-
-    first = timed(choices, _FIRST_REPEATS)
-    final = timed(dict.fromkeys([choices[0], *sorted(first, key=first.__getitem__)[:2]]), _FINAL_REPEATS)
+    runs: dict[Choice, Callable[[int], None]] = {}
+    first: dict[Choice, float] = {}
+    for choice in choices:
+        executor.tuning = _naming(base, key, choice)
+        runs[choice] = operands.load()
+        (took,) = time_in_turn([runs[choice]], executor.synchronize, 1, _FIRST_SECONDS)
+        first[choice] = took.p50_us
+    near = [choice for choice in sorted(first, key=first.__getitem__) if first[choice] < NEAR * min(first.values())]
+    finalists = list(dict.fromkeys([choices[0], *near[:_MOST_FINALISTS]]))
+    timings = time_in_turn([runs[choice] for choice in finalists], executor.synchronize, _FINAL_REPEATS)
+    final = {choice: timing.of(operands.count).p50_us for choice, timing in zip(finalists, timings, strict=True)}
     operands.free()
     best = min(final, key=final.__getitem__)
     if final[choices[0]] < LEAST_GAIN * final[best]:

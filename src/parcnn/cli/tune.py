@@ -36,7 +36,7 @@ def tune(
     only: Annotated[str, typer.Option(help="Of `layers`: those with this in N,H,W,C,K,R,stride,pad.")] = "",
     table: Annotated[Path | None, typer.Option(help="The table to write. [default: the user's own]")] = None,
 ) -> None:
-    """Measure every variant of each convolution of a training step; the best go into a table that later runs follow.
+    """Measure the variants of each convolution of a training step; the best go into a table that later runs follow.
 
     Checkpoints name the table by its digest: sums of other variants may round differently.
     """
@@ -53,9 +53,12 @@ def tune(
     else:
         sample = image_shape(model, input_shape)
         subjects = layers_bench.of_model(executor, model, sample, batch, precision, classes)
-    measured = list(tune_bench.run(executor, tune_bench.problems(subjects), say))
-    choices = tune_bench.table(measured, old)
-    tuning.write(path, executor.device, choices)
+    measured: list[Measured] = []
+    choices = old
+    for each in tune_bench.run(executor, tune_bench.problems(subjects), say):
+        measured.append(each)
+        choices = tune_bench.table(measured, old)
+        tuning.write(path, executor.device, choices)  # what a stopped run has measured is kept
     (console if console.is_terminal else Console(width=WIDTH)).print(_table(measured))
     better = sum(each.best != each.default for each in measured)
     digest = tuning.Tuning(executor.tuning.shipped, choices).digest
