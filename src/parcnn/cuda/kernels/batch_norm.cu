@@ -87,9 +87,13 @@ __device__ __forceinline__ void load_rows(const Element *x, int count, size_t st
     for (int j = 0; j < UNROLL; ++j) v[j] = j < count ? load_word<Word>(x + j * step) : Word();
 }
 
-// Sums over the threads of a block that share a lane, in a fixed order; every thread gets them.
-// Scratch: N vectors for each lane of each warp.
-template <int N> __device__ __forceinline__ void sum_rows(Vector (&v)[N], const Place &at, int lanes_log2, float *scratch) {
+// Floats of one sum's scratch: a vector for each lane of each warp.
+__device__ __forceinline__ int scratch_floats(int lanes_log2) { return VEC * (blockDim.x / 32) << lanes_log2; }
+
+// Sums over the threads of a block that share a lane, in a fixed order. Those of v[n] come to lie in the order of the
+// block's channels from scratch + n * scratch_floats on, which nobody may use since the last barrier.
+template <int N>
+__device__ __forceinline__ void sum_rows(Vector (&v)[N], const Place &at, int lanes_log2, float *scratch) {
     int warp = threadIdx.x / 32, warps = blockDim.x / 32, entries = warps << lanes_log2;
     auto sum_warp = [&](Vector &sum) {
         for (int offset = 16; offset >> lanes_log2; offset /= 2)
@@ -98,7 +102,6 @@ template <int N> __device__ __forceinline__ void sum_rows(Vector (&v)[N], const 
     };
 #pragma unroll
     for (int n = 0; n < N; ++n) sum_warp(v[n]);
-    __syncthreads();  // what an earlier sum left has been read
 #pragma unroll
     for (int n = 0; n < N; ++n)
         if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + (warp << lanes_log2) + at.lane) * VEC, v[n]);
@@ -116,8 +119,6 @@ template <int N> __device__ __forceinline__ void sum_rows(Vector (&v)[N], const 
         if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + at.lane) * VEC, sum);
     }
     __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) v[n] = load<VEC>(scratch + (n * entries + at.lane) * VEC);
 }
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ __device__ __forceinline__ void merge(Moments &a, float count, const Vector &mea
 // Merge `count` rows; the others are zero.
 __device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL], int count) {
     Vector v[UNROLL], mean, m2;
-    float share = 1.0f / (float)max(count, 1);
+    float share = count == UNROLL ? 1.0f / UNROLL : 1.0f / (float)max(count, 1);
 #pragma unroll
     for (int j = 0; j < UNROLL; ++j) v[j] = to_floats(rows[j]);
 #pragma unroll
@@ -161,25 +162,29 @@ __device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL
     merge(own, (float)count, mean, m2);
 }
 
+// Of one channel.
+struct Channel {
+    float mean, m2;
+};
+
 // Correct a mean, and the sum of squared deviations from it, by the sum of the deviations, which exact arithmetic would make
 // zero (the corrected two-pass algorithm of Chan, Golub & LeVeque).
-__device__ __forceinline__ void correct(Moments &all, const Vector &deviations, const Vector &squares) {
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-        float shift = deviations.v[e] / all.count;
-        all.mean.v[e] += shift;
-        float m2 = squares.v[e] - deviations.v[e] * shift;
-        all.m2.v[e] = m2 < 0.0f ? 0.0f : m2;  // NaN stays
-    }
+__device__ __forceinline__ Channel correct(float mean, float deviations, float squares, float rows) {
+    float shift = deviations / rows, m2 = squares - deviations * shift;
+    return {mean + shift, m2 < 0.0f ? 0.0f : m2};  // NaN stays
 }
 
-// Merge what the block's threads have, `rows` rows together; every thread gets it.
-__device__ __forceinline__ void merge_threads(Moments &own, float rows, const Place &at, int lanes_log2, float *scratch) {
-    float weight = own.count / rows;
+// Merge what the block's threads have, `rows` rows together. The thread of each of the block's channels (the first ones of the
+// block) gets its channel's. Scratch: of three sums.
+__device__ __forceinline__ Channel merge_threads(const Moments &own, float rows, const Place &at, int lanes_log2,
+                                                 float *scratch) {
+    int size = scratch_floats(lanes_log2);
+    float weight = own.count / rows, *means = scratch + 2 * size;
     Vector mean[1], sums[2];
 #pragma unroll
     for (int e = 0; e < VEC; ++e) mean[0].v[e] = own.mean.v[e] * weight;
-    sum_rows(mean, at, lanes_log2, scratch);
+    sum_rows(mean, at, lanes_log2, means);
+    mean[0] = load<VEC>(means + at.lane * VEC);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
         float d = own.mean.v[e] - mean[0].v[e];
@@ -187,9 +192,8 @@ __device__ __forceinline__ void merge_threads(Moments &own, float rows, const Pl
         sums[1].v[e] = own.m2.v[e] + own.count * d * d;
     }
     sum_rows(sums, at, lanes_log2, scratch);
-    own.count = rows;
-    own.mean = mean[0];
-    correct(own, sums[0], sums[1]);
+    int i = threadIdx.x;
+    return i < VEC << lanes_log2 ? correct(means[i], scratch[i], scratch[size + i], rows) : Channel();
 }
 
 // How a pass that left partial results was divided.
@@ -211,34 +215,44 @@ struct Statistics {
     float eps, momentum;
 };
 
-__device__ __forceinline__ Vector rstd_of(const Moments &all, float eps) {
-    Vector rstd;
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) rstd.v[e] = 1.0f / sqrtf(all.m2.v[e] / all.count + eps);
-    return rstd;
+// What forward does to the block's channels, in shared memory.
+struct Forward {
+    float mean[GROUP], scale[GROUP], shift[GROUP];
+};
+
+// The thread of each channel works out what forward does to it and, where asked, keeps the channel's statistics and moves the
+// running ones. A barrier shows the first to the block.
+__device__ __forceinline__ void finish_channel(Forward &forward, const Channel &own, const Statistics &s, const float *gamma,
+                                               const float *beta, const Shape &shape, bool keep) {
+    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
+    if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
+    float rstd = 1.0f / sqrtf(own.m2 / (float)shape.rows + s.eps);
+    forward.mean[i] = own.mean;
+    forward.scale[i] = gamma[c] * rstd;
+    forward.shift[i] = beta[c];
+    if (!keep) return;
+    s.mean[c] = own.mean;
+    s.rstd[c] = rstd;
+    s.running_mean[c] += s.momentum * (own.mean - s.running_mean[c]);
+    s.running_var[c] += s.momentum * (own.m2 / max(shape.rows - 1, 1) - s.running_var[c]);
 }
 
-// Keep the statistics of all rows, and move the running ones.
-__device__ __forceinline__ void keep_statistics(const Statistics &s, int c, const Moments &all, const Vector &rstd, int rows) {
-    store<VEC>(s.mean + c, all.mean);
-    store<VEC>(s.rstd + c, rstd);
-    Vector mean = load<VEC>(s.running_mean + c), var = load<VEC>(s.running_var + c);
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-        mean.v[e] += s.momentum * (all.mean.v[e] - mean.v[e]);
-        var.v[e] += s.momentum * (all.m2.v[e] / max(rows - 1, 1) - var.v[e]);
-    }
-    store<VEC>(s.running_mean + c, mean);
-    store<VEC>(s.running_var + c, var);
+// A thread's channels of it.
+struct Normal {
+    Vector mean, scale, shift;
+};
+
+__device__ __forceinline__ Normal load_normal(const Forward &forward, const Place &at) {
+    int i = at.lane * VEC;
+    return {load<VEC>(forward.mean + i), load<VEC>(forward.scale + i), load<VEC>(forward.shift + i)};
 }
 
 // Write y of a row's channels.
-__device__ __forceinline__ void normalise(Element *y, const Word &x, const Vector &mean, const Vector &scale,
-                                          const Vector &beta, int relu) {
+__device__ __forceinline__ void normalise(Element *y, const Word &x, const Normal &n, int relu) {
     Vector v = to_floats(x);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        float z = (v.v[e] - mean.v[e]) * scale.v[e] + beta.v[e];
+        float z = (v.v[e] - n.mean.v[e]) * n.scale.v[e] + n.shift.v[e];
         v.v[e] = relu ? activate<ACT_RELU>(z) : z;
     }
     store<VEC>(y, v);
@@ -253,7 +267,7 @@ __device__ __forceinline__ Vector product(Vector a, const Vector &b) {
 // partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
 extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS, VEC == 8 ? 1 : 0)
 batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
-    __shared__ float4 scratch[2 * MOMENTS_THREADS / 32 * GROUP / 4];
+    __shared__ float4 scratch[3 * MOMENTS_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
@@ -263,10 +277,12 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
         load_rows(x + start, count, at.step, v);
         add_rows(own, v, count);
     }
-    merge_threads(own, rows_of_block(blockIdx.y, split, shape.rows), at, shape.lanes_log2, &scratch->x);
-    if (at.live && at.row == 0) {
-        store<VEC>(partial + (size_t)blockIdx.y * shape.channels + at.c, own.mean);
-        store<VEC>(partial + (size_t)(gridDim.y + blockIdx.y) * shape.channels + at.c, own.m2);
+    float rows = rows_of_block(blockIdx.y, split, shape.rows);
+    Channel all = merge_threads(own, rows, at, shape.lanes_log2, &scratch->x);
+    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
+    if (i < VEC << shape.lanes_log2 && c < shape.channels) {
+        partial[(size_t)blockIdx.y * shape.channels + c] = all.mean;
+        partial[(size_t)(gridDim.y + blockIdx.y) * shape.channels + c] = all.m2;
     }
 }
 
@@ -274,7 +290,8 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
-    __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
+    __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
+    __shared__ Forward forward;
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
@@ -290,16 +307,17 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
         size_t offset = (size_t)i * shape.channels;
         merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
     }
-    merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
+    Channel own = merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
+    finish_channel(forward, own, s, gamma, beta, shape, blockIdx.y == gridDim.y - 1);  // no block has fewer tiles
+    __syncthreads();
     if (!at.live) return;
-    Vector rstd = rstd_of(all, s.eps), scale = product(load<VEC>(gamma + at.c), rstd), shift = load<VEC>(beta + at.c);
-    if (blockIdx.y == 0 && at.row == 0) keep_statistics(s, at.c, all, rstd, shape.rows);
+    Normal normal = load_normal(forward, at);
 
     while (true) {
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], all.mean, scale, shift, relu);
+            normalise(y + start + j * at.step, v[j], normal, relu);
         }
         tile -= gridDim.y;
         if (tile < 0) return;
@@ -319,14 +337,14 @@ batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float 
         int count = rows_in(tile, at, shape, start);
         Word v[UNROLL];
         load_rows(x + start, count, at.step, v);
-        Vector scale = load<VEC>(gamma + at.c), variance = load<VEC>(var + at.c);
-        Vector centre = load<VEC>(mean + at.c), shift = load<VEC>(beta + at.c);
+        Normal normal = {load<VEC>(mean + at.c), load<VEC>(gamma + at.c), load<VEC>(beta + at.c)};
+        Vector variance = load<VEC>(var + at.c);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
+        for (int e = 0; e < VEC; ++e) normal.scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], centre, scale, shift, relu);
+            normalise(y + start + j * at.step, v[j], normal, relu);
         }
     }
 }
@@ -362,6 +380,7 @@ extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         Element *__restrict__ y, Statistics s, Shape shape, int relu) {
     DYNAMIC_SHARED(Word, shared);
+    __shared__ Forward forward;
     Place at = place(shape);
     int stride = blockDim.x;
     Word *kept = shared + threadIdx.x;
@@ -385,30 +404,32 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
             for (int e = 0; e < VEC; ++e) sum[0].v[e] += v.v[e];
         }
     }
-    sum_rows(sum, at, shape.lanes_log2, scratch);
-    Moments all;
-    all.count = (float)shape.rows;
+    int size = scratch_floats(shape.lanes_log2);
+    float rows = (float)shape.rows, *means = scratch + 2 * size;
+    sum_rows(sum, at, shape.lanes_log2, means);
+    Vector mean = load<VEC>(means + at.lane * VEC), sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) all.mean.v[e] = sum[0].v[e] / all.count;
-    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
+    for (int e = 0; e < VEC; ++e) mean.v[e] /= rows;
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
         Vector v = to_floats(kept[k * stride]);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) {
-            float d = v.v[e] - all.mean.v[e];
+            float d = v.v[e] - mean.v[e];
             sums[0].v[e] += d;
             sums[1].v[e] += d * d;
         }
     }
     sum_rows(sums, at, shape.lanes_log2, scratch);
-    correct(all, sums[0], sums[1]);
+    int i = threadIdx.x;
+    Channel own = i < VEC << shape.lanes_log2 ? correct(means[i] / rows, scratch[i], scratch[size + i], rows) : Channel();
+    finish_channel(forward, own, s, gamma, beta, shape, true);
+    __syncthreads();
     if (!at.live) return;
-    Vector rstd = rstd_of(all, s.eps), scale = product(load<VEC>(gamma + at.c), rstd), shift = load<VEC>(beta + at.c);
-    if (at.row == 0) keep_statistics(s, at.c, all, rstd, shape.rows);
+    Normal normal = load_normal(forward, at);
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-        normalise(y + start + k * at.step, kept[k * stride], all.mean, scale, shift, relu);
+        normalise(y + start + k * at.step, kept[k * stride], normal, relu);
     }
 }
 
@@ -444,13 +465,14 @@ __device__ __forceinline__ Vector add_row(Vector (&sums)[2], const Affine &a, co
     return v;
 }
 
-// The sums become means.
-__device__ __forceinline__ void share_sums(Vector (&sums)[2], int rows) {
-    float share = 1.0f / (float)rows;
+// Means of dz*xhat and dz, from the block's sums in scratch.
+__device__ __forceinline__ void load_means(Vector (&means)[2], const float *scratch, const Place &at, const Shape &shape) {
+    float share = 1.0f / (float)shape.rows;
 #pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-        sums[0].v[e] *= share;
-        sums[1].v[e] *= share;
+    for (int n = 0; n < 2; ++n) {
+        means[n] = load<VEC>(scratch + n * scratch_floats(shape.lanes_log2) + at.lane * VEC);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) means[n].v[e] *= share;
     }
 }
 
@@ -464,6 +486,15 @@ __device__ __forceinline__ void write_dx(Element *dx, const Word &dy, const Word
         v.v[e] = a.scale.v[e] * (dz - (means[1].v[e] + centred * a.rstd.v[e] * means[0].v[e]));
     }
     store<VEC>(dx, v);
+}
+
+// Write the block's two sums of each channel, from scratch.
+__device__ __forceinline__ void store_sums(float *dgamma, float *dbeta, size_t offset, const float *scratch,
+                                           const Shape &shape) {
+    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
+    if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
+    dgamma[offset + c] = scratch[i];
+    dbeta[offset + c] = scratch[scratch_floats(shape.lanes_log2) + i];
 }
 
 // dgammas, dbetas: partial sums (gridDim.y, C). With from_variance (frozen statistics) `rstd` holds a variance and dx is
@@ -495,10 +526,7 @@ batch_norm_gradients(const Element *dy, const Element *x, const float *__restric
         }
     }
     sum_rows(sums, at, shape.lanes_log2, &scratch->x);
-    if (at.live && at.row == 0) {
-        store<VEC>(dgammas + (size_t)blockIdx.y * shape.channels + at.c, sums[0]);
-        store<VEC>(dbetas + (size_t)blockIdx.y * shape.channels + at.c, sums[1]);
-    }
+    store_sums(dgammas, dbetas, (size_t)blockIdx.y * shape.channels, &scratch->x, shape);
 }
 
 // Frozen statistics: a block of 32 x 16 threads for 32 channels; blockIdx.y: dgamma or dbeta.
@@ -527,6 +555,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
                  const float *__restrict__ dbetas, Element *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
                  int partials, Shape shape, int relu) {
     __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
+    __shared__ Affine affine[GROUP / VEC];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
@@ -534,6 +563,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
     Word vx[UNROLL], vdy[UNROLL];
     load_rows(x + start, count, at.step, vx);  // on their way while the partial sums are added
     load_rows(dy + start, count, at.step, vdy);
+    if (at.row == 0) affine[at.lane] = load_affine(gamma, beta, mean, rstd, at);
 
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
 #pragma unroll(MERGES)
@@ -547,13 +577,10 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
         }
     }
     sum_rows(sums, at, shape.lanes_log2, &scratch->x);
+    if (blockIdx.y == gridDim.y - 1) store_sums(dgamma, dbeta, 0, &scratch->x, shape);
     if (!at.live) return;
-    if (blockIdx.y == 0 && at.row == 0) {
-        store<VEC>(dgamma + at.c, sums[0]);
-        store<VEC>(dbeta + at.c, sums[1]);
-    }
-    Affine a = load_affine(gamma, beta, mean, rstd, at);
-    share_sums(sums, shape.rows);
+    load_means(sums, &scratch->x, at, shape);
+    Affine a = affine[at.lane];
 
     while (true) {
 #pragma unroll
@@ -598,12 +625,9 @@ batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__rest
             add_row(sums, a, kept_dy[k * stride], kept_x[k * stride], relu);
     }
     sum_rows(sums, at, shape.lanes_log2, scratch);
+    store_sums(dgamma, dbeta, 0, scratch, shape);
     if (!at.live) return;
-    if (at.row == 0) {
-        store<VEC>(dgamma + at.c, sums[0]);
-        store<VEC>(dbeta + at.c, sums[1]);
-    }
-    share_sums(sums, shape.rows);
+    load_means(sums, scratch, at, shape);
 #pragma unroll 4
     for (int k = 0; k < count; ++k)
         write_dx(dx + start + k * at.step, kept_dy[k * stride], kept_x[k * stride], a, sums, relu);

@@ -67,6 +67,11 @@ class Geometry:
         return -(-self.rows // self.tile_rows)
 
     @property
+    def run(self) -> int:
+        """Channels of a block."""
+        return self.width << self.lanes_log2
+
+    @property
     def groups(self) -> int:
         """Blocks along channels."""
         return -(-(self.channels // self.width) >> self.lanes_log2)
@@ -82,9 +87,9 @@ class Geometry:
         return Struct((fast_div(self.row_blocks), np.int32(self.tiles), np.int32(self.tile_rows)))
 
     def single_bytes(self, tensors: int) -> int:
-        """Shared memory of one launch: the rows of the tensors, and two sums (float) of every warp."""
+        """Shared memory of one launch: the rows of the tensors, and scratch of three sums (float)."""
         kept = ITEM_BYTES[self.dtype] * tensors * self.tiles * self.threads
-        return self.width * (kept + 4 * 2 * (self.threads // WARP << self.lanes_log2))
+        return self.width * (kept + 4 * 3 * (self.threads // WARP << self.lanes_log2))
 
     def launch(self, entry: str, *args: Argument, shared_bytes: int = 0) -> Launch:
         """A launch of this geometry."""
@@ -222,7 +227,7 @@ def _single(x: Spec, tensors: int, device: Device) -> Geometry | None:
     for run_bytes in SINGLE_RUNS_BYTES:
         geometry = replace(_geometry(x, run_bytes // ITEM_BYTES[x.dtype], WARP), unroll=1)
         most = lanes_for(-(-(geometry.rows << geometry.lanes_log2) // SINGLE_ROWS), SINGLE_THREADS[x.dtype])
-        geometry = replace(geometry, threads=max(WARP, 1 << most))
+        geometry = replace(geometry, threads=max(WARP, geometry.run, 1 << most))
         fits = geometry.single_bytes(tensors) <= device.shared_bytes_per_block
         enough = geometry.groups >= SINGLE_FEWEST_BLOCKS * device.sm_count
         if fits and (enough or (run_bytes == SINGLE_RUNS_BYTES[-1] and geometry.rows <= FEW_ROWS)):
