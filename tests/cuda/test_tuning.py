@@ -33,6 +33,9 @@ PROBLEMS: list[tuple[Op, tuple[Spec, ...]]] = [
     (ConvDgrad(pad=(1, 1, 1, 1), image=(14, 14)), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"))),
     (ConvWgrad(filter=(3, 3)), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 12, 12, 64), "bf16"))),
     (ConvFprop(groups=4), (Spec((64, 14, 14, 64), "bf16"), Spec((64, 3, 3, 16), "bf16"))),
+    (ConvFprop(groups=32), (Spec((64, 14, 14, 32), "bf16"), Spec((32, 3, 3, 1), "bf16"))),
+    (ConvWgrad(filter=(3, 3), groups=32), (Spec((64, 14, 14, 32), "bf16"), Spec((64, 12, 12, 32), "bf16"))),
+    (ConvWgrad(filter=(7, 7), stride=(2, 2)), (Spec((8, 31, 31, 3), "bf16"), Spec((8, 13, 13, 64), "bf16"))),
     (ConvDgrad(stride=(2, 2), image=(15, 15)), (Spec((9, 7, 7, 72), "bf16"), Spec((72, 3, 3, 20), "bf16"))),
 ]
 
