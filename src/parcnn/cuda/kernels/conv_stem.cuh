@@ -17,7 +17,7 @@ struct Problem {
     int step, left;                 // elements from a column of outputs to the next; of the padding
     int stride_h, top, dilation_h;
     int units_w, units_h;           // of a tile
-    int patch_rows, pitch, copies;  // rows of the image that a tile reads; words of one; bytes from a copy to the next
+    int patch_rows, pitch, patch_bytes;  // rows of the image that a tile reads; words of one; bytes of all
     int tiles, act;
     FastDiv by_units_w, by_tiles_w, by_tiles_h;
 };

@@ -86,8 +86,12 @@ class Sizes:
         return (2 * variant.units_h - 1) * self.stride[0] + (self.r - 1) * self.dilation_h + 1
 
     def pitch(self, variant: Variant) -> int:
-        """Words of such a row."""
-        return ceil(((UNIT_COLUMNS * variant.units_w - 1) * self.step + 8 * self.runs) / 2)
+        """Words of such a row; a gradient's starts at an even element."""
+        return ceil(((UNIT_COLUMNS * variant.units_w - 1) * self.step + 8 * self.runs + self.pad[1] * self.c % 2) / 2)
+
+    def patch_bytes(self, variant: Variant) -> int:
+        """Of those rows."""
+        return 16 * ceil(self.patch_rows(variant) * self.pitch(variant) / 4)
 
     def tiles(self, variant: Variant) -> tuple[int, int, int]:
         """Along the width, the height and the images."""
@@ -231,14 +235,14 @@ def _copies(op: Op, sizes: Sizes) -> int:
 
 
 def _shared_bytes(op: Op, sizes: Sizes, variant: Variant) -> int:
-    patch = 4 * sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes)
+    patch = sizes.patch_bytes(variant) * _copies(op, sizes)
     filters = _filters(op, sizes.k)
     if isinstance(op, ConvFprop):
         run16, run8 = STEPS[sizes.runs]
         fragments = 4 * sizes.r * filters // 8 * 32 * (2 * run16 + run8)
         staging = WARPS * UNIT_COLUMNS * (2 * filters + 16)
         return fragments + staging + 4 * filters + patch
-    return 2 * variant.units_h * UNIT_COLUMNS * variant.units_w * (2 * filters + 16) + patch
+    return 2 * (2 * variant.units_h * UNIT_COLUMNS * variant.units_w * (2 * filters + 16) + patch)  # two stages
 
 
 _SMALLEST_SHARED_BYTES = 101376  # of the architectures that bf16 runs on: what a block may have with opt-in
@@ -263,13 +267,15 @@ def _ranked(op: Op, sizes: Sizes, device: Device) -> list[Variant]:
     def cycles(variant: Variant) -> float:
         units = variant.units_w * variant.units_h
         fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) / 4
-        if isinstance(op, ConvWgrad):
-            fills += 2 * UNIT_COLUMNS * units * filters / 64
-            work = ceil(2 * units / _groups(op, sizes)) * (40 + 4 * filters / 16 * (sizes.runs + 2)) * 2
+        if isinstance(op, ConvWgrad):  # copies run beside products
+            fills += 2 * UNIT_COLUMNS * units * filters / 32
+            work = ceil(2 * units / _groups(op, sizes)) * (100 + 8 * filters / 16 * (sizes.runs + 2))
+            tile = 800 + max(fills, work)
         else:
             work = ceil(units / WARPS) * (600 + sizes.r * sizes.runs * (30 + 5 * filters))
+            tile = 1500 + fills + work
         blocks = _tiles(sizes, variant) * ceil(sizes.k / filters)
-        return ceil(blocks / (RESIDENT * device.sm_count)) * (1500 + fills + work)
+        return ceil(blocks / (RESIDENT * device.sm_count)) * tile
 
     return sorted(fitting, key=cycles)[:MOST_CANDIDATES]
 
@@ -281,7 +287,7 @@ def _problem(op: Op, sizes: Sizes, variant: Variant) -> Struct:
     numbers = (
         sizes.h, sizes.w * sizes.c, sizes.k, sizes.p, sizes.q, sizes.run, sizes.r, sizes.step, sizes.pad[1] * sizes.c,
         sizes.stride[0], sizes.pad[0], sizes.dilation_h, *variant, rows, pitch,
-        4 * rows * pitch if _copies(op, sizes) == 2 else 0, _tiles(sizes, variant),
+        sizes.patch_bytes(variant), _tiles(sizes, variant),
         act_code(op.act) if isinstance(op, ConvFprop) else 0,
     )  # fmt: skip
     divisors = (variant.units_w, max(1, across), max(1, down))

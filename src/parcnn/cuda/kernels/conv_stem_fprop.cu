@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
         const Origin at = origin_of(g, tile);
         __syncthreads();  // nobody reads the last tile's patch any more
         fill(g, x, at, patch, 0);
-        if (g.copies) fill(g, x, at, patch + g.copies / 4, 1);
+        if (g.step % 2) fill(g, x, at, patch + g.patch_bytes / 4, 1);
         __syncthreads();
         for (int unit = warp; unit < g.units_w * g.units_h; unit += WARPS) {
             int unit_w, unit_h = divide(unit, g.by_units_w, unit_w);
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                 for (int half = 0; half < 2; ++half) {
                     int p = 2 * unit_h + (POOL ? half : i), q = 16 * unit_w + (POOL ? 2 * row + i : 8 * half + row);
                     int element = q * g.step;
-                    a[i][half] = patch + (element & 1) * (g.copies / 4) + p * g.stride_h * g.pitch + element / 2 + pair;
+                    a[i][half] = patch + (element & 1) * (g.patch_bytes / 4) + p * g.stride_h * g.pitch + element / 2 + pair;
                 }
             float sums[2][TILES][4];
 #pragma unroll

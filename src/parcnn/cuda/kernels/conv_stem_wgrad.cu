@@ -7,7 +7,8 @@
 //   that share the tiles of pixels; groups of filters). A block has `groups` groups of warps; in each, a warp has a row of the
 //   filters, and one more, if there is a bias, multiplies by ones. Groups take steps of 16 pixels in turn. A group's sums are a
 //   row [dw, then db] of `partial`, which conv_wgrad_sum of conv_wgrad.cu adds in a fixed order.
-//   dy lies in shared memory by pixels, 16 bytes apart more than they are long, and is transposed by ldmatrix.
+//   dy lies in shared memory by pixels, 16 bytes apart more than they are long, and is transposed by ldmatrix. A block's next
+//   tile is copied beside the products of the last.
 // POOL = 1: dy is a pooled error; its share goes to the pixel of the window that `idx` names.
 //
 // Bytes: x and dy read once (and the tiles' common edges of x), partial sums written once a group of warps.
@@ -63,7 +64,26 @@ __device__ __forceinline__ void fill_errors(const Problem &g, const u16 *dy, con
                 store_chunk(to, error.vector());
             }
         }
-        copy_async_commit();
+    }
+}
+
+// The same as fill(), beside the arithmetic where the image's rows are of whole words; from the even element at or before
+// the tile's first.
+__device__ __forceinline__ void fill_beside(const Problem &g, const u16 *x, Origin at, u32 *patch) {
+    if (g.row % 2) {
+        fill(g, x, at, patch, -(g.left & 1));
+        return;
+    }
+    const int first = (at.q * g.step - g.left) & ~1;
+    for (int i = threadIdx.x / 32; i < g.patch_rows; i += blockDim.x / 32) {
+        int h = at.p * g.stride_h - g.top + i;
+        bool live = (u32)h < (u32)g.h;
+        const u16 *row = x + ((long long)at.n * g.h + (live ? h : 0)) * g.row;
+        for (int j = threadIdx.x % 32; j < g.pitch; j += 32) {
+            bool inside = live && (u32)(first + 2 * j) < (u32)g.row;
+            copy_async4(reinterpret_cast<float *>(patch + i * g.pitch + j),
+                        reinterpret_cast<const float *>(row + (inside ? first + 2 * j : 0)), inside);
+        }
     }
 }
 
@@ -74,11 +94,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     const int lane = threadIdx.x % 32, column = lane / 4, pair = lane % 4;
     const int roles = blockDim.x / 32 / groups, group = threadIdx.x / 32 / roles, r = threadIdx.x / 32 % roles;
     const int columns = UNIT_COLUMNS * g.units_w, first_k = blockIdx.y * TILES * 16;
-    const u32 errors = shared_address(shared);
-    u32 *patch = shared + 2 * g.units_h * columns * PIXEL_BYTES / 4;
-    const u16 *elements = reinterpret_cast<const u16 *>(patch);
+    const int error_words = 2 * g.units_h * columns * PIXEL_BYTES / 4, stage_words = error_words + g.patch_bytes / 4;
     // The row of dy that the lane addresses for ldmatrix: pixels of the step, then filters.
-    const u32 lane_at = errors + (u32)((lane / 16 * 8 + lane % 8) * PIXEL_BYTES + lane / 8 % 2 * 16);
+    const u32 lane_at = (u32)((lane / 16 * 8 + lane % 8) * PIXEL_BYTES + lane / 8 % 2 * 16);
 
     float sums[TILES][RUNS][4];
 #pragma unroll
@@ -88,18 +106,27 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 
+    auto copy = [&](int tile, u32 *stage) {
+        if (tile < g.tiles) {
+            const Origin at = origin_of(g, tile);
+            fill_errors(g, dy, idx, at, first_k, shared_address(stage));
+            fill_beside(g, x, at, stage + error_words);
+        }
+        copy_async_commit();
+    };
+    u32 *stage = shared, *other = shared + stage_words;
+    copy(blockIdx.x, stage);
     for (int tile = blockIdx.x; tile < g.tiles; tile += gridDim.x) {
-        const Origin at = origin_of(g, tile);
-        __syncthreads();  // nobody reads the last tile any more
-        fill_errors(g, dy, idx, at, first_k, errors);
-        fill(g, x, at, patch, 0);
-        copy_async_wait<0>();
+        copy(tile + gridDim.x, other);
+        copy_async_wait<1>();
         __syncthreads();
+        const u16 *elements = reinterpret_cast<const u16 *>(stage + error_words) + (g.left & 1);
+        const u32 errors = shared_address(stage) + lane_at;
         for (int step = group; step < 2 * g.units_h * g.units_w; step += groups) {
             int unit_w, p = divide(step, g.by_units_w, unit_w);
             u32 f[TILES][4];
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) load_transposed_matrices(f[i], lane_at + step * 16 * PIXEL_BYTES + i * 32);
+            for (int i = 0; i < TILES; ++i) load_transposed_matrices(f[i], errors + step * 16 * PIXEL_BYTES + i * 32);
             if (r < g.r) {
                 const u16 *from = elements + (p * g.stride_h + r * g.dilation_h) * 2 * g.pitch +
                                   (UNIT_COLUMNS * unit_w + 2 * pair) * g.step + column;
@@ -115,6 +142,9 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                 for (int i = 0; i < TILES; ++i) multiply_add(sums[i][0], f[i], 0x3f803f80u, 0x3f803f80u);  // ones
             }
         }
+        __syncthreads();  // before the stage is written again
+        u32 *done = stage;
+        stage = other, other = done;
     }
 
     float *own = partial + (long long)(blockIdx.x * groups + group) * row_size;
