@@ -215,21 +215,16 @@ struct Statistics {
     float eps, momentum;
 };
 
-// What forward does to the block's channels, in shared memory.
-struct Forward {
-    float mean[GROUP], scale[GROUP], shift[GROUP];
-};
-
-// The thread of each channel works out what forward does to it and, where asked, keeps the channel's statistics and moves the
-// running ones. A barrier shows the first to the block.
-__device__ __forceinline__ void finish_channel(Forward &forward, const Channel &own, const Statistics &s, const float *gamma,
+// The thread of each of the block's channels works out what forward does to it, puts that in place of the sums in scratch,
+// and where asked keeps the channel's statistics and moves the running ones. A barrier shows the first to the block.
+__device__ __forceinline__ void finish_channel(float *scratch, const Channel &own, const Statistics &s, const float *gamma,
                                                const float *beta, const Shape &shape, bool keep) {
-    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
+    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i, size = scratch_floats(shape.lanes_log2);
     if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
     float rstd = 1.0f / sqrtf(own.m2 / (float)shape.rows + s.eps);
-    forward.mean[i] = own.mean;
-    forward.scale[i] = gamma[c] * rstd;
-    forward.shift[i] = beta[c];
+    scratch[i] = gamma[c] * rstd;
+    scratch[size + i] = beta[c];
+    scratch[2 * size + i] = own.mean;
     if (!keep) return;
     s.mean[c] = own.mean;
     s.rstd[c] = rstd;
@@ -237,14 +232,15 @@ __device__ __forceinline__ void finish_channel(Forward &forward, const Channel &
     s.running_var[c] += s.momentum * (own.m2 / max(shape.rows - 1, 1) - s.running_var[c]);
 }
 
-// A thread's channels of it.
+// Of a thread's channels. scale: gamma * rstd.
 struct Normal {
-    Vector mean, scale, shift;
+    Vector scale, shift, mean;
 };
 
-__device__ __forceinline__ Normal load_normal(const Forward &forward, const Place &at) {
-    int i = at.lane * VEC;
-    return {load<VEC>(forward.mean + i), load<VEC>(forward.scale + i), load<VEC>(forward.shift + i)};
+__device__ __forceinline__ Normal load_normal(const float *scratch, const Place &at, int lanes_log2) {
+    const float *own = scratch + at.lane * VEC;
+    int size = scratch_floats(lanes_log2);
+    return {load<VEC>(own), load<VEC>(own + size), load<VEC>(own + 2 * size)};
 }
 
 // Write y of a row's channels.
@@ -291,7 +287,6 @@ extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
     __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
-    __shared__ Forward forward;
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
@@ -308,10 +303,10 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
         merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
     }
     Channel own = merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
-    finish_channel(forward, own, s, gamma, beta, shape, blockIdx.y == gridDim.y - 1);  // no block has fewer tiles
+    finish_channel(&scratch->x, own, s, gamma, beta, shape, blockIdx.y == gridDim.y - 1);  // no block has fewer tiles
     __syncthreads();
     if (!at.live) return;
-    Normal normal = load_normal(forward, at);
+    Normal normal = load_normal(&scratch->x, at, shape.lanes_log2);
 
     while (true) {
 #pragma unroll
@@ -337,7 +332,7 @@ batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float 
         int count = rows_in(tile, at, shape, start);
         Word v[UNROLL];
         load_rows(x + start, count, at.step, v);
-        Normal normal = {load<VEC>(mean + at.c), load<VEC>(gamma + at.c), load<VEC>(beta + at.c)};
+        Normal normal = {load<VEC>(gamma + at.c), load<VEC>(beta + at.c), load<VEC>(mean + at.c)};
         Vector variance = load<VEC>(var + at.c);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) normal.scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
@@ -380,7 +375,6 @@ extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         Element *__restrict__ y, Statistics s, Shape shape, int relu) {
     DYNAMIC_SHARED(Word, shared);
-    __shared__ Forward forward;
     Place at = place(shape);
     int stride = blockDim.x;
     Word *kept = shared + threadIdx.x;
@@ -423,10 +417,10 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
     sum_rows(sums, at, shape.lanes_log2, scratch);
     int i = threadIdx.x;
     Channel own = i < VEC << shape.lanes_log2 ? correct(means[i] / rows, scratch[i], scratch[size + i], rows) : Channel();
-    finish_channel(forward, own, s, gamma, beta, shape, true);
+    finish_channel(scratch, own, s, gamma, beta, shape, true);
     __syncthreads();
     if (!at.live) return;
-    Normal normal = load_normal(forward, at);
+    Normal normal = load_normal(scratch, at, shape.lanes_log2);
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
         normalise(y + start + k * at.step, kept[k * stride], normal, relu);
