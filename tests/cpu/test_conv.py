@@ -64,6 +64,8 @@ PROBLEMS = {
     "stride 2, even filter": Problem(2, 10, 10, 6, 8, 4, 4, stride=(2, 2), pad=(1, 1, 1, 1)),
     "odd outputs": Problem(2, 8, 10, 2, 5, 4, 4),
     "many filters": Problem(2, 8, 8, 4, 48, 3, 3, pad=(1, 1, 1, 1)),
+    "filters cut by channels": Problem(2, 4, 3, 70, 256, 3, 3, pad=(1, 1, 1, 1)),
+    "linear, cut": Problem(3, 2, 3, 120, 300, 2, 3),
     "rows of one image are blocks": Problem(1, 40, 300, 24, 24, 3, 3, pad=(1, 1, 1, 1)),
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)

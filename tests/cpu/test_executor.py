@@ -11,7 +11,8 @@ from parcnn.errors import ArgumentError, UnsupportedError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
-from parcnn.ops.pointwise import Act
+from parcnn.ops.pointwise import Act, Dropout
+from parcnn.ops.pool import PoolFprop
 from parcnn.ops.program import Call, Program, Slot
 from tests.op_runner import run_op
 
@@ -20,26 +21,63 @@ def float32(random: np.random.Generator, *shape: int) -> np.ndarray:
     return random.standard_normal(shape).astype(np.float32)
 
 
+def problems(random: np.random.Generator) -> dict[str, tuple[Op, list[np.ndarray]]]:
+    """Ops with enough work for several threads; their pieces do not come out even."""
+    x, w, b = float32(random, 401, 14, 14, 6), float32(random, 16, 5, 5, 6), float32(random, 16)
+    dy, idx = float32(random, 401, 5, 5, 16), random.integers(0, 4, (401, 5, 5, 16)).astype(np.uint8)
+    first, few = float32(random, 301, 28, 28, 1), float32(random, 6, 5, 5, 1)
+    deep, many = float32(random, 37, 8, 8, 96), float32(random, 160, 3, 3, 96)
+    error, wide = float32(random, 37, 8, 8, 160), float32(random, 37, 8, 8, 160)
+    rows, tall = float32(random, 1001, 5, 5, 32), float32(random, 300, 5, 5, 32)
+    deep_idx = random.integers(0, 4, (37, 4, 4, 160)).astype(np.uint8)
+    gamma, images = float32(random, 64), float32(random, 20, 40, 40, 64)
+    large = float32(random, 600, 100, 100)
+    pad, pool = (1, 1, 1, 1), {"pool": "max"}
+    return {
+        "few filters, pooled": (ConvFprop((1, 1), (2, 2, 2, 2), bias=True, act="relu", **pool), [first, few, b[:6]]),
+        "pooled": (ConvFprop(bias=True, act="tanh", **pool), [x, w, b]),
+        "pooled dgrad": (ConvDgrad(image=(14, 14), **pool), [dy, w, idx]),
+        "pooled wgrad": (ConvWgrad(filter=(5, 5), bias=True, **pool), [x, dy, idx]),
+        "padded": (ConvFprop(pad=pad), [deep, many]),
+        "padded dgrad": (ConvDgrad(pad=pad, image=(8, 8)), [error, many]),
+        "dgrad with a stride": (
+            ConvDgrad((2, 2), pad, image=(16, 16), act="relu"),
+            [error, many, float32(random, 37, 16, 16, 96)],
+        ),
+        "wgrad cut by channels": (ConvWgrad(pad=pad, filter=(3, 3), bias=True), [deep, error]),
+        "pooled wgrad cut by channels": (ConvWgrad(pad=pad, filter=(3, 3), **pool), [deep, wide[:, :4, :4], deep_idx]),
+        "linear": (ConvFprop(bias=True), [rows, tall, float32(random, 300)]),
+        "linear dgrad": (ConvDgrad(image=(5, 5)), [float32(random, 1001, 1, 1, 300), tall]),
+        "linear wgrad": (ConvWgrad(filter=(5, 5), bias=True), [rows, float32(random, 1001, 1, 1, 300)]),
+        "grouped wgrad": (ConvWgrad(pad=pad, filter=(3, 3), groups=4), [deep, error]),
+        "batch norm": (BatchNormTrain(act="relu"), [images, gamma, gamma, gamma, gamma]),
+        "batch norm dgrad": (BatchNormDgrad("relu"), [images, images, gamma, gamma, gamma, abs(gamma)]),
+        "max pool": (PoolFprop(kernel=(3, 3), stride=(2, 2)), [images]),
+        "activation": (Act("gelu"), [large]),
+        "dropout": (Dropout(p=0.3), [large, np.array([0, 5, 0, 7, 9, 0, 0, 0], np.int32)]),
+    }
+
+
 def test_the_number_of_threads_changes_no_bit(random: np.random.Generator) -> None:
-    x, w, b = float32(random, 150, 12, 12, 6), float32(random, 16, 5, 5, 6), float32(random, 16)
-    dy, idx = float32(random, 150, 4, 4, 16), random.integers(0, 4, (150, 4, 4, 16)).astype(np.uint8)
-    gamma, rows = float32(random, 6), float32(random, 6)
-    problems: list[tuple[Op, list[np.ndarray]]] = [
-        (ConvFprop(pool="max", bias=True, act="relu"), [x, w, b]),
-        (ConvDgrad(pool="max", image=(12, 12)), [dy, w, idx]),
-        (ConvWgrad(pool="max", filter=(5, 5), bias=True), [x, dy, idx]),
-        (BatchNormTrain(), [x, gamma, rows, rows, rows]),
-        (BatchNormDgrad("relu"), [x, x, gamma, rows, rows, rows]),
-        (Act("gelu"), [x]),
-    ]
-    executors = [CpuExecutor(threads) for threads in (1, 2, 3)]
-    for op, arrays in problems:
-        sequential, *others = (run_op(executor, op, arrays) for executor in executors)
+    sequential, *others = executors = [CpuExecutor(threads) for threads in (1, 2, 3, 16)]
+    for name, (op, arrays) in problems(random).items():
+        expected = run_op(sequential, op, arrays)
         for other in others:
-            for a, b_ in zip(sequential, other, strict=True):
-                np.testing.assert_array_equal(a.view(np.uint8), b_.view(np.uint8))
+            for a, b in zip(expected, run_op(other, op, arrays), strict=True):
+                assert a.tobytes() == b.tobytes(), f"{name}: {other.threads} threads"
     for executor in executors:
         executor.close()
+
+
+def test_little_work_is_done_by_the_calling_thread(random: np.random.Generator) -> None:
+    one, many = CpuExecutor(1), CpuExecutor(16)
+
+    def workspace(executor: CpuExecutor, images: int) -> int:
+        op, inputs = ConvFprop(pool="max"), (Spec((images, 14, 14, 6)), Spec((16, 5, 5, 6)))
+        return executor.workspace_bytes(op, inputs, op.infer(*inputs))
+
+    assert workspace(many, 8) == workspace(one, 8)
+    assert workspace(many, 800) > 2 * workspace(one, 800)
 
 
 def test_blas_gets_its_threads_back(cpu: CpuExecutor, random: np.random.Generator) -> None:

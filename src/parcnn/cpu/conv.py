@@ -5,6 +5,8 @@ The tensor before the pool exists for one block only.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import cast
 
@@ -15,11 +17,15 @@ from parcnn.cpu.conv_epilogue import dgrad_epilogue
 from parcnn.cpu.lowering import Block, Lowering, lowering
 from parcnn.cpu.pointwise import activate
 from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch, route_error
-from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes
+from parcnn.cpu.sums import RowSums, add_in_order, row_sums_bytes
+from parcnn.cpu.workers import ALIGNMENT, PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
 
 Arrays = list[tuple[Shape, np.dtype | type]]
+
+# Bytes of a block's product that are added to those of other blocks, in filter gradients: half of a block.
+TERM_BYTES = 512 * 1024
 
 
 def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -40,11 +46,12 @@ def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
         columns = low.columns(x, part, scratch)
         out = y[part.images, part.rows]
         m = columns.shape[0]
-        if transposed:
-            product = np.matmul(filters, columns.T, out=scratch.take((low.outputs, m), x.dtype))
+        if direct:
+            product = out.reshape(m, low.outputs)
         else:
-            target = out.reshape(m, low.outputs) if direct else scratch.take((m, low.outputs), x.dtype)
-            product = np.matmul(columns, filters.T, out=target)
+            product = scratch.take((low.outputs, m) if transposed else (m, low.outputs), x.dtype)
+        for rows, result in low.stacks(columns, product.T if transposed else product):
+            np.matmul(rows, filters.T, out=result)
         if bias is not None:
             product += bias[:, None] if transposed else bias
         if op.act:
@@ -58,7 +65,7 @@ def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
         elif transposed:
             np.copyto(out.reshape(m, low.outputs), product.T)
 
-    workspace.each(low.blocks(), block)
+    workspace.each(low.blocks(workspace.workers), block)
 
 
 def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -97,15 +104,16 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
             scratch.rewind(start)
             error = _error(low, dy, packed, block, False, scratch)
             if low.plain:
-                rows = slice(None) if low.p == 1 else block.rows
-                np.matmul(error, filters, out=target[:, rows].reshape(-1, low.depth))
+                pixels = target[:, slice(None) if low.p == 1 else block.rows].reshape(-1, low.depth)
+                for rows, result in low.stacks(error, pixels):
+                    np.matmul(rows, filters, out=result)
             else:
                 _col2im(low, error, taps, block, target, scratch)
         inside = target[:, top : top + h, left : left + width] if low.padded else target
         if target is not here:
             dgrad_epilogue(op, operands, inside, (part,), here)
 
-    workspace.each(low.blocks_by_images(), images)
+    workspace.each(low.blocks_by_images(workspace.workers), images)
 
 
 def _dgrad_by_fprop(
@@ -122,50 +130,138 @@ def _dgrad_by_fprop(
         columns = mirror.columns(dy, part, scratch)
         alone = not op.act and not op.add
         target = here if alone else scratch.take(here.shape, dx.dtype)
-        np.matmul(columns, matrix.T, out=target.reshape(-1, mirror.outputs))
+        for rows, result in mirror.stacks(columns, target.reshape(-1, mirror.outputs)):
+            np.matmul(rows, matrix.T, out=result)
         if not alone:
             dgrad_epilogue(op, operands, target, (part.images, part.rows), here)
 
-    workspace.each(mirror.blocks(), block)
+    workspace.each(mirror.blocks(workspace.workers), block)
 
 
 def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
-    """dw = dy^T @ columns, dy routed back through the pool first; db = sums of dy. Blocks are added up in their order."""
+    """dw = dy^T @ columns, dy routed back through the pool first; db = sums of dy. Products of blocks are added in order.
+
+    The gradient at some channels of the filters needs no others of the images. Large filters are cut there: blocks then
+    have more windows, and there is less to add.
+    """
     x, dy = inputs[:2]
     packed = inputs[2] if op.pool == "max" else None
     dw = outputs[0]
     low = lowering(_geometry(op), x.shape, dw.shape, x.itemsize)
-    workspace.shared.rewind()
+    shared = workspace.shared
+    shared.rewind()
     if op.groups > 1:
         conv_grouped.wgrad(op, low, x, dy, dw, outputs[1] if op.bias else None, workspace)
         return
-    shape = (low.outputs, low.depth)
-    total = workspace.shared.take(shape, x.dtype) if low.pool_as_filters else dw.reshape(shape)
-    blocks = low.blocks()
+    if op.bias:
+        rows = dy.reshape(-1, dy.shape[3])
+        sums = RowSums(len(rows), dy.shape[3], 1, dy.dtype, workspace)
+        outputs[1][...] = sums.total(lambda part, _: (rows[part],), pieces=64)[0]
+        shared.rewind()
+    plan = _wgrad_plan(low, workspace.workers)
+    x, dw = x.reshape(plan.image), dw.reshape(plan.filters)
+    totals = [shared.take((size,), x.dtype) for size in plan.sizes]
+    terms = dw.reshape(1, -1) if plan.alone else shared.take((plan.terms, plan.sizes[0]), x.dtype)
 
-    def block(i: int, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
-        part = blocks[i]
-        product = scratch.take(total.shape, x.dtype) if i else total  # the first block needs no memory of its own
-        sums = scratch.take((dy.shape[3],), x.dtype)
-        error = _error(low, dy, packed, part, low.products_transposed, scratch)
-        np.matmul(error.T, low.columns(x, part, scratch), out=product)
-        if op.bias:
-            rows = dy[part.images, part.rows].reshape(-1, dy.shape[3])
-            ones = scratch.take((rows.shape[0],), x.dtype)
-            ones.fill(1)
-            np.matmul(ones, rows, out=sums)
-        return product, sums
+    def multiply(product: _Product, scratch: Scratch) -> None:
+        part = product.low
+        error = _error(part, dy, packed, product.block, part.products_transposed, scratch)
+        columns = part.columns(x[..., product.channels], product.block, scratch)
+        own = terms[product.terms, : part.outputs * part.depth].reshape(-1, part.outputs, part.depth)
+        for left, right in part.stacks(error, columns):
+            np.matmul(left.transpose(0, 2, 1), right, out=own[: len(left)])
+            own = own[len(left) :]
 
-    def add(i: int, partial: tuple[np.ndarray, np.ndarray]) -> None:
-        product, sums = partial
-        if i:
-            np.add(total, product, out=total)
-        if op.bias:
-            outputs[1][...] = sums if i == 0 else outputs[1] + sums
+    def add(task: _Addition, scratch: Scratch) -> None:
+        add_in_order(totals[task.part][task.elements], terms[task.terms, task.elements], task.first)
 
-    workspace.each_in_order(len(blocks), block, add)
-    if low.pool_as_filters:
-        low.fold_filters(total, dw)
+    for products, additions in plan.waves:
+        workspace.each(products, multiply)
+        workspace.each(additions, add)
+    if not plan.alone:
+        for (channels, part), total in zip(plan.parts, totals, strict=True):
+            part.fold_filters(total[: part.outputs * part.depth], dw[..., channels])
+
+
+@dataclass(frozen=True)
+class _Product:
+    """What a thread multiplies in one go, for some channels of the filters, and the terms of their sum that it gives."""
+
+    part: int
+    channels: slice
+    low: Lowering
+    block: Block
+    terms: slice
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """Terms to add to some elements of a part's sum; `first`: to nothing yet."""
+
+    part: int
+    elements: slice
+    terms: slice
+    first: bool
+
+
+@dataclass(frozen=True)
+class _WgradPlan:
+    """A filter gradient: its parts by channels, and in turn what is multiplied, one item a thread, and then added."""
+
+    image: Shape
+    filters: Shape
+    parts: list[tuple[slice, Lowering]]
+    sizes: list[int]  # elements of a part's product, in whole lines of the cache
+    terms: int  # most at a time
+    waves: list[tuple[list[_Product], list[_Addition]]]
+    alone: bool  # one product is the gradient
+
+
+@lru_cache(maxsize=4096)
+def _wgrad_plan(low: Lowering, workers: int) -> _WgradPlan:
+    """The filters cut by channels, so that a block's product has about TERM_BYTES; images cut by blocks."""
+    if (
+        low.plain and low.p == low.q == 1
+    ):  # filters that cover the image: as filters of one pixel their depth can be cut
+        (n, *_), (k, *_) = low.image, low.filters
+        low = lowering(ConvGeometry(), (n, 1, 1, low.depth), (k, 1, 1, low.depth), low.itemsize)
+    (n, h, w, c), (k, r, s, _) = low.image, low.filters
+    most = max(1, TERM_BYTES // (low.outputs * low.r * low.s * low.itemsize))
+    step = -(-c // -(-c // most))
+    parts: list[tuple[slice, Lowering]] = []
+    for start in range(0, c, step):
+        some = min(step, c - start)
+        part = lowering(low.geometry, (n, h, w, some), (k, r, s, some), low.itemsize)
+        parts.append((slice(start, start + some), part))
+    line = ALIGNMENT // low.itemsize
+    sizes = [-(-part.outputs * part.depth // line) * line for _, part in parts]
+
+    items = [(i, block) for i, (_, part) in enumerate(parts) for block in part.blocks(workers)]
+    waves = []
+    for start in range(0, len(items), workers):
+        products: list[_Product] = []
+        for i, block in items[start : start + workers]:
+            channels, part = parts[i]
+            used = products[-1].terms.stop if products else 0
+            products.append(_Product(i, channels, part, block, slice(used, used + part.count(block))))
+        waves.append((products, _additions(products, sizes)))
+    terms = max(products[-1].terms.stop for products, _ in waves)
+    alone = terms == len(waves) == 1 and not low.pool_as_filters
+    if alone:
+        waves = [(waves[0][0], [])]
+    return _WgradPlan(low.image, low.filters, parts, sizes, terms, waves, alone)
+
+
+def _additions(products: list[_Product], sizes: list[int]) -> list[_Addition]:
+    """The sums of a wave's products, cut in pieces that threads share."""
+    additions = []
+    for i in sorted({product.part for product in products}):
+        own = [product for product in products if product.part == i]
+        terms = slice(own[0].terms.start, own[-1].terms.stop)
+        first = own[0].block.images.start == own[0].block.rows.start == 0
+        for start in range(0, sizes[i], PIECE):
+            additions.append(_Addition(i, slice(start, min(start + PIECE, sizes[i])), terms, first))
+    return additions
 
 
 def kernel_name(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
@@ -214,7 +310,9 @@ def _col2im(
     """Add error @ taps to the (padded) images at the windows' places."""
     n, p, q = low.windows(block.shape)
     length = taps.shape[2]
-    products = np.matmul(error, taps, out=scratch.take((len(taps), n * p * q, length), error.dtype))
+    products = scratch.take((len(taps), n * p * q, length), error.dtype)
+    for rows, result in low.stacks(error, products.transpose(1, 0, 2)):
+        np.matmul(rows[:, None], taps, out=result.transpose(0, 2, 1, 3))
     products = products.reshape(len(taps), n, p, q, length)
     sn, sh, sw, sc = target.strides
     first = block.rows.start * low.windows_per_output * low.stride[0]
@@ -245,12 +343,33 @@ def _dtype(spec: Spec) -> np.dtype:
     return np.dtype(np.float64 if spec.dtype == "f64" else np.float32)
 
 
-def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+def _wgrad_scratch(op: ConvWgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
+    low = _lowering_of(op, inputs, outputs)
+    dtype = _dtype(inputs[0])
+    if op.groups > 1:
+        return conv_grouped.scratch(op, low, dtype)
+    plan = _wgrad_plan(low, workers)
+    sums: Arrays = [((size,), dtype) for size in plan.sizes] + [((plan.terms, plan.sizes[0]), dtype)]
+    own = 0
+    for _, part in plan.parts:
+        taken = part.taken_shape(workers)
+        columns: Arrays = [(shape, dtype) for shape in part.columns_scratch(taken)]
+        routed: Arrays = []
+        if op.pool:
+            routed = [((prod(part.windows(taken)), part.outputs), dtype)]
+            routed += error_scratch((*taken, part.q, part.filters[0]), dtype)
+        own = max(own, scratch_bytes([*routed, *columns]))
+    dy = inputs[1]
+    bias = row_sums_bytes(dy.size // dy.shape[3], dy.shape[3], 1, dtype) if op.bias else 0
+    return ScratchSize(max(scratch_bytes(sums), bias), own)
+
+
+def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
     low = _lowering_of(op, inputs, outputs)
     dtype = _dtype(inputs[0])
     if isinstance(op, ConvGeometry) and op.groups > 1:
         return conv_grouped.scratch(op, low, dtype)
-    n, rows = low.block_shape
+    n, rows = low.taken_shape(workers)
     m = prod(low.windows((n, rows)))
     pooled = (n, rows, low.q, low.filters[0])
     columns: Arrays = [(shape, dtype) for shape in low.columns_scratch((n, rows))]
@@ -260,11 +379,8 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Scr
         epilogue = max_scratch(pooled, dtype) if op.pool == "max" else []
         return ScratchSize(scratch_bytes(filters), scratch_bytes([*columns, *product, *epilogue]))
     routed: Arrays = [*product, *error_scratch(pooled, dtype)] if low.geometry.pool else []
-    if isinstance(op, ConvWgrad):
-        own: Arrays = [((low.outputs, low.depth), dtype), ((low.filters[0],), dtype), ((n * rows * low.q,), dtype)]
-        return ScratchSize(scratch_bytes(filters), scratch_bytes([*own, *routed, *columns]))
     if (mirror := _mirrored(low)) is not None:
-        n, rows = mirror.block_shape
+        n, rows = mirror.taken_shape(workers)
         columns = [(shape, dtype) for shape in mirror.columns_scratch((n, rows))]
         columns.append(((n, rows, mirror.q, mirror.outputs), dtype))
         return ScratchSize(scratch_bytes([(mirror.filters, dtype)]), scratch_bytes(columns))
@@ -275,4 +391,4 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Scr
 
 
 RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: conv_wgrad}
-SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}
+SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _wgrad_scratch}

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -15,7 +16,10 @@ from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, UnsupportedError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.norm import BatchNormDgrad, BatchNormInferDgrad, BatchNormTrain
+from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call, Program, Region, Slot
+from parcnn.ops.update import AdamUpdate, SgdUpdate
 
 Arrays = list[np.ndarray]
 # What runs an op: run(op, inputs, outputs, workspace). An output may share memory with an input where op.inplace() says so.
@@ -26,6 +30,14 @@ RUN: dict[type[Op], Run] = {op: run for family in FAMILIES for op, run in family
 SCRATCH: dict[type[Op], Callable[..., ScratchSize]] = {
     op: size for family in (conv, pool, norm, update) for op, size in family.SCRATCH.items()
 }
+# A call's time on one thread, to see how many it is worth: operations and bytes a microsecond.
+FLOPS_A_US = 50_000
+BYTES_A_US = {
+    Op: 4000, BatchNormTrain: 2500, BatchNormDgrad: 2000, BatchNormInferDgrad: 2000, PoolFprop: 500, PoolDgrad: 1000,
+    SgdUpdate: 16000, AdamUpdate: 8000,
+}  # fmt: skip
+# ... and what a thread more costs all of them.
+THREAD_US = 200
 DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8, "u2": np.uint8}
 
 
@@ -106,7 +118,7 @@ class CpuExecutor:
                 "too few threads", where="CpuExecutor", expected="at least 1, or None for all cores", got=threads
             )
         self.threads = threads or len(os.sched_getaffinity(0))
-        self._workers = Workers(self.threads)
+        self._threads = Workers(self.threads)
         self._blas = ThreadpoolController()
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
@@ -115,9 +127,10 @@ class CpuExecutor:
         return type(op) in RUN and not pooled_groups
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        """Scratch memory of the call: what is shared, and a part for each thread."""
-        size = _scratch_size(op, inputs, outputs)
-        return size.shared + self.threads * size.per_worker
+        """Scratch memory of the call: what is shared, and a part for each thread that works on it."""
+        workers = self._workers_for(op, inputs, outputs)
+        size = _scratch_size(op, inputs, outputs, workers)
+        return size.shared + workers * size.per_worker
 
     def kernel_name(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
         """What runs the call, for tables."""
@@ -161,8 +174,10 @@ class CpuExecutor:
         run = RUN.get(type(call.op))
         if run is None:
             raise UnsupportedError("the CPU executor does not know this op", where=call.layer, got=call.op.name)
-        size = _scratch_size(call.op, call.input_specs, call.output_specs)
-        needed = size.shared + self.threads * size.per_worker
+        problem = call.op, call.input_specs, call.output_specs
+        workers = self._workers_for(*problem)
+        size = _scratch_size(*problem, workers)
+        needed = self.workspace_bytes(*problem)
         given = call.workspace.spec.nbytes if call.workspace else 0
         if given < needed:
             raise ArgumentError(
@@ -178,16 +193,23 @@ class CpuExecutor:
 
         scratch = view(call.workspace) if call.workspace else np.empty(0, np.uint8)
         inputs, outputs = [view(s) for s in call.inputs], [view(s) for s in call.outputs]
-        return partial(run, call.op, inputs, outputs, Workspace(scratch, size, self._workers))
+        return partial(run, call.op, inputs, outputs, Workspace(scratch, size, self._threads, workers))
+
+    def _workers_for(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+        """How many threads the call's work is worth."""
+        us = op.flops(inputs, outputs) / FLOPS_A_US + op.bytes(inputs, outputs) / BYTES_A_US.get(
+            type(op), BYTES_A_US[Op]
+        )
+        return max(1, min(self.threads, int(sqrt(us / THREAD_US))))
 
     def synchronize(self) -> None:
         """Nothing to wait for: run() returns when its steps are complete."""
 
     def close(self) -> None:
         """End the threads."""
-        self._workers.close()
+        self._threads.close()
 
 
-def _scratch_size(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+def _scratch_size(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
     size = SCRATCH.get(type(op))
-    return size(op, inputs, outputs) if size else ScratchSize()
+    return size(op, inputs, outputs, workers) if size else ScratchSize()

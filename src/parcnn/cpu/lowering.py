@@ -13,18 +13,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 import numpy as np
 
-from parcnn.cpu.workers import Scratch, Shape
+from parcnn.cpu.workers import Scratch, Shape, together
 from parcnn.ops.conv import ConvGeometry
 
 # Bytes of one block's columns and products: half of an L2 cache of 2 MiB. (LeNet-5's convolutions forward and backward, us an
 # image on one thread of a Xeon of 2.3 GHz: 109 at 256 KiB, 91 at 512 KiB, 82 at 1 MiB, 84 at 2 MiB.)
 BLOCK_BYTES = 1024 * 1024
+# Blocks that a thread takes in one go where several work (workers.together).
+MOST_BLOCKS = 4
 # Copying an element into the columns takes as long as this many operations of the product (measured: 0.4 ns, 120 GFLOP/s).
 FLOPS_A_COPY = 50
 # Up to so many channels the columns are outermost (measured: 3.3 against 6.8 us an image for LeNet-5's first layer).
@@ -46,7 +49,7 @@ class Block:
         return self.images.stop - self.images.start, self.rows.stop - self.rows.start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lowering:
     """A convolution of images (N,H,W,C) with filters (K,R,S,C), as products of matrices."""
 
@@ -111,9 +114,9 @@ class Lowering:
         n, rows = block
         return n, rows * self.windows_per_output, self.q * self.windows_per_output
 
-    def blocks(self) -> list[Block]:
-        """The problem cut up: independent of the number of threads."""
-        n, rows = self.block_shape
+    def blocks(self, workers: int = 1) -> list[Block]:
+        """The problem cut up for so many threads: in blocks of taken_shape."""
+        n, rows = self.taken_shape(workers)
         if rows < self.p:
             starts = range(0, self.p, rows)
             return [
@@ -121,19 +124,50 @@ class Lowering:
             ]
         return [Block(slice(i, min(i + n, self.image[0])), slice(0, self.p)) for i in range(0, self.image[0], n)]
 
-    def blocks_by_images(self) -> list[list[Block]]:
+    def blocks_by_images(self, workers: int = 1) -> list[list[Block]]:
         """Blocks of the same images together: what they give an error back to are the same pixels."""
         parts: dict[int, list[Block]] = {}
-        for block in self.blocks():
+        for block in self.blocks(workers):
             parts.setdefault(block.images.start, []).append(block)
         return list(parts.values())
 
-    @property
+    @cached_property
     def block_shape(self) -> tuple[int, int]:
-        """Images and output rows of the largest block."""
+        """Images and output rows of the largest matrix that is multiplied: independent of the number of threads."""
         row_bytes = prod(self.windows((1, 1))) * (self.depth + self.outputs) * self.itemsize
         rows = max(1, BLOCK_BYTES // row_bytes)
         return (min(self.image[0], rows // self.p), self.p) if rows >= self.p else (1, rows)
+
+    @cached_property
+    def rows_a_product(self) -> int:
+        """Windows in a block of block_shape."""
+        return prod(self.windows(self.block_shape))
+
+    def taken_shape(self, workers: int) -> tuple[int, int]:
+        """Images and output rows that one of so many threads takes in one go: one block_shape, or some of whole images."""
+        n, rows = self.block_shape
+        return (
+            (n, rows)
+            if rows < self.p
+            else (min(self.image[0], n * together(-(-self.image[0] // n), workers, MOST_BLOCKS)), rows)
+        )
+
+    def count(self, block: Block) -> int:
+        """How many products a block that is taken in one go is multiplied in."""
+        return -(-prod(self.windows(block.shape)) // self.rows_a_product)
+
+    def stacks(self, *matrices: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Matrices with a row a window as stacks (blocks, rows, ...) of what is multiplied at a time: first the whole
+        blocks of block_shape, then what is left. The products' bits depend on the problem alone, however many blocks a
+        thread takes in one go."""
+        m, step = len(matrices[0]), self.rows_a_product
+        if m <= step:
+            yield [a[None] for a in matrices]
+            return
+        whole = m // step * step
+        yield [a[:whole].reshape(-1, step, *a.shape[1:]) for a in matrices]
+        if whole < m:
+            yield [a[None, whole:] for a in matrices]
 
     def padded_image(self, n: int) -> Shape:
         """n images with their padding."""
@@ -206,30 +240,30 @@ class Lowering:
         return shifted.reshape(self.outputs, self.depth)
 
     def fold_filters(self, gradient: np.ndarray, out: np.ndarray) -> None:
-        """The way back of filter_matrix: the gradient of the filters from that of their shifted copies."""
+        """The way back of filter_matrix: the gradient of the filters, as they are, from that of the matrix."""
+        if not self.pool_as_filters:
+            np.copyto(out, gradient.reshape(self.filters))
+            return
         k, r, s, c = self.filters
         shifted = gradient.reshape(2, 2, k, self.r, self.s, c)
         np.copyto(out, shifted[0, 0, :, :r, :s])
         for i, j in ((0, 1), (1, 0), (1, 1)):
             out += shifted[i, j, :, i : i + r, j : j + s]
 
-    def candidates(self, matrix: np.ndarray, block: tuple[int, int], transposed: bool) -> list[np.ndarray]:
-        """The four candidates of each pool window, row-major, as views (n,P,Q,K) of a product's result.
+    def candidates(self, matrix: np.ndarray, block: tuple[int, int], transposed: bool) -> np.ndarray:
+        """The candidates of each pool window, (2,2,n,P,Q,K): a view of a product's result.
 
         The result is stored as (M, outputs), or as (outputs, M) where `transposed`.
         """
         n, p = block
         k, q = self.filters[0], self.q
         if self.pool_as_filters and transposed:
-            return list(matrix.reshape(4, k, n, p, q).transpose(0, 2, 3, 4, 1))
+            return matrix.reshape(2, 2, k, n, p, q).transpose(0, 1, 3, 4, 5, 2)
         if self.pool_as_filters:
-            return list(matrix.reshape(n, p, q, 4, k).transpose(3, 0, 1, 2, 4))
-        pixels = (
-            matrix.reshape(k, n, 2 * p, 2 * q).transpose(1, 2, 3, 0)
-            if transposed
-            else matrix.reshape(n, 2 * p, 2 * q, k)
-        )
-        return [pixels[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+            return matrix.reshape(n, p, q, 2, 2, k).transpose(3, 4, 0, 1, 2, 5)
+        if transposed:
+            return matrix.reshape(k, n, p, 2, q, 2).transpose(3, 5, 1, 2, 4, 0)
+        return matrix.reshape(n, p, 2, q, 2, k).transpose(2, 4, 0, 1, 3, 5)
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parcnn.cpu.pointwise import route
-from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes
+from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes, together
 from parcnn.ops.base import Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
 
@@ -152,10 +152,12 @@ def _first_inside(op: PoolWindow, image: tuple[int, int], out: tuple[int, ...]) 
     return (first[0][:, None] * op.kernel[1] + first[1])[..., None]
 
 
-def _scratch(op: PoolFprop | PoolDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
+def _scratch(
+    op: PoolFprop | PoolDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
+) -> ScratchSize:
     image, small = (inputs[0], outputs[0]) if isinstance(op, PoolFprop) else (outputs[0], inputs[0])
     n, h, w, c = image.shape
-    n = min(n, IMAGES_A_PIECE)
+    n = min(n, IMAGES_A_PIECE * together(-(-n // IMAGES_A_PIECE), workers))
     dtype = np.float64 if image.dtype == "f64" else np.float32
     padded = (n, *_padded_hw(op, (h, w), small.shape[1:3]), c)
     part = (n, *small.shape[1:])

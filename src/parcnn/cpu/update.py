@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Workspace, scratch_bytes
+from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Workspace, scratch_bytes, together
 from parcnn.ops.base import Spec
 from parcnn.ops.update import AdamUpdate, SgdUpdate, Update
 
@@ -40,7 +40,7 @@ def sgd_update(op: SgdUpdate, inputs: list[np.ndarray], outputs: list[np.ndarray
         step *= lr
         w -= step
 
-    workspace.each(_pieces(op, inputs), piece)
+    workspace.each(_pieces(op, inputs, workspace.workers), piece)
 
 
 def adam_update(op: AdamUpdate, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -71,20 +71,27 @@ def adam_update(op: AdamUpdate, inputs: list[np.ndarray], outputs: list[np.ndarr
         b *= lr / correction1
         w -= b
 
-    workspace.each(_pieces(op, inputs), piece)
+    workspace.each(_pieces(op, inputs, workspace.workers), piece)
 
 
-def _pieces(op: Update, inputs: list[np.ndarray]) -> list[list[np.ndarray]]:
+def _pieces(op: Update, inputs: list[np.ndarray], workers: int) -> list[list[np.ndarray]]:
     """The parameters as pieces: weights, gradients and buffers of the same elements."""
     pieces = []
+    size = _at_once([t.size for t in inputs[2 : 2 + op.count]], workers)
     for i in range(op.count):
         flat = [t.reshape(-1) for t in inputs[2 + i :: op.count]]
-        pieces += [[t[start : start + PIECE] for t in flat] for start in range(0, flat[0].size, PIECE)]
+        pieces += [[t[start : start + size] for t in flat] for start in range(0, flat[0].size, size)]
     return pieces
 
 
-def _scratch(op: Update, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> ScratchSize:
-    largest = min(PIECE, max(s.size for s in inputs[2 : 2 + op.count]))
+def _at_once(sizes: list[int], workers: int) -> int:
+    """Elements that one of so many threads takes in one go."""
+    return PIECE * together(sum(sizes) // PIECE, workers)
+
+
+def _scratch(op: Update, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
+    sizes = [s.size for s in inputs[2 : 2 + op.count]]
+    largest = min(_at_once(sizes, workers), max(sizes))
     dtype = np.float64 if inputs[2].dtype == "f64" else np.float32
     return ScratchSize(per_worker=scratch_bytes([((largest,), dtype)] * 3))
 

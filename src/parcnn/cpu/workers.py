@@ -20,6 +20,8 @@ Shape = tuple[int, ...]
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 # Elements of one piece of an element-by-element op: 128 KiB of float32, so that an op's few operands stay in the L2 cache.
 PIECE = 32768
+# Pieces that a thread takes in one go where several work.
+MOST_PIECES = 8
 
 
 class Scratch:
@@ -51,25 +53,26 @@ def scratch_bytes(arrays: Sequence[tuple[Shape, np.dtype | type]]) -> int:
 
 
 class Workers:
-    """`count` threads; with one, everything runs in the caller's."""
+    """`count` threads, the caller's among them."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool = ThreadPoolExecutor(count - 1, thread_name_prefix="parcnn-cpu") if count > 1 else None
 
-    def each(self, items: Sequence[Item], work: Callable[[Item, int], None]) -> None:
-        """work(item, worker) for every item, worker being 0..count-1; items are dealt out in turn."""
-
-        def share(worker: int) -> None:
-            with np.errstate(all="ignore"):  # NaN and infinity go through, silently; the setting is per thread
-                for item in items[worker :: self.count]:
-                    work(item, worker)
-
-        if self._pool is None or len(items) == 1:
+    def each(self, items: Sequence[Item], work: Callable[[Item, int], None], count: int) -> None:
+        """work(item, worker) for every item, worker being 0..count-1: each takes a run of neighbours."""
+        if self._pool is None or count == 1 or len(items) <= 1:
             for item in items:
                 work(item, 0)
             return
-        others = [self._pool.submit(share, worker) for worker in range(1, min(self.count, len(items)))]
+        largest = -(-len(items) // count)
+
+        def share(worker: int) -> None:
+            with np.errstate(all="ignore"):  # NaN and infinity go through, silently; the setting is per thread
+                for item in items[worker * largest : (worker + 1) * largest]:
+                    work(item, worker)
+
+        others = [self._pool.submit(share, worker) for worker in range(1, -(-len(items) // largest))]
         share(0)
         for other in others:
             other.result()
@@ -82,19 +85,20 @@ class Workers:
 
 @dataclass(frozen=True)
 class ScratchSize:
-    """Bytes that an op needs once, and once per thread."""
+    """Bytes that an op needs once, and once per worker."""
 
     shared: int = 0
     per_worker: int = 0
 
 
 class Workspace:
-    """An op's scratch memory: a part for all, and one for each worker."""
+    """The threads that run a call, `workers` of them, and their scratch memory: a part for all, and one for each."""
 
-    def __init__(self, memory: np.ndarray, size: ScratchSize, workers: Workers) -> None:
+    def __init__(self, memory: np.ndarray, size: ScratchSize, threads: Workers, workers: int) -> None:
         self.workers = workers
+        self._threads = threads
         self.shared = Scratch(memory[: size.shared])
-        parts = (memory[size.shared + i * size.per_worker :][: size.per_worker] for i in range(workers.count))
+        parts = (memory[size.shared + i * size.per_worker :][: size.per_worker] for i in range(workers))
         self._parts = [Scratch(part) for part in parts]
 
     def each(self, items: Sequence[Item], work: Callable[[Item, Scratch], None]) -> None:
@@ -105,7 +109,7 @@ class Workspace:
             scratch.rewind()
             work(item, scratch)
 
-        self.workers.each(items, rewound)
+        self._threads.each(items, rewound, self.workers)
 
     def each_in_order(
         self, count: int, work: Callable[[int, Scratch], Item], finish: Callable[[int, Item], None]
@@ -116,12 +120,22 @@ class Workspace:
         def keep(i: int, scratch: Scratch) -> None:
             results[i] = work(i, scratch)
 
-        for first in range(0, count, self.workers.count):
-            wave = range(first, min(first + self.workers.count, count))
+        for first in range(0, count, self.workers):
+            wave = range(first, min(first + self.workers, count))
             self.each(wave, keep)
             for i in wave:
                 finish(i, results.pop(i))
 
     def each_slice(self, count: int, work: Callable[[slice, Scratch], None], piece: int = PIECE) -> None:
-        """work(slice, scratch) for slices of at most `piece` that cover 0..count."""
-        self.each([slice(i, min(i + piece, count)) for i in range(0, count, piece)], work)
+        """work(slice, scratch) for slices that cover 0..count: each of `together(...)` pieces, the last of what is left."""
+        size = piece * together(-(-count // piece), self.workers)
+        self.each([slice(i, min(i + size, count)) for i in range(0, count, size)], work)
+
+
+def together(pieces: int, workers: int, most: int = MOST_PIECES) -> int:
+    """How many pieces a thread takes in one go, at most `most`.
+
+    One thread takes one, which stays in its cache. Among several, each call of NumPy ends in a wait for the interpreter's
+    lock: fewer, longer calls are worth their reads from a farther cache.
+    """
+    return 1 if workers == 1 else max(1, min(most, -(-pieces // workers)))
