@@ -1,18 +1,17 @@
 """bf16 convolution on Hopper's tensor cores against cuDNN, layer by layer, every candidate tile.
 
 Both sides run many calls in a CUDA graph, one after the other, on copies of the operands that take turns, so that no call
-finds its own in L2. TFLOP/s counts the whole convolution, also outputs that a pool's floor drops. `*` marks the variant that
-the launcher's rule takes. cuDNN: PyTorch with channels_last and cudnn.benchmark, where it is installed; with a pool, its
-bias, ReLU and pool are kernels of their own.
+finds its own in L2; repeats of all variants and of cuDNN take turns, so that they meet the same clock. TFLOP/s counts the
+whole convolution, also outputs that a pool's floor drops. `*` marks the variant that the launcher's rule takes. cuDNN:
+PyTorch with channels_last and cudnn.benchmark, where it is installed; with a pool, its bias, ReLU and pool are kernels of
+their own.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,17 @@ import numpy as np
 
 from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
+from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.rows import Row, append
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import Registry, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
-from parcnn.ops.program import Call, Program, Slot
+from parcnn.ops.program import Call, Slot
 from parcnn.plan.variable import align
-from parcnn.train.timing import StepTiming
 
 KERNELS = Path(conv_sm90.__file__).parent
-COPIES_BYTES, MOST_COPIES = 256 << 20, 8  # operands of all copies together: several times what L2 holds
-REPEATS, LEAST_SECONDS = 9, 0.01
 DIRECTIONS = ("fprop", "fused", "dgrad", "wgrad")
 
 
@@ -91,81 +88,37 @@ LAYERS = (
 )
 
 
-def bits(random: np.random.Generator, count: int) -> np.ndarray:
-    """bf16 standard normal, as bit patterns; long runs repeat themselves."""
-    drawn = random.standard_normal(min(count, 1 << 24), np.float32)
-    return np.resize((drawn.view(np.uint32) >> 16).astype(np.uint16), count)
-
-
 def family_of(op: Op) -> Any:
     """The launcher that is measured."""
     return conv_wgrad_sm90 if isinstance(op, ConvWgrad) else conv_sm90
 
 
-class Operands:
-    """Copies of a call's operands in one region of the device, and the variants that they have room for."""
-
-    def __init__(self, executor: CudaExecutor, op: Op, inputs: Sequence[Spec]) -> None:
-        self.op, self.inputs, self.outputs = op, tuple(inputs), op.infer(*inputs)
-        inputs_outputs = (tuple(Slot(spec, "arena") for spec in specs) for specs in (self.inputs, self.outputs))
-        family, device = family_of(op), executor.device
-        self.variants = family.candidates(Call(op, *inputs_outputs), device)
-        self.scratch = max(family.workspace_bytes(op, self.inputs, self.outputs, device, v) for v in self.variants)
-        nbytes = sum(s.nbytes for s in (*self.inputs, *self.outputs))
-        self.copies = max(2, min(MOST_COPIES, ceil(COPIES_BYTES / nbytes)))
-        total, self.calls = 0, []
-        for i in range(self.copies):
-            slots = []
-            for spec in (*self.inputs, *self.outputs, Spec((self.scratch,), "u8")):
-                slots.append(Slot(spec, "arena", total))
-                total = align(slots[-1].end)
-            self.calls.append(
-                Call(
-                    op,
-                    tuple(slots[: len(self.inputs)]),
-                    tuple(slots[len(self.inputs) : -1]),
-                    slots[-1] if self.scratch else None,
-                    layer=op.name,
-                    after=(i - 1,) if i else (),
-                )
-            )
-        self.total, self.region = total, executor.region("arena", total)
-        random = np.random.default_rng(0)
-        for call in self.calls:
-            for slot in call.inputs:
-                size = slot.spec.size
-                drawn = bits(random, size) if slot.spec.dtype == "bf16" else random.standard_normal(size, np.float32)
-                self.region.write(drawn, slot.offset)
+def call_of(op: Op, inputs: Sequence[Spec]) -> Call:
+    """The call, its tensors one after the other."""
+    slots, total = [], 0
+    for spec in (*inputs, *op.infer(*inputs)):
+        slots.append(Slot(spec, "arena", total))
+        total = align(slots[-1].end)
+    return Call(op, tuple(slots[: len(inputs)]), tuple(slots[len(inputs) :]), layer=op.name)
 
 
-def timing(run: Callable[[int], None], wait: Callable[[], None], calls: int) -> StepTiming:
-    """Microseconds of a call; run(steps) submits `steps` rounds of `calls`."""
-
-    def seconds(steps: int) -> float:
-        wait()
-        began = time.perf_counter()
-        run(steps)
-        wait()
-        return time.perf_counter() - began
-
-    seconds(9), seconds(8)  # the first launches, then the graphs
-    steps = 8 * max(1, ceil(LEAST_SECONDS / max(seconds(8), 1e-6)))
-    p20, p50, p80 = np.percentile([seconds(steps) / steps / calls * 1e6 for _ in range(REPEATS)], (20, 50, 80))
-    return StepTiming(float(p20), float(p50), float(p80))
-
-
-def time_variant(executor: CudaExecutor, operands: Operands, variant: object) -> StepTiming:
-    """Time of a call by one variant."""
-    usual = executor.registry
-    executor.registry = Registry([Forced(family_of(operands.op), variant)], KERNELS)
-    program = Program(operands.op.name, tuple(operands.calls), {"arena": operands.total})
-    loaded = executor.load(program, {"arena": operands.region})
+def load_variants(
+    executor: CudaExecutor, call: Call, variants: Sequence[object]
+) -> tuple[RepeatedCalls, list[Callable[[int], None]]]:
+    """The call on several sets of memory, and what submits rounds of it by each variant."""
+    family, usual = family_of(call.op), executor.registry
+    specs = (call.op, call.input_specs, call.output_specs, executor.device)
+    calls = RepeatedCalls(executor, [call], max(family.workspace_bytes(*specs, v) for v in variants))
+    runs = []
+    for variant in variants:
+        executor.registry = Registry([Forced(family, variant)], KERNELS)
+        runs.append(calls.load())
     executor.registry = usual
-    return timing(loaded.run, executor.synchronize, operands.copies)
+    return calls, runs
 
 
-def time_cudnn(layer: Layer, direction: str, copies: int) -> StepTiming:
-    """Time of PyTorch's convolution (and bias, ReLU, pool) in a CUDA graph."""
+def load_cudnn(layer: Layer, direction: str, copies: int, turns: int) -> Callable[[int], None]:
+    """Submits rounds of PyTorch's convolution (and bias, ReLU, pool) in a CUDA graph."""
     import torch
     from torch.nn import functional
 
@@ -200,15 +153,15 @@ def time_cudnn(layer: Layer, direction: str, copies: int) -> StepTiming:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
-        for i in range(copies):
-            call(i)
+        for i in range(copies * turns):
+            call(i % copies)
 
     def run(steps: int) -> None:
         for _ in range(steps):
             graph.replay()
 
     torch.cuda.empty_cache()  # of what cuDNN's own trials left, and the layer before
-    return timing(run, torch.cuda.synchronize, copies)
+    return run
 
 
 def problems(only: str, directions: Sequence[str]) -> Iterator[tuple[Layer, str]]:
@@ -232,13 +185,16 @@ def measure(
         if reason:
             say(f"{name}: {reason}")
             continue
-        operands = Operands(executor, op, inputs)
-        found = operands.variants
+        call = call_of(op, inputs)
+        found = family_of(op).candidates(call, executor.device)
         chosen = found[0]
-        timings = {v: time_variant(executor, operands, v) for v in (found if every else found[:1])}
-        copies = operands.copies
-        operands.region.free()
-        peer = time_cudnn(layer, direction, copies) if torch else None
+        variants = found if every else found[:1]
+        calls, runs = load_variants(executor, call, variants)
+        if torch:
+            runs.append(load_cudnn(layer, direction, calls.sets, calls.turns))
+        times = [timing.of(calls.count) for timing in time_in_turn(runs, executor.synchronize)]
+        calls.free()
+        timings, peer = dict(zip(variants, times, strict=False)), times[-1] if torch else None
         best = min(t.p50_us for t in timings.values())
         against = f", cuDNN {peer.p50_us:.1f} us, {peer.p50_us / timings[chosen].p50_us:.2f}x" if peer else ""
         say(f"{name}: {timings[chosen].p50_us:.1f} us, {timings[chosen].p50_us / best:.2f} of the best{against}")

@@ -5,6 +5,8 @@ Where the operands are small integers every sum is exact in fp32, so the device 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
-from parcnn.cuda.kernels.conv_wgrad_sm90 import FORMS, Form, Variant
+from parcnn.cuda.kernels.conv_wgrad_sm90 import CLUSTERS, FORMS, Form, Variant
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
@@ -112,7 +114,8 @@ def check_exact(
 
 
 def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
-    """Variants of each form that takes the problem, in tiles that hang over, with few splits and many, few stages and many."""
+    """Variants of each form that takes the problem, in tiles that hang over, with few splits and many, in clusters of each
+    size, few stages and many."""
     op = op_of(problem, kind)
     x = Spec((problem.n, problem.h, problem.w, problem.c), "bf16")
     conv = Conv.of(op, x, Spec((problem.k, problem.r, problem.s, problem.c)))
@@ -124,12 +127,13 @@ def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
         tiles = [(8, 4, 1), (8, 14, 1), (8, 1, 2), (8, 3, 2)] if form.window else [(1, 1, 16), (8, 2, 2), (5, 3, 16)]
         for tile in tiles:
             columns, rows, images = conv_wgrad_sm90._tiles(conv, tile)
-            for splits in {1, 2, columns * rows * images}:
-                if splits > columns * rows * images:
+            total = columns * rows * images
+            for splits, cluster in {(1, 1), (2, 1), (total, 1), (2, 2), (6, 2), (total // 2 * 2, 2)}:
+                if not 0 < splits <= total:
                     continue
-                variant = conv_wgrad_sm90.fit(conv, form, tile, splits, device)
+                variant = conv_wgrad_sm90.fit(conv, form, tile, splits, device, cluster)
                 if variant:
-                    found += [variant, Variant(form, tile, splits, 2)]
+                    found += [variant] if cluster > 1 else [variant, replace(variant, stages=2)]
     return found
 
 
@@ -152,13 +156,13 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_launches_of_every_form_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[Form] = set()
+    seen: set[tuple[Form, int]] = set()
     for name in ("few channels", "odd blocks of channels", "stride 2", "7x7"):
         operands = operands_of(ALL[name], "bias", random_of(name), integers=True)
         for variant in of_every_form(ALL[name], "bias", H200):
             run_op(forced(null, variant, monkeypatch), op_of(ALL[name], "bias"), bits_of(operands))
-            seen.add(variant.form)
-    assert seen == set(FORMS)
+            seen.add((variant.form, variant.cluster))
+    assert seen == {(form, cluster) for form in FORMS for cluster in CLUSTERS}
 
 
 def test_no_split_is_empty_and_blocks_fill_the_device() -> None:
@@ -169,6 +173,7 @@ def test_no_split_is_empty_and_blocks_fill_the_device() -> None:
         for variant in conv_wgrad_sm90.candidates(call, H200):
             columns, rows, images = conv_wgrad_sm90._tiles(conv, variant.tile)
             assert 1 <= variant.splits <= columns * rows * images
+            assert variant.splits % variant.cluster == 0
             assert np.prod(variant.tile) % 16 == 0
             assert 2 <= variant.stages <= conv_wgrad_sm90.MAX_STAGES
 

@@ -18,13 +18,15 @@
 //   Pixels of a tile beyond the outputs are zeros of dy (TMA's), which meet whatever of x lies there: an infinity in x can
 //   make NaN of a tap that does not reach it.
 //   db: warps of the last warpgroup, one for 64 filters, add up the stages' dy beside the tensor cores.
-//   With one split the sums are the result, else they are rows [split][dw, then db] of `partial`.
-// conv_wgrad_sm90_sum: adds the splits' rows in a fixed order; a thread has four elements, blockDim.y threads share them.
+//   The splits that a cluster of blocks has of an item are added from its blocks' shared memory, in their order, each block a
+//   share of the columns. With one cluster an item the sums are the result, else they are rows [cluster][dw, then db] of
+//   `partial`.
+// conv_wgrad_sm90_sum: adds the rows in a fixed order; a thread has four elements, blockDim.y threads share them.
 //
-// grid: items * splits blocks of 128 (CONSUMERS + 1) threads. Bytes: an item reads its channels of x and dy once from L2 (x
-// with its halo); partial sums are written and read once.
-// Preconditions: C and K are multiples of 8; tensors have less than 2^31 elements; no split is empty.
-// Macros: WINDOW, CONSUMERS, COLUMNS, CB (32 or 64) for the first; none for the sum.
+// grid: items * splits blocks of 128 (CONSUMERS + 1) threads in clusters of CLUSTER splits. Bytes: an item reads its channels
+// of x and dy once from L2 (x with its halo); partial sums are written and read once.
+// Preconditions: C and K are multiples of 8; tensors have less than 2^31 elements; no split is empty; CLUSTER divides splits.
+// Macros: WINDOW, CONSUMERS, COLUMNS, CB (32 or 64), CLUSTER for the first; none for the sum.
 
 #include "sm90.cuh"
 #include "sm90_wgmma.cuh"
@@ -46,7 +48,7 @@ struct Problem {
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int tile_n, tile_h, tile_w;                      // output pixels of a tile
     int tiles, splits;
-    int dw_size, row_size;                           // elements of dw, of a split's row of `partial`
+    int dw_size, row_size;                           // elements of dw, of a row of `partial`
     int steps;                                       // of 16 pixels in a tile
     u32 x_descriptor, x_leading_bytes, x_step;       // upper half; between chunks of columns; to the next step (16-byte units)
     u32 dy_descriptor, dy_step;
@@ -64,7 +66,7 @@ struct Item {
 __device__ __forceinline__ Item item_of(const Problem &g, int block) {
     Item o;
     int item, column, row, c_block;
-    o.split = divide(block, g.by_items, item);
+    o.split = divide(block / CLUSTER, g.by_items, item) * CLUSTER + block % CLUSTER;
     o.k = divide(divide(divide(item, g.by_tap_columns, column), g.by_tap_rows, row), g.by_c_blocks, c_block) * (DY_CHUNKS * 64);
     o.c = c_block * (X_CHUNKS * CB);
     o.r = WINDOW ? row * WINDOW_TAPS : row, o.s = WINDOW ? column * WINDOW_TAPS : column;
@@ -93,7 +95,38 @@ __device__ __forceinline__ void add_pixels(float (&sums)[8], u32 at, int rows, i
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
+// Write the consumer thread's sums of its eight columns j: filters k and k + 8, channels c and c + 1.
+__device__ __forceinline__ void store_sums(const Problem &g, const Item &item, float *dw, int j, float4 v) {
+    const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31, chunk = WINDOW ? j / (CB / 8) : 0;
+    const int k = item.k + (WINDOW ? 0 : group * 64) + warp * 16 + (lane >> 2), r = item.r + (WINDOW ? group : 0), s = item.s + chunk;
+    const int c = item.c + (j - chunk * (CB / 8)) * 8 + (lane & 3) * 2;
+    if (r >= g.r || s >= g.s || c >= g.c) return;
+    float *to = dw + ((u32)(k * g.r + r) * g.s + s) * g.c + c;
+    if (k < g.k) *reinterpret_cast<float2 *>(to) = make_float2(v.x, v.y);
+    if (k + 8 < g.k) *reinterpret_cast<float2 *>(to + 8 * g.r * g.s * g.c) = make_float2(v.z, v.w);
+}
+
+#if CLUSTER > 1
+// Where blocks show each other their sums, in place of the ring: [eight columns][consumer thread] of four, then those of dy.
+constexpr u32 SUMS_STRIDE = 16 * 128 * CONSUMERS, SUMS_BYTES = COLUMNS / 8 * SUMS_STRIDE;
+
+// The sum of what the cluster's blocks have at the same address, in their order.
+__device__ __forceinline__ float4 cluster_sum(u32 at) {
+    float4 sum = load_remote16(at, 0);
+#pragma unroll
+    for (int block = 1; block < CLUSTER; ++block) {
+        const float4 v = load_remote16(at, block);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    return sum;
+}
+#endif
+
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(128 * (CONSUMERS + 1), 1)
     conv_wgrad_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap dy, float *__restrict__ dw,
                     float *__restrict__ db, float *__restrict__ partial, const __grid_constant__ Problem g) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -108,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         prefetch(x), prefetch(dy);
     }
     __syncthreads();
-    float *dw_out = partial ? partial + (u64)item.split * g.row_size : dw;
+    float *dw_out = partial ? partial + (u64)(item.split / CLUSTER) * g.row_size : dw;
     const u32 dy_offset = X_CHUNKS * g.x_chunk_bytes;
     Ring ring;
 
@@ -126,26 +159,36 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
                 for (int i = 0; i < X_CHUNKS; ++i) load_tile(at + i * g.x_chunk_bytes, x, barrier, item.c + i * CB, w, h, n);
                 for (int i = 0; i < DY_CHUNKS; ++i) load_tile(at + dy_offset + i * g.dy_chunk_bytes, dy, barrier, item.k + i * 64, q, p, n);
             }
-        } else if (sums_bias && warp >= 1 && warp <= DY_CHUNKS) {
-            float sums[8] = {};
+        }
+        float bias[8] = {};
+        const bool has_bias = sums_bias && warp >= 1 && warp <= DY_CHUNKS;
+        if (has_bias) {
             for (int tile = item.begin; tile < item.end; ++tile, ring.next(g.stages)) {
                 barrier_wait(full + 8 * ring.stage, ring.parity);
-                add_pixels(sums, base + ring.stage * g.stage_bytes + dy_offset + (warp - 1) * g.dy_chunk_bytes, 16 * g.steps, lane);
+                add_pixels(bias, base + ring.stage * g.stage_bytes + dy_offset + (warp - 1) * g.dy_chunk_bytes, 16 * g.steps, lane);
                 __syncwarp();
                 if (lane == 0) barrier_arrive(empty + 8 * ring.stage);
             }
-            float *db_out = partial ? dw_out + g.dw_size : db;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], 8);
-                sums[e] += __shfl_xor_sync(0xffffffffu, sums[e], 16);
-            }
-            const int k = item.k + (warp - 1) * 64 + lane * 8;
-            if (lane < 8 && k < g.k) {
-                store4(db_out + k, make_float4(sums[0], sums[1], sums[2], sums[3]));
-                store4(db_out + k + 4, make_float4(sums[4], sums[5], sums[6], sums[7]));
+                bias[e] += __shfl_xor_sync(0xffffffffu, bias[e], 8);
+                bias[e] += __shfl_xor_sync(0xffffffffu, bias[e], 16);
             }
         }
+        // Lanes 0 to 7 have the first four of eight filters, 8 to 15 the others.
+        const int half = lane >> 3 & 1, own = (warp - 1) * 64 + (lane & 7) * 8 + half * 4;
+        const bool stores_bias = has_bias && lane < 16 && item.k + own < g.k;
+        float4 sum = half ? make_float4(bias[4], bias[5], bias[6], bias[7]) : make_float4(bias[0], bias[1], bias[2], bias[3]);
+#if CLUSTER > 1
+        const u32 at = base + SUMS_BYTES + own * 4;
+        __syncwarp();
+        __syncthreads();
+        if (stores_bias) store_shared16(at, sum);
+        cluster_barrier();
+        if (stores_bias) sum = cluster_sum(at);
+        cluster_barrier();
+#endif
+        if (stores_bias && item.split % CLUSTER == 0) store4((partial ? dw_out + g.dw_size : db) + item.k + own, sum);
     } else {
         if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         if (CONSUMERS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
@@ -174,20 +217,20 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
         }
         wgmma_wait<0>();
 
-        // The thread has filters k and k + 8, pairs of neighbouring channels.
-        const int k = item.k + (WINDOW ? 0 : group * 64) + warp * 16 + (lane >> 2), r = item.r + (WINDOW ? group : 0);
-        if (r >= g.r) return;
+#if CLUSTER > 1
+        const u32 at = base + threadIdx.x * 16;
+        __syncthreads();  // nobody reads the ring any more
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 8; ++j) {
-            const int chunk = WINDOW ? j / (CB / 8) : 0, s = item.s + chunk;
-            const int c = item.c + (j - chunk * (CB / 8)) * 8 + (lane & 3) * 2;
+        for (int j = 0; j < COLUMNS / 8; ++j)
+            store_shared16(at + j * SUMS_STRIDE, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+        cluster_barrier();
+        for (int j = item.split % CLUSTER; j < COLUMNS / 8; j += CLUSTER) store_sums(g, item, dw_out, j, cluster_sum(at + j * SUMS_STRIDE));
+        cluster_barrier();  // a block's memory lives until all have read it
+#else
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                if (k + 8 * e >= g.k || s >= g.s || c >= g.c) continue;
-                float *to = dw_out + ((u32)((k + 8 * e) * g.r + r) * g.s + s) * g.c + c;
-                *reinterpret_cast<float2 *>(to) = make_float2(sums[4 * j + 2 * e], sums[4 * j + 2 * e + 1]);
-            }
-        }
+        for (int j = 0; j < COLUMNS / 8; ++j)
+            store_sums(g, item, dw_out, j, make_float4(sums[4 * j], sums[4 * j + 1], sums[4 * j + 2], sums[4 * j + 3]));
+#endif
     }
 }
 

@@ -58,9 +58,13 @@ class Form(NamedTuple):
         return self.filters // 64
 
     @property
-    def kernel(self) -> Kernel:
-        macros = zip(("WINDOW", "CONSUMERS", "COLUMNS", "CB"), (int(self.window), *self[1:]), strict=True)
-        return Kernel(SOURCE, "conv_wgrad_sm90", tuple(macros))
+    def sums_bytes(self) -> int:
+        """What a block of a cluster shows the others: its products' sums and those of dy."""
+        return 4 * (64 * self.consumers * self.columns + self.filters)
+
+    def kernel(self, cluster: int) -> Kernel:
+        names = ("WINDOW", "CONSUMERS", "COLUMNS", "CB", "CLUSTER")
+        return Kernel(SOURCE, "conv_wgrad_sm90", tuple(zip(names, (int(self.window), *self[1:], cluster), strict=True)))
 
 
 FORMS = (
@@ -69,23 +73,31 @@ FORMS = (
     *(Form(False, consumers, columns, 64) for consumers in (1, 2) for columns in (64, 128, 256)),
     *(Form(False, consumers, 32, 32) for consumers in (1, 2)),
 )
+CLUSTERS = (1, 2)  # of four and eight blocks the 128 of a wave were not all there at once on an H200: twice the time
 SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sm90_sum")
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way to run a problem: a kernel, its tile of output pixels (width, height, images), the runs of tiles that the
-    reduction is cut into, and the stages of the ring."""
+    reduction is cut into, how many of them a cluster of blocks adds up, and the stages of the ring."""
 
     form: Form
     tile: tuple[int, int, int]
     splits: int
     stages: int
+    cluster: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Of partial sums; one: the result."""
+        return self.splits // self.cluster
 
     def __str__(self) -> str:
         kind = "window" if self.form.window else "tap"
         size = f"{self.form.filters}x{self.form.channels}"
-        return f"{kind} {size} {'x'.join(map(str, self.tile))} in {self.splits} {self.stages}"
+        splits = f"{self.rows}x{self.cluster}" if self.cluster > 1 else str(self.splits)
+        return f"{kind} {size} {'x'.join(map(str, self.tile))} in {splits} {self.stages}"
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -117,10 +129,10 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """dy unpooled where there is a pool, and the splits' partial sums where there are several."""
+    """dy unpooled where there is a pool, and the rows of partial sums where there are several."""
     op, conv = _conv(op, inputs[0], outputs[0])
-    splits = (variant or _ranked(conv, op.bias, device)[0]).splits
-    return _partial_offset(conv) + (4 * splits * _row_size(conv, op.bias) if splits > 1 else 0)
+    rows = (variant or _ranked(conv, op.bias, device)[0]).rows
+    return _partial_offset(conv) + (4 * rows * _row_size(conv, op.bias) if rows > 1 else 0)
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
@@ -130,8 +142,8 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """Unpools dy where there is a pool, multiplies, and adds the splits where there are several; `variant` forces one of
-    `candidates`."""
+    """Unpools dy where there is a pool, multiplies, and adds the rows of sums where there are several; `variant` forces one
+    of `candidates`."""
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
     chosen = variant or _ranked(conv, op.bias, device)[0]
     x, dy = call.inputs[:2]
@@ -142,23 +154,25 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         result.append(unpool(dy, call.inputs[2], error))
         dy = error
     row_size, partial = _row_size(conv, op.bias), None
-    if chosen.splits > 1:
-        partial = Pointer(_workspace(call), _partial_offset(conv), 4 * chosen.splits * row_size)
+    if chosen.rows > 1:
+        partial = Pointer(_workspace(call), _partial_offset(conv), 4 * chosen.rows * row_size)
     result.append(_product(conv, chosen, row_size, x, dy, (dw, db, partial)))
     if partial:
-        result.append(_sum(conv, chosen.splits, row_size, (partial, dw, db)))
+        result.append(_sum(conv, chosen.rows, row_size, (partial, dw, db)))
     return result
 
 
-def fit(conv: Conv, form: Form, tile: tuple[int, int, int], splits: int, device: Device) -> Variant | None:
+def fit(
+    conv: Conv, form: Form, tile: tuple[int, int, int], splits: int, device: Device, cluster: int = 1
+) -> Variant | None:
     """The variant with as many stages as shared memory holds; None where there is no room for two."""
     stages = (device.shared_bytes_per_block - BARRIER_BYTES) // _Stage.of(conv, form, tile).nbytes
-    return Variant(form, tile, splits, min(MAX_STAGES, stages)) if stages >= 2 else None
+    return Variant(form, tile, splits, min(MAX_STAGES, stages), cluster) if stages >= 2 else None
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for conv_sm90's `conv_unpool`."""
-    yield from (form.kernel for form in FORMS)
+    yield from (form.kernel(cluster) for form in FORMS for cluster in CLUSTERS)
     yield SUM_KERNEL
 
 
@@ -219,16 +233,18 @@ def _product(
     args: tuple[Argument, ...] = (_x_map(x, conv, variant), _dy_map(dy, conv, variant), *outputs, problem)
     threads = 128 * (form.consumers + 1)
     shared_bytes = variant.stages * stage.nbytes + BARRIER_BYTES
-    return Launch(form.kernel, (items * variant.splits, 1, 1), (threads, 1, 1), args, shared_bytes)
+    if variant.cluster > 1:
+        shared_bytes = max(shared_bytes, form.sums_bytes)
+    return Launch(form.kernel(variant.cluster), (items * variant.splits, 1, 1), (threads, 1, 1), args, shared_bytes)
 
 
-def _sum(conv: Conv, splits: int, row_size: int, places: tuple[Pointer, Slot, Slot | None]) -> Launch:
-    """Few splits are added by one thread each element, more by several."""
+def _sum(conv: Conv, rows: int, row_size: int, places: tuple[Pointer, Slot, Slot | None]) -> Launch:
+    """Few rows are added by one thread each element, more by several."""
     parts = 1
-    while parts < _MOST_PARTS and splits > 8 * parts:
+    while parts < _MOST_PARTS and rows > 8 * parts:
         parts *= 2
     threads = _SUM_THREADS // parts
-    sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
+    sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(rows))
     return Launch(SUM_KERNEL, (ceil(row_size / (4 * threads)), 1, 1), (threads, parts, 1), (*places, *sizes))
 
 
@@ -298,22 +314,24 @@ def _ranked(conv: Conv, bias: bool, device: Device) -> tuple[Variant, ...]:
     """The best variants of each kernel by `_cycles`, best first."""
     costs: dict[Variant, float] = {}
     for form in FORMS:
-        own: dict[Variant, float] = {}
-        for tile in _shapes(conv, form):
-            for splits in _splits(conv, form, tile, device):
-                variant = fit(conv, form, tile, splits, device)
-                if variant:
-                    own[variant] = _cycles(conv, bias, variant, device)
-        costs |= {v: own[v] for v in sorted(own, key=own.__getitem__)[:2]}
+        shapes = list(_shapes(conv, form))
+        for cluster in CLUSTERS:
+            own: dict[Variant, float] = {}
+            for tile in shapes:
+                for splits in _splits(conv, form, tile, device, cluster):
+                    variant = fit(conv, form, tile, splits, device, cluster)
+                    if variant:
+                        own[variant] = _cycles(conv, bias, variant, device)
+            costs |= {v: own[v] for v in sorted(own, key=own.__getitem__)[:2]}
     return tuple(sorted(costs, key=costs.__getitem__)[:MOST_CANDIDATES])
 
 
-def _splits(conv: Conv, form: Form, tile: tuple[int, int, int], device: Device) -> set[int]:
-    """None, and those that fill a wave of blocks or a few; none of the splits is empty."""
+def _splits(conv: Conv, form: Form, tile: tuple[int, int, int], device: Device, cluster: int) -> set[int]:
+    """None, and those that fill a wave of blocks or a few, in whole clusters; none of the splits is empty."""
     k, c, r, s = _items(conv, form)
     x, y, z = _tiles(conv, tile)
-    waves = {device.sm_count * wave // (k * c * r * s) for wave in (1, 2, 3)}
-    return {1} | {min(max(1, splits), x * y * z) for splits in waves}
+    waves = {min(device.sm_count * wave // (k * c * r * s), x * y * z) for wave in (1, 2, 3)}
+    return {1} | {max(1, splits) for splits in waves} if cluster == 1 else {v // cluster * cluster for v in waves} - {0}
 
 
 def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
@@ -362,7 +380,9 @@ def _cycles(conv: Conv, bias: bool, variant: Variant, device: Device) -> float:
     pixels = min(conv.h, p * conv.r) * min(conv.w, q * conv.s)  # of x that are read
     memory = 2 * conv.n * (pixels * conv.c + p * q * conv.k) / 2400
     row_bytes = 4 * _row_size(conv, bias)
-    total = 2100 + 2 * variant.splits * row_bytes / 2400 if variant.splits > 1 else 0
+    total = 2100 + 2 * variant.rows * row_bytes / 2400 if variant.rows > 1 else 0.0
+    if variant.cluster > 1:
+        total += 800 + form.sums_bytes / 30
     return max(busiest, memory) + 0.1 * min(busiest, memory) + total
 
 
