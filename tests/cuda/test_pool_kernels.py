@@ -128,6 +128,22 @@ def test_few_outputs_share_their_windows() -> None:
     assert entry(PoolFprop("avg", kernel=(4, 4), stride=(1, 1)), (64, 99, 99, 64)) == "pool_fprop"
 
 
+def test_a_maximum_has_no_more_parts_than_its_taps_ask_for() -> None:
+    device = Device("", "sm_90a", 132)
+
+    def threads(kind: str, dtype: str, channels: int) -> int:
+        op, x = PoolFprop(kind, kernel=(4, 4), stride=(4, 4)), Slot(Spec((512, 4, 4, channels), dtype), "arena")
+        call = Call(op, (x,), tuple(Slot(s, "arena") for s in op.infer(x.spec)))
+        (launch,) = pool.launches(call, device)
+        assert launch.kernel.entry == "pool_fprop_shared"
+        return launch.block[0]
+
+    assert threads("max", "bf16", 256) == 2 * 32  # two parts of 16 taps, vectors of 8
+    assert threads("max", "f32", 256) == 2 * 64
+    assert threads("max", "bf16", 3) == 32
+    assert threads("avg", "f32", 256) == 256
+
+
 def test_windows_apart_read_their_error_once() -> None:
     device = Device("", "sm_90a", 132)
 

@@ -71,7 +71,7 @@ template <int Kind> __device__ __forceinline__ float activation_dgrad(float dy, 
 // ---- Maximum ------------------------------------------------------------------------------------------------------
 
 // Whether v takes the place of `best` in a maximum: the first of equals stays, the first NaN wins.
-__device__ __forceinline__ bool beats(float v, float best) { return v > best || (v != v && best == best); }
+__device__ __forceinline__ bool beats(float v, float best) { return !(v <= best) && best == best; }
 
 // ---- Random words: Philox4x32-10 (Salmon et al., SC '11); twin of parcnn.ops.philox --------------------------------
 

@@ -5,8 +5,8 @@
 //   dgrad      dx[pixel] = sum over the windows that cover it of dy (max: where idx says so; else dy / divisor)
 //
 // pool_fprop: a thread makes VEC neighbouring channels of one output; threads run along channels, then pixels.
-// pool_fprop_shared: a block of 256 threads makes 2^lanes_log2 vectors of one output, its other threads share the window
-//   out; their results are merged in a fixed order. For few outputs with large windows (global pools).
+// pool_fprop_shared: a block of up to 256 threads (a power of two) makes 2^lanes_log2 vectors of one output, its other threads
+//   share the window out; their results are merged in a fixed order. For few outputs with large windows (global pools).
 // pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
 // pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
 //   from one window's start to the next one's; it reads that window's error once.
@@ -24,6 +24,7 @@
 #ifndef BATCHED
 #define BATCHED 1
 #endif
+#define WINDOWS 4  // that pool_dgrad loads before it uses the first: as many of 3x3, two apart, cover a pixel
 #define BLOCKS (BATCHED > 4 ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
 
 struct Axis {
@@ -117,46 +118,49 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
 }
 
 #if KIND == MAX
-// Up to four of them in one access.
-__device__ __forceinline__ void store_index(u8 *p, const int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        *p = (u8)at[0];
+// Indices of VEC neighbouring channels, as they lie in memory.
+struct Indices {
+    u32 word[(VEC * sizeof(INDEX) + 3) / 4];
+};
+
+__device__ __forceinline__ Indices fetch_indices(const INDEX *p) {
+    Indices r;
+    if constexpr (VEC * sizeof(INDEX) == 1) {
+        r.word[0] = *p;
+    } else if constexpr (VEC * sizeof(INDEX) == 4) {
+        r.word[0] = load_word<u32>(p);
+    } else if constexpr (VEC * sizeof(INDEX) == 8) {
+        uint2 t = load_word<uint2>(p);
+        r.word[0] = t.x, r.word[1] = t.y;
     } else {
 #pragma unroll
-        for (int e = 0; e < VEC; e += 4) store_word(p + e, make_uchar4((u8)at[e], (u8)at[e + 1], (u8)at[e + 2], (u8)at[e + 3]));
+        for (int e = 0; e < VEC; e += 4) {
+            uint4 t = load_word<uint4>(p + e);
+            r.word[e] = t.x, r.word[e + 1] = t.y, r.word[e + 2] = t.z, r.word[e + 3] = t.w;
+        }
     }
+    return r;
 }
 
-__device__ __forceinline__ void store_index(int *p, const int (&at)[VEC]) {
+__device__ __forceinline__ int index_of(const Indices &r, int e) {
+    return sizeof(INDEX) == 4 ? r.word[e] : r.word[e / 4] >> 8 * (e % 4) & 255;
+}
+
+// Four bytes as a word.
+__device__ __forceinline__ u32 pack(const int *at) {
+    return __byte_perm(__byte_perm(at[0], at[1], 0x0040), __byte_perm(at[2], at[3], 0x0040), 0x5410);
+}
+
+__device__ __forceinline__ void store_indices(INDEX *p, const int (&at)[VEC]) {
     if constexpr (VEC == 1) {
-        *p = at[0];
-    } else {
+        *p = (INDEX)at[0];
+    } else if constexpr (sizeof(INDEX) == 4) {
 #pragma unroll
         for (int e = 0; e < VEC; e += 4) store_word(p + e, make_int4(at[e], at[e + 1], at[e + 2], at[e + 3]));
-    }
-}
-
-__device__ __forceinline__ void load_index(const u8 *p, int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        at[0] = *p;
+    } else if constexpr (VEC == 4) {
+        store_word(p, pack(at));
     } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) {
-            uchar4 t = load_word<uchar4>(p + e);
-            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
-        }
-    }
-}
-
-__device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        at[0] = *p;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) {
-            int4 t = load_word<int4>(p + e);
-            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
-        }
+        store_word(p, make_uint2(pack(at), pack(at + 4)));
     }
 }
 #else
@@ -165,7 +169,7 @@ __device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
 
 __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, INDEX *idx, size_t at) {
 #if KIND == MAX
-    store_index(idx + at, r.position);
+    store_indices(idx + at, r.position);
 #else
     float share = 1.0f / divisor_of(h, w, window);
 #pragma unroll
@@ -193,7 +197,7 @@ pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX 
                   FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     __shared__ float values[VEC][THREADS];
     __shared__ int positions[VEC][KIND == MAX ? THREADS : 1];
-    int lanes = 1 << lanes_log2, parts = THREADS >> lanes_log2;
+    int lanes = 1 << lanes_log2, parts = blockDim.x >> lanes_log2;
     int lane = threadIdx.x & (lanes - 1), part = threadIdx.x >> lanes_log2;
     int c = (blockIdx.y * lanes + lane) * VEC;
     bool live = c < channels;
@@ -259,25 +263,42 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
     covering(y, window.h, p_lo, p_hi);
     covering(x, window.w, q_lo, q_hi);
     Floats<VEC> sum = splat<VEC>(0.0f);
-    for (int p = p_lo; p <= p_hi; ++p) {
-        int r = KIND == ADAPTIVE ? 0 : tap_at(y, p, window.h);
-        if (r < 0) continue;
-        for (int q = q_lo; q <= q_hi; ++q) {
-            int s = KIND == ADAPTIVE ? 0 : tap_at(x, q, window.w);
-            if (s < 0) continue;
-            size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
-            Floats<VEC> error = load<VEC>(dy + at);
+    int windows = max(p_hi - p_lo + 1, 0) * max(q_hi - q_lo + 1, 0), p = p_lo, q = q_lo;
+    for (int first = 0; first < windows; first += WINDOWS) {
+        Fetched<ELEMENT, VEC> error[WINDOWS];
+        int tap[WINDOWS];  // of the pixel in each window; -1: none
 #if KIND == MAX
-            int winner[VEC];
-            load_index(idx + at, winner);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e)
-                if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
+        Indices winner[WINDOWS];
 #else
-            float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) sum.v[e] += error.v[e] * share;
+        float share[WINDOWS];
 #endif
+#pragma unroll
+        for (int j = 0; j < WINDOWS; ++j) {
+            int r = KIND == ADAPTIVE ? 0 : tap_at(y, p, window.h), s = KIND == ADAPTIVE ? 0 : tap_at(x, q, window.w);
+            tap[j] = first + j < windows && r >= 0 && s >= 0 ? r * window.w.kernel + s : -1;
+            if (tap[j] >= 0) {
+                size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
+                error[j] = fetch<VEC>(dy + at);
+#if KIND == MAX
+                winner[j] = fetch_indices(idx + at);
+#else
+                share[j] = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
+#endif
+            }
+            if (++q > q_hi) q = q_lo, ++p;
+        }
+#pragma unroll
+        for (int j = 0; j < WINDOWS; ++j) {
+            if (tap[j] < 0) continue;
+            Floats<VEC> wide = widen(error[j]);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+#if KIND == MAX
+                if (index_of(winner[j], e) == tap[j]) sum.v[e] += wide.v[e];
+#else
+                sum.v[e] += wide.v[e] * share[j];
+#endif
+            }
         }
     }
     store<VEC>(dx + (size_t)i * VEC, sum);
@@ -293,12 +314,14 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
     int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
     int p = divide(y + window.h.pad, window.h.by_stride, r), width = window.w.kernel;
     Floats<VEC> error = splat<VEC>(0.0f);
-    int winner[VEC] = {};
+#if KIND == MAX
+    Indices winner = {};
+#endif
     if (p < window.h.out && q < window.w.out && r < window.h.kernel) {
         size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
         error = load<VEC>(dy + at);
 #if KIND == MAX
-        load_index(idx + at, winner);
+        winner = fetch_indices(idx + at);
 #else
         float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
@@ -312,7 +335,11 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
         Floats<VEC> value;
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
-            value.v[e] = s < width && (KIND != MAX || winner[e] == r * width + s) ? error.v[e] : 0.0f;
+#if KIND == MAX
+            value.v[e] = s < width && index_of(winner, e) == r * width + s ? error.v[e] : 0.0f;
+#else
+            value.v[e] = s < width ? error.v[e] : 0.0f;
+#endif
         if (x >= 0 && x < window.w.in) store<VEC>(result, value);
     }
 }

@@ -23,6 +23,7 @@ from parcnn.ops.program import Call
 
 OPS = (PoolFprop, PoolDgrad, AdaptiveAvgFprop, AdaptiveAvgDgrad)
 
+WARP = 32
 THREADS = 256
 LEAST_LANES = 8  # along channels where a block shares a window: together they read 128 bytes
 FEW_TAPS, MANY_TAPS = 4, 9  # that a thread loads before it uses the first: a 2x2 and a 3x3 window
@@ -109,13 +110,15 @@ def _fprop(call: Call, device: Device) -> Launch:
         lanes_log2 = lanes_for(vectors, max(LEAST_LANES, THREADS // sharing))
         grid = (n * p * q, -(-vectors >> lanes_log2), 1)
         sizes: tuple[Argument, ...] = (np.int32(channels), np.int32(lanes_log2), fast_div(q), fast_div(p))
+        # A comparison costs more than a sum, and more parts bring more of them: no more than the taps ask for.
+        threads = min(max(sharing << lanes_log2, WARP), THREADS) if kind == MAX else THREADS
         kernel = _kernel("pool_fprop_shared", y.dtype, kind, index_type, width, MANY_TAPS)
     else:
-        grid = (-(-count // THREADS), 1, 1)
+        grid, threads = (-(-count // THREADS), 1, 1), THREADS
         sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(q), fast_div(p))
         kernel = _kernel("pool_fprop", y.dtype, kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS)
     args = (call.inputs[0], call.outputs[0], index, *sizes, _window(op, x, y))
-    return Launch(kernel, grid, (THREADS, 1, 1), args)
+    return Launch(kernel, grid, (threads, 1, 1), args)
 
 
 def _dgrad(call: Call) -> Launch:
