@@ -44,6 +44,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, w = inputs[:2]
     if op.bias and inputs[2].dtype != "f32":
         return f"the bias must be f32, not {inputs[2].dtype}"
+    if op.groups > 1 and w.shape[3] == 1 and (op.pool or op.act not in (None, "relu")):
+        return "depthwise convolutions have kernels of their own, which fuse no such epilogue"
     if op.pool == "max" and op.groups > 1 and w.shape[0] // op.groups % 4:
         return f"groups of {w.shape[0] // op.groups} filters share bytes of 2-bit indices"
     return refuse(op, (x, w, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
