@@ -1,4 +1,4 @@
-"""bf16 convolution on Hopper's tensor cores against cuDNN, layer by layer, every candidate tile.
+"""bf16 convolution on tensor cores, Hopper's kernels or the portable ones, against cuDNN: layer by layer, every candidate.
 
 Both sides run many calls in a CUDA graph, one after the other, on copies of the operands that take turns, so that no call
 finds its own in L2; repeats of all variants and of cuDNN take turns, so that they meet the same clock. TFLOP/s counts the
@@ -22,7 +22,7 @@ from parcnn.bench.peers import has_torch_on_gpu
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.rows import Row, append
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import Registry, conv_sm90, conv_wgrad_sm90
+from parcnn.cuda.kernels import Registry, conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -88,9 +88,11 @@ LAYERS = (
 )
 
 
-def family_of(op: Op) -> Any:
-    """The launcher that is measured."""
-    return conv_wgrad_sm90 if isinstance(op, ConvWgrad) else conv_sm90
+# The launchers of each op.
+FAMILIES: dict[str, dict[type[Op], Any]] = {
+    "sm90": {ConvFprop: conv_sm90, ConvDgrad: conv_sm90, ConvWgrad: conv_wgrad_sm90},
+    "mma": {ConvFprop: conv_mma_fprop, ConvDgrad: conv_mma_dgrad, ConvWgrad: conv_mma_wgrad},
+}
 
 
 def call_of(op: Op, inputs: Sequence[Spec]) -> Call:
@@ -103,10 +105,10 @@ def call_of(op: Op, inputs: Sequence[Spec]) -> Call:
 
 
 def load_variants(
-    executor: CudaExecutor, call: Call, variants: Sequence[object]
+    executor: CudaExecutor, family: Any, call: Call, variants: Sequence[object]
 ) -> tuple[RepeatedCalls, list[Callable[[int], None]]]:
     """The call on several sets of memory, and what submits rounds of it by each variant."""
-    family, usual = family_of(call.op), executor.registry
+    usual = executor.registry
     specs = (call.op, call.input_specs, call.output_specs, executor.device)
     calls = RepeatedCalls(executor, [call], max(family.workspace_bytes(*specs, v) for v in variants))
     runs = []
@@ -173,7 +175,13 @@ def problems(only: str, directions: Sequence[str]) -> Iterator[tuple[Layer, str]
 
 
 def measure(
-    executor: CudaExecutor, say: Callable[[str], None], only: str, directions: Sequence[str], every: bool, torch: bool
+    executor: CudaExecutor,
+    say: Callable[[str], None],
+    name_of_family: str,
+    only: str,
+    directions: Sequence[str],
+    every: bool,
+    torch: bool,
 ) -> list[Row]:
     """A row for each variant (or the chosen one) of each problem; `torch`: with cuDNN's time."""
     machine, rows = Machine.of(executor), []
@@ -181,15 +189,16 @@ def measure(
     for layer, direction in problems(only, directions):
         name = f"{direction} {layer}"
         op, inputs = layer.call(direction)
-        reason = family_of(op).supports(op, inputs)
+        family = FAMILIES[name_of_family][type(op)]
+        reason = family.supports(op, inputs)
         if reason:
             say(f"{name}: {reason}")
             continue
         call = call_of(op, inputs)
-        found = family_of(op).candidates(call, executor.device)
+        found = family.candidates(call, executor.device)
         chosen = found[0]
         variants = found if every else found[:1]
-        calls, runs = load_variants(executor, call, variants)
+        calls, runs = load_variants(executor, family, call, variants)
         if torch:
             runs.append(load_cudnn(layer, direction, calls.sets, calls.turns))
         times = [timing.of(calls.count) for timing in time_in_turn(runs, executor.synchronize)]
@@ -206,7 +215,7 @@ def measure(
             say(f"  {mark} {variant!s:44}{took.p50_us:9.1f} us{layer.flops / took.p50_us / 1e6:7.0f} TFLOP/s")
             rows.append(
                 machine.row(
-                    "kernels conv sm90", name, str(variant), took, flops=layer.flops, chosen=variant == chosen,
+                    f"kernels conv {name_of_family}", name, str(variant), took, flops=layer.flops, chosen=variant == chosen,
                     peer="cudnn" if peer else None, peer_p50_us=peer.p50_us if peer else None,
                 )
             )  # fmt: skip
@@ -219,6 +228,7 @@ def measure(
 def main() -> None:
     """Measure, print, and keep the rows where asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="sm90", choices=FAMILIES, help="Hopper's kernels, or mma.sync's")
     parser.add_argument("--only", default="", help="layers whose N,H,W,C,K,R,stride,pad has this in it")
     parser.add_argument("--directions", nargs="+", default=list(DIRECTIONS), choices=DIRECTIONS)
     parser.add_argument("--chosen", action="store_true", help="only the variants that the launcher takes")
@@ -226,7 +236,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="append the rows to this .jsonl file")
     arguments = parser.parse_args()
     torch = has_torch_on_gpu() and not arguments.no_torch
-    rows = measure(CudaExecutor(), print, arguments.only, arguments.directions, not arguments.chosen, torch)
+    every = not arguments.chosen
+    rows = measure(CudaExecutor(), print, arguments.family, arguments.only, arguments.directions, every, torch)
     if arguments.rows:
         append(arguments.rows, rows)
 
