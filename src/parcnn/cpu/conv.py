@@ -5,27 +5,21 @@ The tensor before the pool exists for one block only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import cast
 
 import numpy as np
 
-from parcnn.cpu import conv_grouped
-from parcnn.cpu.conv_epilogue import dgrad_epilogue
+from parcnn.cpu import conv_grouped, conv_wgrad
+from parcnn.cpu.conv_error import dgrad_epilogue, routed_error
 from parcnn.cpu.lowering import Block, Lowering, lowering
 from parcnn.cpu.pointwise import activate
-from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch, route_error
-from parcnn.cpu.sums import RowSums, add_in_order, row_sums_bytes
-from parcnn.cpu.workers import ALIGNMENT, PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes
+from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch
+from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
 
 Arrays = list[tuple[Shape, np.dtype | type]]
-
-# Bytes of a block's product that are added to those of other blocks, in filter gradients: half of a block.
-TERM_BYTES = 512 * 1024
 
 
 def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -102,7 +96,7 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
         start = scratch.used
         for block in parts:
             scratch.rewind(start)
-            error = _error(low, dy, packed, block, False, scratch)
+            error = routed_error(low, dy, packed, block, False, scratch)
             if low.plain:
                 pixels = target[:, slice(None) if low.p == 1 else block.rows].reshape(-1, low.depth)
                 for rows, result in low.stacks(error, pixels):
@@ -138,130 +132,17 @@ def _dgrad_by_fprop(
     workspace.each(mirror.blocks(workspace.workers), block)
 
 
-def conv_wgrad(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
-    """dw = dy^T @ columns, dy routed back through the pool first; db = sums of dy. Products of blocks are added in order.
-
-    The gradient at some channels of the filters needs no others of the images. Large filters are cut there: blocks then
-    have more windows, and there is less to add.
-    """
+def filter_gradient(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """dw = dy^T @ columns, dy routed back through the pool first; db = sums of dy."""
     x, dy = inputs[:2]
     packed = inputs[2] if op.pool == "max" else None
-    dw = outputs[0]
+    dw, db = outputs[0], outputs[1] if op.bias else None
     low = lowering(_geometry(op), x.shape, dw.shape, x.itemsize)
-    shared = workspace.shared
-    shared.rewind()
+    workspace.shared.rewind()
     if op.groups > 1:
-        conv_grouped.wgrad(op, low, x, dy, dw, outputs[1] if op.bias else None, workspace)
-        return
-    if op.bias:
-        rows = dy.reshape(-1, dy.shape[3])
-        sums = RowSums(len(rows), dy.shape[3], 1, dy.dtype, workspace)
-        outputs[1][...] = sums.total(lambda part, _: (rows[part],), pieces=64)[0]
-        shared.rewind()
-    plan = _wgrad_plan(low, workspace.workers)
-    x, dw = x.reshape(plan.image), dw.reshape(plan.filters)
-    totals = [shared.take((size,), x.dtype) for size in plan.sizes]
-    terms = dw.reshape(1, -1) if plan.alone else shared.take((plan.terms, plan.sizes[0]), x.dtype)
-
-    def multiply(product: _Product, scratch: Scratch) -> None:
-        part = product.low
-        error = _error(part, dy, packed, product.block, part.products_transposed, scratch)
-        columns = part.columns(x[..., product.channels], product.block, scratch)
-        own = terms[product.terms, : part.outputs * part.depth].reshape(-1, part.outputs, part.depth)
-        for left, right in part.stacks(error, columns):
-            np.matmul(left.transpose(0, 2, 1), right, out=own[: len(left)])
-            own = own[len(left) :]
-
-    def add(task: _Addition, scratch: Scratch) -> None:
-        add_in_order(totals[task.part][task.elements], terms[task.terms, task.elements], task.first)
-
-    for products, additions in plan.waves:
-        workspace.each(products, multiply)
-        workspace.each(additions, add)
-    if not plan.alone:
-        for (channels, part), total in zip(plan.parts, totals, strict=True):
-            part.fold_filters(total[: part.outputs * part.depth], dw[..., channels])
-
-
-@dataclass(frozen=True)
-class _Product:
-    """What a thread multiplies in one go, for some channels of the filters, and the terms of their sum that it gives."""
-
-    part: int
-    channels: slice
-    low: Lowering
-    block: Block
-    terms: slice
-
-
-@dataclass(frozen=True)
-class _Addition:
-    """Terms to add to some elements of a part's sum; `first`: to nothing yet."""
-
-    part: int
-    elements: slice
-    terms: slice
-    first: bool
-
-
-@dataclass(frozen=True)
-class _WgradPlan:
-    """A filter gradient: its parts by channels, and in turn what is multiplied, one item a thread, and then added."""
-
-    image: Shape
-    filters: Shape
-    parts: list[tuple[slice, Lowering]]
-    sizes: list[int]  # elements of a part's product, in whole lines of the cache
-    terms: int  # most at a time
-    waves: list[tuple[list[_Product], list[_Addition]]]
-    alone: bool  # one product is the gradient
-
-
-@lru_cache(maxsize=4096)
-def _wgrad_plan(low: Lowering, workers: int) -> _WgradPlan:
-    """The filters cut by channels, so that a block's product has about TERM_BYTES; images cut by blocks."""
-    if (
-        low.plain and low.p == low.q == 1
-    ):  # filters that cover the image: as filters of one pixel their depth can be cut
-        (n, *_), (k, *_) = low.image, low.filters
-        low = lowering(ConvGeometry(), (n, 1, 1, low.depth), (k, 1, 1, low.depth), low.itemsize)
-    (n, h, w, c), (k, r, s, _) = low.image, low.filters
-    most = max(1, TERM_BYTES // (low.outputs * low.r * low.s * low.itemsize))
-    step = -(-c // -(-c // most))
-    parts: list[tuple[slice, Lowering]] = []
-    for start in range(0, c, step):
-        some = min(step, c - start)
-        part = lowering(low.geometry, (n, h, w, some), (k, r, s, some), low.itemsize)
-        parts.append((slice(start, start + some), part))
-    line = ALIGNMENT // low.itemsize
-    sizes = [-(-part.outputs * part.depth // line) * line for _, part in parts]
-
-    items = [(i, block) for i, (_, part) in enumerate(parts) for block in part.blocks(workers)]
-    waves = []
-    for start in range(0, len(items), workers):
-        products: list[_Product] = []
-        for i, block in items[start : start + workers]:
-            channels, part = parts[i]
-            used = products[-1].terms.stop if products else 0
-            products.append(_Product(i, channels, part, block, slice(used, used + part.count(block))))
-        waves.append((products, _additions(products, sizes)))
-    terms = max(products[-1].terms.stop for products, _ in waves)
-    alone = terms == len(waves) == 1 and not low.pool_as_filters
-    if alone:
-        waves = [(waves[0][0], [])]
-    return _WgradPlan(low.image, low.filters, parts, sizes, terms, waves, alone)
-
-
-def _additions(products: list[_Product], sizes: list[int]) -> list[_Addition]:
-    """The sums of a wave's products, cut in pieces that threads share."""
-    additions = []
-    for i in sorted({product.part for product in products}):
-        own = [product for product in products if product.part == i]
-        terms = slice(own[0].terms.start, own[-1].terms.stop)
-        first = own[0].block.images.start == own[0].block.rows.start == 0
-        for start in range(0, sizes[i], PIECE):
-            additions.append(_Addition(i, slice(start, min(start + PIECE, sizes[i])), terms, first))
-    return additions
+        conv_grouped.wgrad(op, low, x, dy, dw, db, workspace)
+    else:
+        conv_wgrad.wgrad(low, x, dy, packed, dw, db, workspace)
 
 
 def kernel_name(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> str:
@@ -288,20 +169,6 @@ def _mirrored(low: Lowering) -> Lowering | None:
     if low.plain or g.pool or g.stride != (1, 1) or min(pad) < 0 or k > 2 * c:
         return None
     return lowering(ConvGeometry(pad=pad, dilation=g.dilation), (n, low.p, low.q, k), (c, r, s, k), low.itemsize)
-
-
-def _error(
-    low: Lowering, dy: np.ndarray, packed: np.ndarray | None, block: Block, transposed: bool, scratch: Scratch
-) -> np.ndarray:
-    """The error at the convolution's own outputs, (M, outputs)."""
-    here = dy[block.images, block.rows]
-    if not low.geometry.pool:
-        return here.reshape(-1, low.outputs)
-    m = prod(low.windows(block.shape))
-    error = scratch.take((low.outputs, m) if transposed else (m, low.outputs), dy.dtype)
-    indices = None if packed is None else packed[block.images, block.rows]
-    route_error(here, indices, low.candidates(error, block.shape, transposed), transposed, scratch)
-    return error.T if transposed else error
 
 
 def _col2im(
@@ -343,32 +210,13 @@ def _dtype(spec: Spec) -> np.dtype:
     return np.dtype(np.float64 if spec.dtype == "f64" else np.float32)
 
 
-def _wgrad_scratch(op: ConvWgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
-    low = _lowering_of(op, inputs, outputs)
-    dtype = _dtype(inputs[0])
-    if op.groups > 1:
-        return conv_grouped.scratch(op, low, dtype)
-    plan = _wgrad_plan(low, workers)
-    sums: Arrays = [((size,), dtype) for size in plan.sizes] + [((plan.terms, plan.sizes[0]), dtype)]
-    own = 0
-    for _, part in plan.parts:
-        taken = part.taken_shape(workers)
-        columns: Arrays = [(shape, dtype) for shape in part.columns_scratch(taken)]
-        routed: Arrays = []
-        if op.pool:
-            routed = [((prod(part.windows(taken)), part.outputs), dtype)]
-            routed += error_scratch((*taken, part.q, part.filters[0]), dtype)
-        own = max(own, scratch_bytes([*routed, *columns]))
-    dy = inputs[1]
-    bias = row_sums_bytes(dy.size // dy.shape[3], dy.shape[3], 1, dtype) if op.bias else 0
-    return ScratchSize(max(scratch_bytes(sums), bias), own)
-
-
 def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
     low = _lowering_of(op, inputs, outputs)
     dtype = _dtype(inputs[0])
     if isinstance(op, ConvGeometry) and op.groups > 1:
         return conv_grouped.scratch(op, low, dtype)
+    if isinstance(op, ConvWgrad):
+        return conv_wgrad.scratch(low, op.bias, dtype, workers)
     n, rows = low.taken_shape(workers)
     m = prod(low.windows((n, rows)))
     pooled = (n, rows, low.q, low.filters[0])
@@ -390,5 +238,5 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], worker
     return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
 
 
-RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: conv_wgrad}
-SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _wgrad_scratch}
+RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: filter_gradient}
+SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}

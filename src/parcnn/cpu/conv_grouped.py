@@ -13,7 +13,7 @@ from math import prod
 
 import numpy as np
 
-from parcnn.cpu.conv_epilogue import dgrad_epilogue
+from parcnn.cpu.conv_error import dgrad_epilogue
 from parcnn.cpu.lowering import Block, Lowering
 from parcnn.cpu.pointwise import activate
 from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes

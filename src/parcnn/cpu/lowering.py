@@ -146,11 +146,9 @@ class Lowering:
     def taken_shape(self, workers: int) -> tuple[int, int]:
         """Images and output rows that one of so many threads takes in one go: one block_shape, or some of whole images."""
         n, rows = self.block_shape
-        return (
-            (n, rows)
-            if rows < self.p
-            else (min(self.image[0], n * together(-(-self.image[0] // n), workers, MOST_BLOCKS)), rows)
-        )
+        if rows == self.p:
+            n *= together(-(-self.image[0] // n), workers, MOST_BLOCKS)
+        return min(self.image[0], n), rows
 
     def count(self, block: Block) -> int:
         """How many products a block that is taken in one go is multiplied in."""
