@@ -182,8 +182,8 @@ def test_workspace_only_where_blocks_share_rows() -> None:
         inputs = (x, c, c, c, c)
         return batch_norm.workspace_bytes(op, inputs, op.infer(*inputs), device)
 
-    assert needed(BatchNormTrain(), (64, 4, 4, 64)) == 0  # few rows
-    assert needed(BatchNormTrain(), (64, 7, 7, 2048)) == 0  # many channels
+    assert needed(BatchNormTrain(), (32, 4, 4, 64)) == 0  # few rows
+    assert 0 < needed(BatchNormTrain(), (64, 7, 7, 2048)) < 64 * 7 * 7 * 2048 // 100 * 4
     assert needed(BatchNormInfer(), (512, 16, 16, 64)) == 0
     assert 0 < needed(BatchNormTrain(), (512, 16, 16, 64)) < 512 * 16 * 16 * 64 // 100 * 4
 
