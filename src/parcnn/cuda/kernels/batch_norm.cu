@@ -4,21 +4,26 @@
 //   backward   dz = dy * act'(gamma*xhat + beta), recomputed;  dbeta = sum dz;  dgamma = sum dz*xhat;
 //              training: dx = gamma*rstd * (dz - (dbeta + xhat*dgamma)/rows);  frozen statistics: dx = gamma*rstd * dz
 //
+// x, y, dy and dx are float or bf16; everything else is float, and so is all arithmetic: bf16 is rounded to once, at the store.
+// Backward recomputes the forward's float before the activation, bit for bit, and cuts off where that was zero or less. The
+// rounding to bf16 has no part in it: where a positive float rounds to a zero y (up to 2^-134), dy still passes.
+//
 // Two launches: a pass that leaves one partial result a block and channel, and a pass whose blocks each merge the partial
 //   results of their channels, in the same order, and then write (it walks the tensor backwards: what the first pass read
 //   last is still in the L2 cache).
-// One launch (`_single`), for few rows or many channels: a block owns all rows of a few channels and keeps them in shared
-//   memory between the sums and the writing; each thread reads there only what it put there itself.
+// One launch (`_single`), for few rows: a block owns all rows of a few channels and keeps them in shared memory between the
+//   sums and the writing; each thread reads there only what it put there itself.
 // In every pass a block has 2^lanes_log2 lanes along channels (VEC each) and its other threads along rows; it takes tiles of
-//   UNROLL rows a thread. blockIdx.x: group of channels; blockIdx.y: which tiles.
+//   UNROLL rows a thread. blockIdx.x: group of channels; blockIdx.y: which tiles. What is done once a channel (square root,
+//   divisions, running statistics) the block's first threads do, one a channel.
 // Variances: the mean comes before the squared deviations from it, and is corrected by the deviations. In two launches a
 //   thread takes both of UNROLL rows at a time and merges them (Chan, Golub & LeVeque 1979): no difference of large numbers.
 //   Every order is fixed.
 // Bytes: forward reads x twice (training, two launches), writes y; backward reads dy and x twice (frozen or one launch: once),
 //   writes dx.
-// Preconditions: for VEC = 4, C is a multiple of 4 and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of
-//   two, at least 32 and 2^lanes_log2; 2^lanes_log2 * VEC at most 32. dx may be dy or x: an element is read for the last time
-//   by the thread that writes it.
+// Preconditions: C is a multiple of VEC and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of two, at least
+//   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP. dx may be dy or x: an element is read for the
+//   last time by the thread that writes it.
 // Macros: ELEMENT (float, bf16), VEC.
 #include "common.cuh"
 
