@@ -56,7 +56,11 @@ def test_ablation_is_against_all_on_of_the_same_machine() -> None:
 def test_the_other_tables() -> None:
     rows = [
         Row("step", "lenet5, batch 64", "cuda", p50_us=50.0, peer="torch 2, graph", peer_p50_us=60.0, gpu="H200",
-            extra={"images_per_second": 1.28e6, "peer_modes_us": {"eager": 900.0, "graph": 60.0}}),
+            peak_bytes=1 << 20, extra={
+                "images_per_second": 1.28e6,
+                "peer_modes_us": {"eager, autocast": 900.0, "graph, autocast": 70.0, "graph, bf16 weights": 60.0},
+                "peer_modes_bytes": {"eager, autocast": 3 << 20, "graph, autocast": 2 << 20},
+            }),
         Row("fused", "conv1", "fused", p50_us=10.0, peak_bytes=1 << 20, gpu="H200", extra={"bytes_moved": 1e6}),
         Row("fused", "conv1", "unfused", p50_us=25.0, peak_bytes=4 << 20, gpu="H200", extra={"bytes_moved": 4e6}),
         Row("memory", "cifarnet, 8 GiB", "cuda", peak_bytes=2 << 30, gpu="H200", extra={"largest_batch": 40}),
@@ -64,7 +68,8 @@ def test_the_other_tables() -> None:
               extra={"recipe": "mnist-lenet5", "accuracy": a, "seconds": 2.0}) for s, a in ((0, 0.99), (1, 0.992))),
     ]  # fmt: skip
     lines = {name: make(rows).lines for name, make in tables.TABLES.items()}
-    assert lines["step"] == [("lenet5, batch 64", "H200", "50.0 µs", "1,280,000", "900 µs", "60.0 µs", "–", "1.20×")]
+    step = ("lenet5, batch 64", "H200", "50.0 µs", "1,280,000", "900 µs", "60.0 µs", "–", "1.20×", "1.00 MiB", "2.00 MiB")
+    assert lines["step"] == [step]
     assert lines["fused"] == [("conv1", "H200", "10.0 µs", "25.0 µs", "2.50×", "1.00 MiB / 4.00 MiB", "1.0 / 4.0 MB")]
     assert lines["memory"] == [("cifarnet, 8 GiB", "H200", "40", "2.00 GiB", "–", "–")]
     assert lines["accuracy"] == [("mnist-lenet5", "fp32", "H200", "2", "99.10%", "99.00%", "99.20%", "2.0 s")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -137,7 +137,7 @@ def _fused(rows: Sequence[Row]) -> Table:
 def _step(rows: Sequence[Row]) -> Table:
     lines = []
     for row in select(rows, "step"):
-        modes = row.extra.get("peer_modes_us") or {}
+        modes, peer_bytes = (row.extra.get(name) or {} for name in ("peer_modes_us", "peer_modes_bytes"))
         faster = row.peer_p50_us / row.p50_us if row.peer_p50_us and row.p50_us else None
         lines.append(
             (
@@ -145,14 +145,22 @@ def _step(rows: Sequence[Row]) -> Table:
                 machine_name(row),
                 duration(row.p50_us),
                 f"{row.extra['images_per_second']:,.0f}",
-                *(duration(modes.get(mode)) for mode in ("eager", "graph", "compile")),
+                *(duration(_best(modes, mode)) for mode in ("eager", "graph", "compile")),
                 times(faster),
+                mebibytes(row.peak_bytes),
+                mebibytes(min(peer_bytes.values(), default=None)),
             )
         )
     columns = (
         "training step", "on", "parcnn", "images/s", "PyTorch eager", "CUDA graph", "torch.compile", "against the best",
+        "memory", "PyTorch's least",
     )  # fmt: skip
     return Table(columns, lines, labels=2)
+
+
+def _best(modes: Mapping[str, float], mode: str) -> float | None:
+    """The fastest of a mode's ways to compute: 'graph', or 'graph, autocast' and 'graph, bf16 weights'."""
+    return min((us for name, us in modes.items() if name.split(",")[0] == mode), default=None)
 
 
 def _memory(rows: Sequence[Row]) -> Table:
