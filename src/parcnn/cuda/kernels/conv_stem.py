@@ -269,7 +269,8 @@ def _ranked(op: Op, sizes: Sizes, device: Device) -> list[Variant]:
         fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) / 4
         if isinstance(op, ConvWgrad):  # copies run beside products
             fills += 2 * UNIT_COLUMNS * units * filters / 32
-            work = ceil(2 * units / _groups(op, sizes)) * (100 + 8 * filters / 16 * (sizes.runs + 2))
+            step = 60 + 8 * filters / 16 * (sizes.runs + 2)
+            work = ceil(2 * variant.units_h / _groups(op, sizes)) * (100 + variant.units_w * step)
             tile = 800 + max(fills, work)
         else:
             work = ceil(units / WARPS) * (600 + sizes.r * sizes.runs * (30 + 5 * filters))

@@ -19,48 +19,39 @@
 
 #define PIXEL_BYTES (TILES * 32 + 16)
 
-// Errors of the tile's pixels, zeros where there are none.
+// Errors of the tile's pixels, zeros where there are none. A warp takes rows in turn, its lanes neighbouring chunks of eight
+// filters, then neighbouring pixels or windows.
 __device__ __forceinline__ void fill_errors(const Problem &g, const u16 *dy, const u8 *idx, Origin at, int first_k, u32 errors) {
-    const int columns = UNIT_COLUMNS * g.units_w, rows = 2 * g.units_h, bytes = (g.k + 3) / 4;
-    if constexpr (POOL) {
-        const int out_p = g.p / 2, out_q = g.q / 2;
-        for (int item = threadIdx.x; item < rows / 2 * (columns / 2) * TILES * 2; item += blockDim.x) {
-            int chunk = item % (TILES * 2), window = item / (TILES * 2);
-            int unit_row = window / (columns / 2), in = window % (columns / 2);
-            int p = at.p / 2 + unit_row, q = at.q / 2 + in, k = first_k + 8 * chunk;
-            Chunk error = {{0, 0, 0, 0}};
-            u32 winners = 0;
-            if (p < out_p && q < out_q && k < g.k) {
-                int pixel = (at.n * out_p + p) * out_q + q, count = min(8, g.k - k);
-                const u16 *from = dy + (long long)pixel * g.k + k;
-                if (g.k % 8 == 0)
-                    error = chunk_of(*reinterpret_cast<const uint4 *>(from));
-                else
-#pragma unroll
-                    for (int e = 0; e < 8; ++e) error.put(e, e < count ? from[e] : 0u);
-                winners = winners_of(idx + (long long)pixel * bytes, k, count);
-            }
-#pragma unroll
-            for (int position = 0; position < 4; ++position) {
-                int row = 2 * unit_row + position / 2, column = 2 * in + position % 2;
-                store_chunk(errors + (row * columns + column) * PIXEL_BYTES + chunk * 16,
-                            route(error, winners, position, POOL_MAX).vector());
-            }
-        }
-    } else {
-        for (int item = threadIdx.x; item < rows * columns * TILES * 2; item += blockDim.x) {
-            int chunk = item % (TILES * 2), pixel = item / (TILES * 2);
-            int row = pixel / columns, column = pixel % columns;
-            int p = at.p + row, q = at.q + column, k = first_k + 8 * chunk;
-            bool live = p < g.p && q < g.q && k < g.k;
-            const u16 *from = dy + (live ? ((long long)(at.n * g.p + p) * g.q + q) * g.k + k : 0);
-            u32 to = errors + pixel * PIXEL_BYTES + chunk * 16;
-            if (g.k % 8 == 0) {
+    constexpr int Chunks = TILES * 2, Pixels = 32 / Chunks;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, chunk = lane % Chunks, k = first_k + 8 * chunk;
+    const int columns = UNIT_COLUMNS * g.units_w, count = min(8, g.k - k), bytes = (g.k + 3) / 4;
+    const int out_p = POOL ? g.p / 2 : g.p, out_q = POOL ? g.q / 2 : g.q;
+    const int p0 = POOL ? at.p / 2 : at.p, q0 = POOL ? at.q / 2 : at.q;
+    for (int row = warp; row < (POOL ? g.units_h : 2 * g.units_h); row += blockDim.x / 32) {
+        const long long first = (long long)(at.n * out_p + p0 + row) * out_q + q0;
+        const u32 to_row = errors + (POOL ? 2 : 1) * row * columns * PIXEL_BYTES + chunk * 16;
+        for (int column = lane / Chunks; column < (POOL ? columns / 2 : columns); column += Pixels) {
+            const bool live = p0 + row < out_p && q0 + column < out_q && count > 0;
+            const u16 *from = dy + (live ? (first + column) * g.k + k : 0);
+            const u32 to = to_row + (POOL ? 2 : 1) * column * PIXEL_BYTES;
+            if (!POOL && g.k % 8 == 0) {
                 copy_chunk(to, from, live);
+                continue;
+            }
+            Chunk error = {{0, 0, 0, 0}};
+            if (live && g.k % 8 == 0) {
+                error = chunk_of(*reinterpret_cast<const uint4 *>(from));
             } else {
-                Chunk error = {{0, 0, 0, 0}};
 #pragma unroll
-                for (int e = 0; e < 8; ++e) error.put(e, live && k + e < g.k ? from[e] : 0u);
+                for (int e = 0; e < 8; ++e) error.put(e, live && e < count ? from[e] : 0u);
+            }
+            if constexpr (POOL) {
+                u32 winners = live ? winners_of(idx + (first + column) * bytes, k, count) : 0u;
+#pragma unroll
+                for (int position = 0; position < 4; ++position)
+                    store_chunk(to + (position / 2 * columns + position % 2) * PIXEL_BYTES,
+                                route(error, winners, position, POOL_MAX).vector());
+            } else {
                 store_chunk(to, error.vector());
             }
         }
@@ -98,6 +89,11 @@ extern "C" __global__ void __launch_bounds__(256, 2)
     // The row of dy that the lane addresses for ldmatrix: pixels of the step, then filters.
     const u32 lane_at = (u32)((lane / 16 * 8 + lane % 8) * PIXEL_BYTES + lane / 8 % 2 * 16);
 
+    // The warp for the bias multiplies by ones, whatever it reads.
+    const bool ones = r == g.r;
+    const int eight = 8 * g.step, row_elements = 2 * g.stride_h * g.pitch;
+    const int first_element = (g.left & 1) + (ones ? 0 : r) * g.dilation_h * 2 * g.pitch + 2 * pair * g.step + column;
+
     float sums[TILES][RUNS][4];
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
@@ -120,26 +116,29 @@ extern "C" __global__ void __launch_bounds__(256, 2)
         copy(tile + gridDim.x, other);
         copy_async_wait<1>();
         __syncthreads();
-        const u16 *elements = reinterpret_cast<const u16 *>(stage + error_words) + (g.left & 1);
+        const u16 *elements = reinterpret_cast<const u16 *>(stage + error_words) + first_element;
         const u32 errors = shared_address(stage) + lane_at;
-        for (int step = group; step < 2 * g.units_h * g.units_w; step += groups) {
-            int unit_w, p = divide(step, g.by_units_w, unit_w);
-            u32 f[TILES][4];
+        for (int p = group; p < 2 * g.units_h; p += groups) {
+            const u16 *from = elements + p * row_elements;
+            u32 at = errors + p * columns * PIXEL_BYTES;
+#pragma unroll 2
+            for (int unit = 0; unit < g.units_w; ++unit) {
+                u32 f[TILES][4], b[RUNS][2];
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) load_transposed_matrices(f[i], errors + step * 16 * PIXEL_BYTES + i * 32);
-            if (r < g.r) {
-                const u16 *from = elements + (p * g.stride_h + r * g.dilation_h) * 2 * g.pitch +
-                                  (UNIT_COLUMNS * unit_w + 2 * pair) * g.step + column;
+                for (int i = 0; i < TILES; ++i) load_transposed_matrices(f[i], at + i * 32);
 #pragma unroll
-                for (int j = 0; j < RUNS; ++j) {
-                    u32 b0 = (u32)from[8 * j] | (u32)from[8 * j + g.step] << 16;
-                    u32 b1 = (u32)from[8 * j + 8 * g.step] | (u32)from[8 * j + 9 * g.step] << 16;
+                for (int j = 0; j < RUNS; ++j)
 #pragma unroll
-                    for (int i = 0; i < TILES; ++i) multiply_add(sums[i][j], f[i], b0, b1);
-                }
-            } else {
+                    for (int half = 0; half < 2; ++half) {
+                        const u16 *pixel = from + half * eight + 8 * j;
+                        u32 pair = (u32)pixel[0] | (u32)pixel[g.step] << 16;
+                        b[j][half] = ones ? 0x3f803f80u : pair;
+                    }
 #pragma unroll
-                for (int i = 0; i < TILES; ++i) multiply_add(sums[i][0], f[i], 0x3f803f80u, 0x3f803f80u);  // ones
+                for (int j = 0; j < RUNS; ++j)
+#pragma unroll
+                    for (int i = 0; i < TILES; ++i) multiply_add(sums[i][j], f[i], b[j][0], b[j][1]);
+                from += 2 * eight, at += UNIT_COLUMNS * PIXEL_BYTES;
             }
         }
         __syncthreads();  // before the stage is written again
@@ -156,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
             for (int e = 0; e < 4; ++e) {
                 int k = first_k + 16 * i + column + e / 2 * 8, in = 8 * j + 2 * pair + e % 2;
                 if (k >= g.k) continue;
-                if (r < g.r) {
+                if (!ones) {
                     if (in < g.run) own[(k * g.r + r) * g.run + in] = sums[i][j][e];
                 } else if (in == 0) {
                     own[g.k * g.r * g.run + k] = sums[i][j][e];
