@@ -88,6 +88,7 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
         for c in (64, 65, 84)
     ),
     (PoolDgrad(image=(7, 5)), [bf16(2, 3, 2, 64), u8(2, 3, 2, 64)]),
+    (PoolDgrad(kernel=(3, 3), stride=(2, 2), pad=(1, 1), image=(7, 5)), [bf16(2, 4, 3, 64), u8(2, 4, 3, 64)]),
     (PoolDgrad(kind="avg", image=(7, 5)), [bf16(2, 3, 2, 84)]),
     (AdaptiveAvgDgrad(image=(7, 5)), [bf16(2, 1, 1, 65)]),
     (AdaptiveAvgFprop(), [f32(2, 7, 5, 65)]),

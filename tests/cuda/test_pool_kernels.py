@@ -27,6 +27,8 @@ WINDOWS = {
     "ceil": {"kernel": (3, 3), "stride": (2, 2), "ceil_mode": True},
     "ceil padded": {"kernel": (2, 3), "stride": (3, 2), "pad": (1, 1), "ceil_mode": True},
     "dilated": {"kernel": (3, 2), "stride": (1, 2), "pad": (1, 1), "dilation": (2, 3)},
+    "two overlap": {"kernel": (4, 3), "stride": (3, 2), "pad": (2, 1)},
+    "two overlap, ceil": {"kernel": (4, 5), "stride": (2, 4), "pad": (1, 2), "ceil_mode": True},
     "large": {"kernel": (5, 4), "stride": (2, 1), "pad": (2, 1)},
     "whole image": {"kernel": (9, 7), "stride": (9, 7)},
 }
@@ -156,7 +158,9 @@ def test_windows_apart_read_their_error_once() -> None:
     assert entry(PoolDgrad(image=(7, 6)), y, Spec(y.shape, "u8")) == "pool_dgrad_apart"
     assert entry(AdaptiveAvgDgrad((6, 9)), y) == "pool_dgrad_apart"
     assert entry(AdaptiveAvgDgrad((7, 6)), y) == "pool_dgrad"
-    assert entry(PoolDgrad("avg", kernel=(3, 2), image=(7, 6)), y) == "pool_dgrad"
+    assert entry(PoolDgrad("avg", kernel=(3, 2), image=(7, 6)), y) == "pool_dgrad_pairs"
+    assert entry(PoolDgrad("avg", kernel=(5, 2), image=(8, 6)), y) == "pool_dgrad"
+    assert entry(PoolDgrad("avg", kernel=(2, 2), dilation=(2, 1), image=(7, 6)), y) == "pool_dgrad"
 
 
 def test_refuses() -> None:

@@ -10,6 +10,7 @@
 // pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
 // pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
 //   from one window's start to the next one's; it reads that window's error once.
+// pool_dgrad_pairs, for windows of which no more than two overlap along an axis: likewise, with up to four windows' errors.
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
 // Sums are floats; what is stored is rounded once.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; every count below 2^31.
@@ -24,7 +25,6 @@
 #ifndef BATCHED
 #define BATCHED 1
 #endif
-#define WINDOWS 4  // that pool_dgrad loads before it uses the first: as many of 3x3, two apart, cover a pixel
 #define BLOCKS (BATCHED > 4 ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
 
 struct Axis {
@@ -142,8 +142,9 @@ __device__ __forceinline__ Indices fetch_indices(const INDEX *p) {
     return r;
 }
 
-__device__ __forceinline__ int index_of(const Indices &r, int e) {
-    return sizeof(INDEX) == 4 ? r.word[e] : r.word[e / 4] >> 8 * (e % 4) & 255;
+__device__ __forceinline__ bool is_winner(int tap, const Indices &r, int e) {
+    if (sizeof(INDEX) == 4) return (int)r.word[e] == tap;
+    return ((r.word[e / 4] ^ (u32)tap * 0x01010101u) & 0xffu << 8 * (e % 4)) == 0;
 }
 
 // Four bytes as a word.
@@ -263,42 +264,24 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
     covering(y, window.h, p_lo, p_hi);
     covering(x, window.w, q_lo, q_hi);
     Floats<VEC> sum = splat<VEC>(0.0f);
-    int windows = max(p_hi - p_lo + 1, 0) * max(q_hi - q_lo + 1, 0), p = p_lo, q = q_lo;
-    for (int first = 0; first < windows; first += WINDOWS) {
-        Fetched<ELEMENT, VEC> error[WINDOWS];
-        int tap[WINDOWS];  // of the pixel in each window; -1: none
+    for (int p = p_lo; p <= p_hi; ++p) {
+        int r = KIND == ADAPTIVE ? 0 : tap_at(y, p, window.h);
+        if (r < 0) continue;
+        for (int q = q_lo; q <= q_hi; ++q) {
+            int s = KIND == ADAPTIVE ? 0 : tap_at(x, q, window.w);
+            if (s < 0) continue;
+            size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
+            Floats<VEC> error = load<VEC>(dy + at);
 #if KIND == MAX
-        Indices winner[WINDOWS];
-#else
-        float share[WINDOWS];
-#endif
+            Indices winner = fetch_indices(idx + at);
 #pragma unroll
-        for (int j = 0; j < WINDOWS; ++j) {
-            int r = KIND == ADAPTIVE ? 0 : tap_at(y, p, window.h), s = KIND == ADAPTIVE ? 0 : tap_at(x, q, window.w);
-            tap[j] = first + j < windows && r >= 0 && s >= 0 ? r * window.w.kernel + s : -1;
-            if (tap[j] >= 0) {
-                size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
-                error[j] = fetch<VEC>(dy + at);
-#if KIND == MAX
-                winner[j] = fetch_indices(idx + at);
+            for (int e = 0; e < VEC; ++e)
+                if (is_winner(r * window.w.kernel + s, winner, e)) sum.v[e] += error.v[e];
 #else
-                share[j] = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
-#endif
-            }
-            if (++q > q_hi) q = q_lo, ++p;
-        }
+            float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
-        for (int j = 0; j < WINDOWS; ++j) {
-            if (tap[j] < 0) continue;
-            Floats<VEC> wide = widen(error[j]);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-#if KIND == MAX
-                if (index_of(winner[j], e) == tap[j]) sum.v[e] += wide.v[e];
-#else
-                sum.v[e] += wide.v[e] * share[j];
+            for (int e = 0; e < VEC; ++e) sum.v[e] += error.v[e] * share;
 #endif
-            }
         }
     }
     store<VEC>(dx + (size_t)i * VEC, sum);
@@ -336,10 +319,67 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
 #if KIND == MAX
-            value.v[e] = s < width && index_of(winner, e) == r * width + s ? error.v[e] : 0.0f;
+            value.v[e] = s < width && is_winner(r * width + s, winner, e) ? error.v[e] : 0.0f;
 #else
             value.v[e] = s < width ? error.v[e] : 0.0f;
 #endif
         if (x >= 0 && x < window.w.in) store<VEC>(result, value);
+    }
+}
+
+// count as above. The windows of a cell: those that begin in it and in the cell before it, in the row's cell and in the one
+// above that, in the order in which pool_dgrad adds them.
+extern "C" __global__ void __launch_bounds__(THREADS)
+pool_dgrad_pairs(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
+                 FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    int vector, q, y, r;
+    int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
+    int p = divide(y + window.h.pad, window.h.by_stride, r);
+    Fetched<ELEMENT, VEC> error[4];
+    int tap[4];    // of the cell's first pixel
+    int width[4];  // pixels of the cell that the window covers
+#if KIND == MAX
+    Indices winner[4];
+#else
+    float share[4];
+#endif
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        int above = 1 - j / 2, before = 1 - j % 2;
+        int r_j = r + above * window.h.stride, s_j = before * window.w.stride, p_j = p - above, q_j = q - before;
+        bool live = r_j < window.h.kernel && (u32)p_j < (u32)window.h.out && (u32)q_j < (u32)window.w.out;
+        tap[j] = r_j * window.w.kernel + s_j;
+        width[j] = live ? window.w.kernel - s_j : 0;
+        if (width[j] > 0) {
+            size_t at = (((size_t)n * window.h.out + p_j) * window.w.out + q_j) * channels + vector * VEC;
+            error[j] = fetch<VEC>(dy + at);
+#if KIND == MAX
+            winner[j] = fetch_indices(idx + at);
+#else
+            share[j] = 1.0f / divisor_of(taps_of(p_j, window.h), taps_of(q_j, window.w), window);
+#endif
+        }
+    }
+    int x = q * window.w.stride - window.w.pad;
+    ELEMENT *result = dx + ((size_t)row * window.w.in + x) * channels + vector * VEC;
+#pragma unroll 2
+    for (int s = 0; s < window.w.stride; ++s, ++x, result += channels) {
+        Floats<VEC> sum = splat<VEC>(0.0f);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (s >= width[j]) continue;
+            Floats<VEC> wide = widen(error[j]);
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+#if KIND == MAX
+                if (is_winner(tap[j] + s, winner[j], e)) sum.v[e] += wide.v[e];
+#else
+                sum.v[e] += wide.v[e] * share[j];
+#endif
+            }
+        }
+        if (x >= 0 && x < window.w.in) store<VEC>(result, sum);
     }
 }
