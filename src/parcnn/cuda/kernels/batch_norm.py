@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import ELEMENTS, VECTOR_WIDTHS, fast_div, lanes_for, vector_width
+from parcnn.cuda.kernels.common import ELEMENTS, VECTOR_WIDTHS, lanes_for, vector_width
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.ops.base import ITEM_BYTES, Op, Spec, accumulator
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
@@ -16,13 +16,16 @@ from parcnn.ops.program import Call, Slot
 OPS = (BatchNormTrain, BatchNormInfer, BatchNormDgrad, BatchNormInferDgrad)
 
 WARP = 32
-GROUP = 32  # channels of a block, at most
+GROUP = 32  # channels of a block, at most, but in one launch
+UNROLL = {"f32": 4, "bf16": 8}  # rows of a tile that a thread has
+# Channels of an access, at most, but in one launch: of bf16, eight more often need more registers than they save accesses
+# (512x16x16x64, H200: 22 us forward, of four 20 us).
+WIDEST = 4
 # The passes that sum have one block a multiprocessor, so that few partial results are to be merged by each block of the
 # passes that write, all of which are resident at once (their registers allow no more).
-GRADIENT_THREADS, LEAST_SUM_THREADS = 512, 256
+MOMENTS_THREADS, GRADIENT_THREADS, LEAST_SUM_THREADS = 1024, 512, 256
 WRITE_THREADS = 256
-TRAIN_BLOCKS_PER_SM = {("f32", 4): 4, ("f32", 1): 4, ("bf16", 8): 2, ("bf16", 4): 3, ("bf16", 1): 4}
-DGRAD_BLOCKS_PER_SM = {("f32", 4): 3, ("f32", 1): 3, ("bf16", 8): 2, ("bf16", 4): 3, ("bf16", 1): 4}
+TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = 4, 3
 # One launch, for few rows: longer columns of a few channels come slower from memory than whole rows come twice (64x2048x7x7,
 # f32, H200: 37 us against 27). Bytes of a block's channels, from a line to a sector: the longest run wins whose rows fit into
 # shared memory and whose blocks leave few multiprocessors idle.
@@ -86,7 +89,9 @@ class Geometry:
     @property
     def split(self) -> Struct:
         """The kernels' `Split`."""
-        return Struct((fast_div(self.row_blocks), np.int32(self.tiles), np.int32(self.tile_rows)))
+        rounds, last = divmod(self.tiles - 1, self.row_blocks)
+        spare = self.tiles * self.tile_rows - self.rows
+        return Struct(tuple(np.int32(v) for v in (self.row_blocks, rounds, last, self.tile_rows, spare)))
 
     def single_bytes(self, tensors: int) -> int:
         """Shared memory of one launch: the rows of the tensors, and scratch of three sums (float)."""
@@ -117,7 +122,7 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
     if isinstance(op, BatchNormTrain):
-        return 0 if _single(x, 1, device) else _partial_bytes(_moments(x, device))
+        return 0 if _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
     if isinstance(op, BatchNormDgrad):
         return 0 if _single(x, 2, device) else _partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
@@ -144,7 +149,13 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
-    return (_kernel(entry, dtype, width) for dtype in ELEMENTS for width in VECTOR_WIDTHS[dtype] for entry in ENTRIES)
+    return (
+        _kernel(entry, dtype, width)
+        for dtype in ELEMENTS
+        for width in VECTOR_WIDTHS[dtype]
+        for entry in ENTRIES
+        if width <= WIDEST or entry.endswith("_single")
+    )
 
 
 def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
@@ -156,7 +167,7 @@ def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
     if single:
         args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
         return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
-    sums, write = _moments(x.spec, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
+    sums, write = _sums(x.spec, MOMENTS_THREADS, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
     args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
     return [
         sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),
@@ -215,13 +226,12 @@ def _partial_bytes(geometry: Geometry) -> int:
     return 2 * 4 * geometry.row_blocks * geometry.channels
 
 
-def _geometry(x: Spec, run: int, threads: int) -> Geometry:
-    """Blocks of `threads` threads for runs of `run` channels, or of all where they are fewer."""
+def _geometry(x: Spec, run: int, threads: int, widest: int = WIDEST) -> Geometry:
+    """Blocks of `threads` threads for runs of `run` channels, or of all where they are fewer, at most `widest` an access."""
     channels = x.shape[-1]
-    width = vector_width(channels, dtype=x.dtype)
-    lanes_log2 = lanes_for(channels // width, min(WARP, max(1, run // width)))
-    unroll = 8 if x.dtype == "bf16" and width < 8 else 4
-    return Geometry(x.size // channels, channels, x.dtype, width, lanes_log2, threads, unroll)
+    width = min(widest, vector_width(channels, dtype=x.dtype))
+    lanes_log2 = lanes_for(channels // width, min(WARP, run // width))
+    return Geometry(x.size // channels, channels, x.dtype, width, lanes_log2, threads, UNROLL[x.dtype])
 
 
 def _single(x: Spec, tensors: int, device: Device) -> Geometry | None:
@@ -229,18 +239,14 @@ def _single(x: Spec, tensors: int, device: Device) -> Geometry | None:
     if x.size // x.shape[-1] > SINGLE_MOST_ROWS:
         return None
     for run_bytes in SINGLE_RUNS_BYTES:
-        geometry = replace(_geometry(x, run_bytes // ITEM_BYTES[x.dtype], WARP), unroll=1)
+        run = run_bytes // ITEM_BYTES[x.dtype]
+        geometry = replace(_geometry(x, run, WARP, widest=run), unroll=1)
         most = lanes_for(-(-(geometry.rows << geometry.lanes_log2) // SINGLE_LEAST_ROWS), SINGLE_THREADS[x.dtype])
         geometry = replace(geometry, threads=max(WARP, geometry.run, 1 << most))
         fits = geometry.single_bytes(tensors) <= device.shared_bytes_per_block
         if fits and geometry.groups >= SINGLE_FEWEST_BLOCKS * device.sm_count:
             break
     return geometry  # of the shortest run, if none broke off: its rows fit everywhere
-
-
-def _moments(x: Spec, device: Device) -> Geometry:
-    """The pass that sums in training."""
-    return _sums(x, 512 if vector_width(x.shape[-1], dtype=x.dtype) == 8 else 1024, device)
 
 
 def _sums(x: Spec, threads: int, device: Device) -> Geometry:
@@ -258,10 +264,10 @@ def _frozen(x: Spec, device: Device) -> Geometry:
     return _sums(x, GRADIENT_THREADS, device)
 
 
-def _write(x: Spec, blocks_per_sm: Mapping[tuple[str, int], int], device: Device) -> Geometry:
-    """A pass that merges partial results and writes; `blocks_per_sm` by type and channels of an access."""
+def _write(x: Spec, blocks_per_sm: int, device: Device) -> Geometry:
+    """A pass that merges partial results and writes."""
     geometry = _geometry(x, GROUP, WRITE_THREADS)
-    blocks = max(1, blocks_per_sm[x.dtype, geometry.width] * device.sm_count // geometry.groups)
+    blocks = max(1, blocks_per_sm * device.sm_count // geometry.groups)
     return replace(geometry, row_blocks=min(geometry.tiles, blocks, MAX_GRID_Y))
 
 
