@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
-from parcnn.bench.conv_peers import COMPILE_MODES, TorchLayer
+from parcnn.bench.conv_peers import COMPILE_MODES, CUDNN_CHOICES, TorchLayer
 from parcnn.bench.layer import CONV, FUSED, Layer
 from parcnn.bench.repeated import time_in_turn
 
@@ -27,8 +29,8 @@ def test_convolutions(layer: Layer, precision: str) -> None:
     import torch
 
     own = TorchLayer(layer, precision, sets=2, turns=3)
-    for direction in CONV:
-        peer = own.convolution(direction)
+    for direction, choice in product(CONV, CUDNN_CHOICES):
+        peer = own.convolution(direction, choice)
         (took,) = time_in_turn([peer.run], torch.cuda.synchronize, repeats=2)
         assert took.p50_us > 0
         assert peer.kept_bytes is None

@@ -12,6 +12,8 @@ from typing import Any
 
 from parcnn.bench.layer import IMAGE_CHANNELS, Layer
 
+# How cuDNN chooses an algorithm: trials are mostly better, but on a first layer they took one twice as slow now and then.
+CUDNN_CHOICES = ("benchmark", "heuristic")
 # What users call torch.compile's modes, and what they are called where the caller captures the graph.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
 _WARM_UP = 3
@@ -51,8 +53,17 @@ class TorchLayer:
         self.w = images(layer.k, layer.c // layer.groups, layer.r, layer.r)
         self.b = [torch.randn(layer.k, device="cuda", dtype=dtype) for _ in range(sets)]
 
-    def convolution(self, direction: str) -> Peer:
-        """cuDNN's 'fprop', 'dgrad' or 'wgrad'."""
+    def convolution(self, direction: str, choice: str = "benchmark") -> Peer:
+        """cuDNN's 'fprop', 'dgrad' or 'wgrad', by the algorithm that its 'benchmark' or its 'heuristic' chooses."""
+        import torch
+
+        torch.backends.cudnn.benchmark = choice == "benchmark"
+        try:
+            return self._convolution(direction)
+        finally:
+            torch.backends.cudnn.benchmark = True
+
+    def _convolution(self, direction: str) -> Peer:
         import torch
         from torch.nn import functional
 

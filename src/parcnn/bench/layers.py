@@ -12,7 +12,7 @@ from math import exp, log
 from typing import Any
 
 from parcnn import models, nn
-from parcnn.bench.conv_peers import Peer, TorchLayer, version
+from parcnn.bench.conv_peers import CUDNN_CHOICES, Peer, TorchLayer, version
 from parcnn.bench.layer import CONV, FUSED, OPS, Layer, Plans, kept_bytes, layer_of, least_bytes
 from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
@@ -181,7 +181,7 @@ def _peers(
         return {}
     torch_layer = TorchLayer(subject.layer, precision, ours.sets, ours.turns)
     if subject.direction in CONV:
-        return {("cudnn", "benchmark"): torch_layer.convolution(subject.direction)}
+        return {("cudnn", choice): torch_layer.convolution(subject.direction, choice) for choice in CUDNN_CHOICES}
     modes = {("torch_eager", "eager"): "eager", **{("torch_compile", mode): mode for mode in compiled}}
     return {key: torch_layer.block(subject.direction, mode) for key, mode in modes.items()}
 
