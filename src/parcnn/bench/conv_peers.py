@@ -12,7 +12,7 @@ from typing import Any
 
 from parcnn.bench.layer import IMAGE_CHANNELS, Layer
 
-# How cuDNN chooses an algorithm: trials are mostly better, but on a first layer they took one twice as slow now and then.
+# How cuDNN chooses an algorithm: its trials are mostly better, and once took one of half the speed for a first layer.
 CUDNN_CHOICES = ("benchmark", "heuristic")
 # What users call torch.compile's modes, and what they are called where the caller captures the graph.
 COMPILE_MODES = {"default": None, "max-autotune": "max-autotune-no-cudagraphs"}
