@@ -22,8 +22,8 @@
 // Bytes: forward reads x twice (training, two launches), writes y; backward reads dy and x twice (frozen or one launch: once),
 //   writes dx.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of two, at least
-//   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP. dx may be dy or x: an element is read for the
-//   last time by the thread that writes it.
+//   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP but in one launch. dx may be dy or x: an element is
+//   read for the last time by the thread that writes it.
 // Macros: ELEMENT (float, bf16), VEC.
 #include "common.cuh"
 
@@ -41,7 +41,7 @@ typedef Floats<VEC> Vector;  // neighbouring channels in the arithmetic
 
 // The same channels of a row as they lie in memory: what waits in registers or in shared memory is not yet converted.
 template <int Bytes> struct Words;
-template <> struct Words<2> { typedef unsigned short Type; };
+template <> struct Words<2> { typedef u16 Type; };
 template <> struct Words<4> { typedef u32 Type; };
 template <> struct Words<8> { typedef uint2 Type; };
 template <> struct Words<16> { typedef uint4 Type; };
