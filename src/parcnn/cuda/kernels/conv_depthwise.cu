@@ -210,7 +210,7 @@ __device__ __forceinline__ void spread(const ELEMENT *dy, const Filter<false> &f
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_fprop(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
                          ELEMENT *__restrict__ y, Depthwise g) {
     DYNAMIC_SHARED(float, shared);
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS)
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_dgrad(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const ELEMENT *saved, const ELEMENT *addend,
                          ELEMENT *dx, Depthwise g) {
     DYNAMIC_SHARED(float, shared);

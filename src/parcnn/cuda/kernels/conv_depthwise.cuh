@@ -2,7 +2,8 @@
 //
 // A thread owns VEC neighbouring channels of COLUMNS neighbouring pixels and walks down a strip of rows. Its horizontal
 // overlap with its neighbours is read from L1; what rows have in common stays in registers.
-// Macros: ELEMENT (float, bf16) of images and filters; FILTER (R = S), STRIDE (of both sides), VEC, COLUMNS.
+// Macros: ELEMENT (float, bf16) of images and filters; FILTER (R = S), STRIDE (of both sides), VEC, COLUMNS; AHEAD, the rows that a
+// thread fetches before their turn; BLOCKS, on a multiprocessor at least.
 #pragma once
 
 #include "conv_common.cuh"

@@ -18,14 +18,14 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_depthwise.cu"
 ELEMENTS = {"f32": "float", "bf16": "bf16"}
-MOST_THREADS, MOST_LANES = 256, 64
+MOST_THREADS, MOST_LANES = 128, 64
 # A thread's start and end, in rows of its strip that it could have done instead.
 STRIP_OVERHEAD = 4
 STRIPS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Form(NamedTuple):
-    """What a thread owns (channels, columns), rows that it fetches ahead, and blocks of 256 threads on a multiprocessor."""
+    """What a thread owns (channels, columns), rows that it fetches ahead, and blocks of 128 threads on a multiprocessor."""
 
     vec: int
     columns: int
@@ -39,14 +39,14 @@ class Form(NamedTuple):
 
 # (type, filter side, stride): the form that its kernels are compiled in. 7 columns: images of networks have 7 * 2^i.
 FORMS = {
-    ("bf16", 3, 1): Form(2, 7, 1, 2),
-    ("bf16", 3, 2): Form(2, 4, 1, 2),
-    ("bf16", 5, 1): Form(2, 4, 1, 2),
-    ("bf16", 5, 2): Form(2, 4, 1, 2),
-    ("bf16", 7, 1): Form(2, 4, 1, 2),
-    ("bf16", 7, 2): Form(2, 4, 1, 2),
-    ("f32", 3, 1): Form(2, 4, 1, 2),
-    ("f32", 3, 2): Form(2, 4, 1, 2),
+    ("bf16", 3, 1): Form(2, 7, 1, 4),
+    ("bf16", 3, 2): Form(2, 4, 1, 4),
+    ("bf16", 5, 1): Form(2, 4, 1, 3),
+    ("bf16", 5, 2): Form(2, 4, 1, 3),
+    ("bf16", 7, 1): Form(2, 4, 1, 3),
+    ("bf16", 7, 2): Form(2, 4, 1, 3),
+    ("f32", 3, 1): Form(2, 4, 1, 4),
+    ("f32", 3, 2): Form(2, 4, 1, 4),
 }
 
 

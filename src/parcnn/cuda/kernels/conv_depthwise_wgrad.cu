@@ -9,7 +9,7 @@
 // Bytes: x and dy once, the halo of x again. Preconditions: those of conv_depthwise.cu.
 #include "conv_depthwise.cuh"
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_wgrad(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy, float *__restrict__ dw,
                          float *__restrict__ db, float *__restrict__ partial, Depthwise g, int runs) {
     constexpr int Seen = (COLUMNS - 1) * STRIDE + FILTER;

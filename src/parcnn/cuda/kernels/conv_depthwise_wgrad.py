@@ -27,14 +27,14 @@ OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_depthwise_wgrad.cu"
 # As FORMS of conv_depthwise.py.
 FORMS = {
-    ("bf16", 3, 1): Form(2, 7, 1, 2),
-    ("bf16", 3, 2): Form(2, 4, 1, 2),
-    ("bf16", 5, 1): Form(1, 4, 1, 2),
-    ("bf16", 5, 2): Form(1, 4, 1, 2),
-    ("bf16", 7, 1): Form(1, 4, 1, 2),
-    ("bf16", 7, 2): Form(1, 4, 1, 2),
-    ("f32", 3, 1): Form(2, 4, 1, 2),
-    ("f32", 3, 2): Form(2, 4, 1, 2),
+    ("bf16", 3, 1): Form(2, 7, 1, 3),
+    ("bf16", 3, 2): Form(2, 4, 1, 4),
+    ("bf16", 5, 1): Form(1, 4, 1, 3),
+    ("bf16", 5, 2): Form(1, 4, 1, 3),
+    ("bf16", 7, 1): Form(1, 4, 1, 3),
+    ("bf16", 7, 2): Form(1, 4, 1, 3),
+    ("f32", 3, 1): Form(2, 4, 1, 4),
+    ("f32", 3, 2): Form(2, 4, 1, 4),
 }
 
 
