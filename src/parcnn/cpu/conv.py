@@ -5,6 +5,7 @@ The tensor before the pool exists for one block only.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import cast
 
@@ -26,7 +27,7 @@ def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
     """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too."""
     x, w = inputs[:2]
     y = outputs[0]
-    low = lowering(_geometry(op), x.shape, w.shape, x.itemsize)
+    low = _lower(op, x.shape, w.shape, x.itemsize)
     workspace.shared.rewind()
     if op.groups > 1:
         conv_grouped.fprop(op, low, x, w, inputs[2] if op.bias else None, y, workspace)
@@ -71,7 +72,7 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     operands = cast(dict[str, np.ndarray], op.operands(tuple(inputs)))
     dy, w, packed = operands["dy"], operands["w"], operands.get("idx")
     dx = outputs[0]
-    low = lowering(_geometry(op), dx.shape, w.shape, dx.itemsize)
+    low = _lower(op, dx.shape, w.shape, dx.itemsize)
     workspace.shared.rewind()
     if op.groups > 1:
         conv_grouped.dgrad(op, low, operands, dx, workspace)
@@ -137,7 +138,7 @@ def filter_gradient(op: ConvWgrad, inputs: list[np.ndarray], outputs: list[np.nd
     x, dy = inputs[:2]
     packed = inputs[2] if op.pool == "max" else None
     dw, db = outputs[0], outputs[1] if op.bias else None
-    low = lowering(_geometry(op), x.shape, dw.shape, x.itemsize)
+    low = _lower(op, x.shape, dw.shape, x.itemsize)
     workspace.shared.rewind()
     if op.groups > 1:
         conv_grouped.wgrad(op, low, x, dy, dw, db, workspace)
@@ -155,9 +156,16 @@ def kernel_name(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> 
     return "numpy im2col+gemm" + (" pool as filters" if low.pool_as_filters else "")
 
 
-def _geometry(op: ConvGeometry) -> ConvGeometry:
-    """The attributes that decide the lowering, alike for fprop, dgrad and wgrad."""
-    return ConvGeometry(op.stride, op.pad, op.dilation, op.pool)
+def time_us(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> float:
+    """About how long the convolution takes one thread."""
+    low = _lowering_of(op, inputs, outputs)
+    return low.time_us / (op.groups if isinstance(op, ConvGeometry) else 1)
+
+
+@lru_cache(maxsize=4096)
+def _lower(op: ConvGeometry, image: Shape, filters: Shape, itemsize: int) -> Lowering:
+    """The lowering of an op, alike for fprop, dgrad and wgrad."""
+    return lowering(ConvGeometry(op.stride, op.pad, op.dilation, op.pool), image, filters, itemsize)
 
 
 def _mirrored(low: Lowering) -> Lowering | None:
@@ -203,7 +211,7 @@ def _lowering_of(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) ->
         raise TypeError(f"{op.name} is no convolution")
     x = outputs[0] if isinstance(op, ConvDgrad) else inputs[0]
     w = outputs[0] if isinstance(op, ConvWgrad) else inputs[1]
-    return lowering(_geometry(op), x.shape, w.shape, _dtype(x).itemsize)
+    return _lower(op, x.shape, w.shape, _dtype(x).itemsize)
 
 
 def _dtype(spec: Spec) -> np.dtype:
@@ -238,5 +246,6 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], worker
     return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
 
 
+TIME_US = {ConvFprop: time_us, ConvDgrad: time_us, ConvWgrad: time_us}
 RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: filter_gradient}
 SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}

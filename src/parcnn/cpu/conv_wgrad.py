@@ -3,8 +3,8 @@
     dW (K, R*S*C) = error (M, K)^T @ columns (M, R*S*C)
 
 The gradient at some channels of the filters needs no others of the images. Large filters are cut there: for the same memory
-blocks then have more windows, and there are fewer products to add. Items, each some blocks of some channels, are dealt out
-one a thread; when a wave of them is done, its products are added in the items' order, threads sharing the elements.
+blocks then have more windows, and there are fewer products to add. Items, each some blocks of some channels, are dealt out to
+the threads; when a wave of them is done, its products are added in the items' order, threads sharing the elements.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import numpy as np
 from parcnn.cpu.conv_error import routed_error
 from parcnn.cpu.lowering import Block, Lowering, lowering
 from parcnn.cpu.pool2x2 import error_scratch
-from parcnn.cpu.sums import RowSums, add_in_order, row_sums_bytes
+from parcnn.cpu.sums import MOST_ROWS, RowSums, add_in_order, row_sums_bytes
 from parcnn.cpu.workers import ALIGNMENT, PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes
 from parcnn.ops.conv import ConvGeometry
 
 # Bytes of a block's product: half of what the block itself takes.
 TERM_BYTES = 512 * 1024
+# Bytes of products that several threads keep, at least one each, before they are added.
+WAVE_BYTES = 32 * 1024 * 1024
 
 
 def wgrad(
@@ -39,13 +41,16 @@ def wgrad(
     shared = workspace.shared
     if db is not None:
         rows = dy.reshape(-1, dy.shape[3])
-        sums = RowSums(len(rows), dy.shape[3], 1, dy.dtype, workspace)
-        db[...] = sums.total(lambda part, _: (rows[part],), pieces=64)[0]
-        shared.rewind()
+        if len(rows) <= MOST_ROWS:
+            np.add.reduce(rows, axis=0, out=db)
+        else:
+            sums = RowSums(len(rows), dy.shape[3], 1, dy.dtype, workspace)
+            db[...] = sums.total(lambda part, _: (rows[part],), pieces=64)[0]
+            shared.rewind()
     plan = _plan(low, workspace.workers)
     x, dw = x.reshape(plan.image), dw.reshape(plan.filters)
-    totals = [shared.take((size,), x.dtype) for size in plan.sizes]
-    terms = dw.reshape(1, -1) if plan.alone else shared.take((plan.terms, plan.sizes[0]), x.dtype)
+    terms = dw.reshape(1, -1) if plan.direct else shared.take((plan.terms, plan.sizes[0]), x.dtype)
+    totals = list(terms) if plan.single else [shared.take((size,), x.dtype) for size in plan.sizes]
 
     def multiply(product: _Product, scratch: Scratch) -> None:
         part = product.low
@@ -59,12 +64,16 @@ def wgrad(
     def add(task: _Addition, scratch: Scratch) -> None:
         add_in_order(totals[task.part][task.elements], terms[task.terms, task.elements], task.first)
 
+    def fold(i: int, scratch: Scratch) -> None:
+        channels, part = plan.parts[i]
+        part.fold_filters(totals[i][: part.outputs * part.depth], dw[..., channels])
+
     for products, additions in plan.waves:
         workspace.each(products, multiply)
-        workspace.each(additions, add)
-    if not plan.alone:
-        for (channels, part), total in zip(plan.parts, totals, strict=True):
-            part.fold_filters(total[: part.outputs * part.depth], dw[..., channels])
+        if not plan.single:
+            workspace.each(additions, add)
+    if not plan.direct:
+        workspace.each(range(len(totals)), fold)
 
 
 def scratch(low: Lowering, bias: bool, dtype: np.dtype, workers: int) -> ScratchSize:
@@ -73,7 +82,7 @@ def scratch(low: Lowering, bias: bool, dtype: np.dtype, workers: int) -> Scratch
     sums = [(size,) for size in plan.sizes] + [(plan.terms, plan.sizes[0])]
     own = 0
     for _, part in plan.parts:
-        taken = part.taken_shape(workers)
+        taken = part.taken_shape(plan.workers_a_part)
         routed: list[tuple[Shape, np.dtype | type]] = []
         if low.geometry.pool:
             routed = [((prod(part.windows(taken)), part.outputs), dtype)]
@@ -107,15 +116,17 @@ class _Addition:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A filter gradient: its parts by channels, and in turn what is multiplied, one item a thread, and then added."""
+    """A filter gradient: its parts by channels, and in turn what is multiplied and then added."""
 
     image: Shape
     filters: Shape
     parts: list[tuple[slice, Lowering]]
     sizes: list[int]  # elements of a part's product, in whole lines of the cache
+    workers_a_part: int
     terms: int  # most at a time
     waves: list[tuple[list[_Product], list[_Addition]]]
-    alone: bool  # one product is the gradient
+    single: bool  # there is one product for each part
+    direct: bool  # ... and for all of the filters, whose gradient it is
 
 
 @lru_cache(maxsize=4096)
@@ -135,20 +146,22 @@ def _plan(low: Lowering, workers: int) -> _Plan:
     line = ALIGNMENT // low.itemsize
     sizes = [-(-part.outputs * part.depth // line) * line for _, part in parts]
 
-    items = [(i, block) for i, (_, part) in enumerate(parts) for block in part.blocks(workers)]
+    workers_a_part = max(2, -(-workers // len(parts))) if workers > 1 else 1
+    items = [(i, block) for i, (_, part) in enumerate(parts) for block in part.blocks(workers_a_part)]
+    item_bytes = sizes[0] * low.itemsize * max(parts[i][1].count(block) for i, block in items)
+    a_wave = workers * max(1, WAVE_BYTES // (workers * item_bytes)) if workers > 1 else 1
     waves = []
-    for start in range(0, len(items), workers):
+    for start in range(0, len(items), a_wave):
         products: list[_Product] = []
-        for i, block in items[start : start + workers]:
+        for i, block in items[start : start + a_wave]:
             channels, part = parts[i]
             used = products[-1].terms.stop if products else 0
             products.append(_Product(i, channels, part, block, slice(used, used + part.count(block))))
         waves.append((products, _additions(products, sizes)))
     terms = max(products[-1].terms.stop for products, _ in waves)
-    alone = terms == len(waves) == 1 and not low.pool_as_filters
-    if alone:
-        waves = [(waves[0][0], [])]
-    return _Plan(low.image, low.filters, parts, sizes, terms, waves, alone)
+    single = len(waves) == 1 and terms == len(parts)
+    direct = single and len(parts) == 1 and not low.pool_as_filters
+    return _Plan(low.image, low.filters, parts, sizes, workers_a_part, terms, waves, single, direct)
 
 
 def _additions(products: list[_Product], sizes: list[int]) -> list[_Addition]:

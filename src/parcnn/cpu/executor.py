@@ -30,13 +30,12 @@ RUN: dict[type[Op], Run] = {op: run for family in FAMILIES for op, run in family
 SCRATCH: dict[type[Op], Callable[..., ScratchSize]] = {
     op: size for family in (conv, pool, norm, update) for op, size in family.SCRATCH.items()
 }
-# A call's time on one thread, to see how many it is worth: operations and bytes a microsecond.
-FLOPS_A_US = 50_000
+# Bytes a microsecond on one thread, for a call's time.
 BYTES_A_US = {
     Op: 4000, BatchNormTrain: 2500, BatchNormDgrad: 2000, BatchNormInferDgrad: 2000, PoolFprop: 500, PoolDgrad: 1000,
     SgdUpdate: 16000, AdamUpdate: 8000,
 }  # fmt: skip
-# ... and what a thread more costs all of them.
+# What a thread more costs the others of a call: it is woken, and each of its NumPy calls takes the interpreter's lock once.
 THREAD_US = 200
 DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8, "u2": np.uint8}
 
@@ -196,10 +195,11 @@ class CpuExecutor:
         return partial(run, call.op, inputs, outputs, Workspace(scratch, size, self._threads, workers))
 
     def _workers_for(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        """How many threads the call's work is worth."""
-        us = op.flops(inputs, outputs) / FLOPS_A_US + op.bytes(inputs, outputs) / BYTES_A_US.get(
-            type(op), BYTES_A_US[Op]
-        )
+        """How many threads make the call shortest: the least of time / threads + threads * THREAD_US."""
+        if type(op) in conv.TIME_US:
+            us = conv.TIME_US[type(op)](op, inputs, outputs)
+        else:
+            us = op.bytes(inputs, outputs) / BYTES_A_US.get(type(op), BYTES_A_US[Op])
         return max(1, min(self.threads, int(sqrt(us / THREAD_US))))
 
     def synchronize(self) -> None:

@@ -26,8 +26,8 @@ from parcnn.ops.conv import ConvGeometry
 # Bytes of one block's columns and products: half of an L2 cache of 2 MiB. (LeNet-5's convolutions forward and backward, us an
 # image on one thread of a Xeon of 2.3 GHz: 109 at 256 KiB, 91 at 512 KiB, 82 at 1 MiB, 84 at 2 MiB.)
 BLOCK_BYTES = 1024 * 1024
-# Blocks that a thread takes in one go where several work (workers.together).
-MOST_BLOCKS = 4
+# Most blocks that a thread takes in one go where several work (workers.together).
+MOST_BLOCKS = 5
 # Copying an element into the columns takes as long as this many operations of the product (measured: 0.4 ns, 120 GFLOP/s).
 FLOPS_A_COPY = 50
 # Up to so many channels the columns are outermost (measured: 3.3 against 6.8 us an image for LeNet-5's first layer).
@@ -142,6 +142,17 @@ class Lowering:
     def rows_a_product(self) -> int:
         """Windows in a block of block_shape."""
         return prod(self.windows(self.block_shape))
+
+    @property
+    def time_us(self) -> float:
+        """About how long the convolution takes one thread: copies, product and epilogue."""
+        m = self.image[0] * prod(self.windows((1, self.p)))
+        copied = 0 if self.plain else m * self.depth
+        return (
+            m * self.depth * self.outputs / 60e3
+            + copied / 2.5e3
+            + m * self.outputs / (700 if self.geometry.pool else 3e3)
+        )
 
     def taken_shape(self, workers: int) -> tuple[int, int]:
         """Images and output rows that one of so many threads takes in one go: one block_shape, or some of whole images."""

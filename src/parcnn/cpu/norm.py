@@ -105,7 +105,10 @@ def _dz_centred(
     # The forward's very operations, so that the same elements are cut off.
     np.multiply(centred, rstd * gamma, out=dz)
     dz += beta
-    route(dy, ~(dz <= 0), dz)
+    cut = scratch.take(x.shape, bool)
+    np.less_equal(dz, 0, out=cut)
+    np.logical_not(cut, out=cut)  # NaN goes through
+    route(dy, cut, dz)
     return dz, centred
 
 
@@ -145,7 +148,8 @@ def _scratch(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...], in
         dtype = np.dtype(np.float64 if outputs[0].dtype == "f64" else np.float32)
         c = outputs[0].shape[-1]
         n = outputs[0].size // c
-        own = scratch_bytes([((rows_at_once(n, c, workers), c), dtype)] * count)
+        taken = rows_at_once(n, c, workers), c
+        own = scratch_bytes([(taken, dtype)] * count + [(taken, np.bool_)])
         return ScratchSize(row_sums_bytes(n, c, count, dtype), own)
 
     return size

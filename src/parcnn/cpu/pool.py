@@ -7,11 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from parcnn.cpu.pointwise import route
-from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes, together
+from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes, together
 from parcnn.ops.base import Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
-
-IMAGES_A_PIECE = 8  # what one thread takes at a time
 
 
 def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -45,7 +43,7 @@ def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
             np.copyto(best, view, where=wins)
             np.copyto(idx, idx.dtype.type(position), where=wins)
 
-    workspace.each_slice(n, piece, IMAGES_A_PIECE)
+    workspace.each_slice(n, piece, _images_a_piece(x.shape))
 
 
 def pool_dgrad(op: PoolDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -67,7 +65,7 @@ def pool_dgrad(op: PoolDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
             view += part
         dx[i] = _inside(op, padded, (h, w))
 
-    workspace.each_slice(n, piece, IMAGES_A_PIECE)
+    workspace.each_slice(n, piece, _images_a_piece(dx.shape))
 
 
 def adaptive_avg_fprop(
@@ -80,7 +78,7 @@ def adaptive_avg_fprop(
         for p, q, rows, columns in _adaptive_windows(x.shape[1:3], y.shape[1:3]):
             x[i, rows, columns].mean(axis=(1, 2), out=y[i, p, q])
 
-    workspace.each_slice(x.shape[0], piece, IMAGES_A_PIECE)
+    workspace.each_slice(x.shape[0], piece, _images_a_piece(x.shape))
 
 
 def adaptive_avg_dgrad(
@@ -95,7 +93,13 @@ def adaptive_avg_dgrad(
             window = dx[i, rows, columns]
             window += (dy[i, p, q] / (window.shape[1] * window.shape[2]))[:, None, None]
 
-    workspace.each_slice(dx.shape[0], piece, IMAGES_A_PIECE)
+    workspace.each_slice(dx.shape[0], piece, _images_a_piece(dx.shape))
+
+
+def _images_a_piece(shape: Shape) -> int:
+    """Images (n,H,W,C) of a piece: as many as stay in cache."""
+    n, h, w, c = shape
+    return max(1, min(n, 4 * PIECE // (h * w * c)))
 
 
 def _adaptive_windows(image: tuple[int, ...], out: tuple[int, ...]) -> Iterator[tuple[int, int, slice, slice]]:
@@ -157,7 +161,8 @@ def _scratch(
 ) -> ScratchSize:
     image, small = (inputs[0], outputs[0]) if isinstance(op, PoolFprop) else (outputs[0], inputs[0])
     n, h, w, c = image.shape
-    n = min(n, IMAGES_A_PIECE * together(-(-n // IMAGES_A_PIECE), workers))
+    some = _images_a_piece(image.shape)
+    n = min(n, some * together(-(-n // some), workers))
     dtype = np.float64 if image.dtype == "f64" else np.float32
     padded = (n, *_padded_hw(op, (h, w), small.shape[1:3]), c)
     part = (n, *small.shape[1:])
