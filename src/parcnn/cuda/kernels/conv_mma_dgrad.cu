@@ -49,7 +49,7 @@ struct Tap {
     int r, s, k;
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
+extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     conv_mma_dgrad(const u16 *__restrict__ dy, const u16 *__restrict__ w, const u8 *__restrict__ idx, const u16 *saved,
                    const u16 *addend, u16 *dx, Problem g) {
     typedef Product<BM, BN, BK, WARPS_M, WARPS_N, false, true> Tile;

@@ -51,7 +51,7 @@ __device__ __forceinline__ bool output_of(const Problem &g, int m, int &n, int &
     return live;
 }
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
+extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     conv_mma_fprop(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
                    u8 *__restrict__ idx, Problem g) {
     typedef Product<BM, BN, BK, WARPS_M, WARPS_N, false, false> Tile;

@@ -22,11 +22,11 @@ POOLED_ROWS = 32  # eight windows
 # From many pixels and filters down to the small products of linear layers at a small batch; then those for few channels.
 TILES = (
     Tile(128, 256, 64, 2, 4, 3),
+    Tile(256, 128, 64, 4, 2, 3),
     Tile(128, 128, 64, 2, 2, 3),
     Tile(256, 64, 32, 4, 1, 4),
-    Tile(128, 64, 64, 2, 1, 3),
+    Tile(128, 64, 64, 4, 1, 3),
     Tile(64, 64, 64, 2, 2, 3),
-    Tile(128, 128, 32, 2, 2, 4, 1),
     Tile(128, 64, 32, 4, 1, 4, 1),
     Tile(64, 64, 32, 2, 2, 4, 1),
     Tile(128, 32, 32, 4, 1, 4, 1),

@@ -35,7 +35,7 @@ struct Problem {
     FastDiv by_p, by_q, by_group_c, by_s;  // p and q after the pool
 };
 
-extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N)
+extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     conv_mma_wgrad(const u16 *__restrict__ x, const u16 *__restrict__ dy, const u8 *__restrict__ idx, float *__restrict__ dw,
                    float *__restrict__ db, float *__restrict__ partial, Problem g) {
     typedef Product<BM, BN, BK, WARPS_M, WARPS_N, true, true> Tile;
