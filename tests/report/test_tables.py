@@ -68,7 +68,18 @@ def test_the_other_tables() -> None:
               extra={"recipe": "mnist-lenet5", "accuracy": a, "seconds": 2.0}) for s, a in ((0, 0.99), (1, 0.992))),
     ]  # fmt: skip
     lines = {name: make(rows).lines for name, make in tables.TABLES.items()}
-    step = ("lenet5, batch 64", "H200", "50.0 µs", "1,280,000", "900 µs", "60.0 µs", "–", "1.20×", "1.00 MiB", "2.00 MiB")
+    step = (
+        "lenet5, batch 64",
+        "H200",
+        "50.0 µs",
+        "1,280,000",
+        "900 µs",
+        "60.0 µs",
+        "–",
+        "1.20×",
+        "1.00 MiB",
+        "2.00 MiB",
+    )
     assert lines["step"] == [step]
     assert lines["fused"] == [("conv1", "H200", "10.0 µs", "25.0 µs", "2.50×", "1.00 MiB / 4.00 MiB", "1.0 / 4.0 MB")]
     assert lines["memory"] == [("cifarnet, 8 GiB", "H200", "40", "2.00 GiB", "–", "–")]
