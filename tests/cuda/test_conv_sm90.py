@@ -186,6 +186,25 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
         run_op(forced(null, variant, monkeypatch), op, bits_of(op, operands))
 
 
+SHARED = [Shape("tap", (1, 1, 256), 128, shared=True), Shape("tap", (1, 1, 128), 64, shared=True)]
+shared = pytest.mark.parametrize(
+    ("name", "kind"),
+    [(f"64 to {k} pointwise", kind) for k in (192, 256) for kind in ("fprop", "fused")],
+)
+
+
+@shared
+def test_launches_of_shared_stages_are_right(
+    null: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str
+) -> None:
+    op, operands = PROBLEMS[name].op(kind), PROBLEMS[name].integers(kind, random_of(name, kind))
+    for shape in SHARED:
+        variant = tiles.fit(sizes_of(op, operands), shape, H200)
+        assert variant is not None
+        assert variant.shared
+        run_op(forced(null, variant, monkeypatch), op, bits_of(op, operands))
+
+
 def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     problem = PROBLEMS["64 channels"]
     op, operands = problem.op("fused"), problem.integers("fused", random_of())
@@ -319,6 +338,16 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
     problem = PROBLEMS[name]
     op, operands = problem.op(kind), problem.integers(kind, random_of(name, kind))
     for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
+        check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+
+
+@pytest.mark.gpu
+@shared
+def test_shared_stages_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+    op, operands = PROBLEMS[name].op(kind), PROBLEMS[name].integers(kind, random_of(name, kind))
+    for shape in SHARED:
+        variant = tiles.fit(sizes_of(op, operands), shape, cuda.device)
+        assert variant is not None
         check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
 
 

@@ -290,10 +290,7 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
-                    tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
-                    yield Shape("tap", tile, channels)
-                    if sizes.r * sizes.s == 1:
-                        yield Shape("tap", tile, channels, shared=True)
+                    yield Shape("tap", (w, height, min(pixels // (w * height), sizes.n, MAX_BOX)), channels)
 
 
 def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
@@ -358,11 +355,11 @@ def _key(sizes: Sizes) -> tuple[int | bool, ...]:
     return side if square and sizes.stride == sizes.dilation == sizes.spread == (1, 1) else ()
 
 
-# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200 with a prototype of this kernel. dgrad finds its
-# own row: it is the convolution of dy.
+# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200, most with a prototype of this kernel. dgrad finds
+# its own row: it is the convolution of dy.
 MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 16, 1), 64),),
-    (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
+    (2000, 15, 15, 64, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("window", (8, 15, 1), 64)),
     (2000, 15, 15, 64, 256, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("window", (8, 15, 1), 64)),
     (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
     (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 200), 128)),
@@ -372,6 +369,7 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 128), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
+    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 256), 128, shared=True), Shape("tap", (1, 1, 256), 64)),
     (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (56, 4, 1), 128),),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
     (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
