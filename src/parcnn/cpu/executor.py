@@ -12,6 +12,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from parcnn.cpu import conv, feed, loss, norm, pointwise, pool, shape, update
+from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, UnsupportedError
 from parcnn.ops.base import Op, Spec
@@ -136,11 +137,8 @@ class CpuExecutor:
         return conv.kernel_name(op, inputs, outputs) if type(op) in conv.RUN else "numpy"
 
     def available_bytes(self) -> int | None:
-        """Physical memory that is free now, None where the system does not say."""
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return None
+        """Memory that can be had now, None where the system does not say."""
+        return available_bytes()
 
     def region(self, name: str, nbytes: int) -> CpuRegion:
         """New zeroed memory."""
