@@ -10,7 +10,6 @@
 // pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
 // pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
 //   from one window's start to the next one's; it reads that window's error once.
-// pool_dgrad_pairs, for windows of which no more than two overlap along an axis: likewise, with up to four windows' errors.
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
 // Sums are floats; what is stored is rounded once.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; every count below 2^31.
@@ -118,41 +117,12 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
 }
 
 #if KIND == MAX
-// Indices of VEC neighbouring channels, as they lie in memory.
-struct Indices {
-    u32 word[(VEC * sizeof(INDEX) + 3) / 4];
-};
-
-__device__ __forceinline__ Indices fetch_indices(const INDEX *p) {
-    Indices r;
-    if constexpr (VEC * sizeof(INDEX) == 1) {
-        r.word[0] = *p;
-    } else if constexpr (VEC * sizeof(INDEX) == 4) {
-        r.word[0] = load_word<u32>(p);
-    } else if constexpr (VEC * sizeof(INDEX) == 8) {
-        uint2 t = load_word<uint2>(p);
-        r.word[0] = t.x, r.word[1] = t.y;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) {
-            uint4 t = load_word<uint4>(p + e);
-            r.word[e] = t.x, r.word[e + 1] = t.y, r.word[e + 2] = t.z, r.word[e + 3] = t.w;
-        }
-    }
-    return r;
-}
-
-__device__ __forceinline__ bool is_winner(int tap, const Indices &r, int e) {
-    if (sizeof(INDEX) == 4) return (int)r.word[e] == tap;
-    return ((r.word[e / 4] ^ (u32)tap * 0x01010101u) & 0xffu << 8 * (e % 4)) == 0;
-}
-
 // Four bytes as a word.
 __device__ __forceinline__ u32 pack(const int *at) {
     return __byte_perm(__byte_perm(at[0], at[1], 0x0040), __byte_perm(at[2], at[3], 0x0040), 0x5410);
 }
 
-__device__ __forceinline__ void store_indices(INDEX *p, const int (&at)[VEC]) {
+__device__ __forceinline__ void store_index(INDEX *p, const int (&at)[VEC]) {
     if constexpr (VEC == 1) {
         *p = (INDEX)at[0];
     } else if constexpr (sizeof(INDEX) == 4) {
@@ -164,13 +134,37 @@ __device__ __forceinline__ void store_indices(INDEX *p, const int (&at)[VEC]) {
         store_word(p, make_uint2(pack(at), pack(at + 4)));
     }
 }
+
+__device__ __forceinline__ void load_index(const u8 *p, int (&at)[VEC]) {
+    if constexpr (VEC == 1) {
+        at[0] = *p;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) {
+            uchar4 t = load_word<uchar4>(p + e);
+            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
+        }
+    }
+}
+
+__device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
+    if constexpr (VEC == 1) {
+        at[0] = *p;
+    } else {
+#pragma unroll
+        for (int e = 0; e < VEC; e += 4) {
+            int4 t = load_word<int4>(p + e);
+            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
+        }
+    }
+}
 #else
 #define INDEX u8  // idx is null
 #endif
 
 __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, INDEX *idx, size_t at) {
 #if KIND == MAX
-    store_indices(idx + at, r.position);
+    store_index(idx + at, r.position);
 #else
     float share = 1.0f / divisor_of(h, w, window);
 #pragma unroll
@@ -273,10 +267,11 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
             size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
             Floats<VEC> error = load<VEC>(dy + at);
 #if KIND == MAX
-            Indices winner = fetch_indices(idx + at);
+            int winner[VEC];
+            load_index(idx + at, winner);
 #pragma unroll
             for (int e = 0; e < VEC; ++e)
-                if (is_winner(r * window.w.kernel + s, winner, e)) sum.v[e] += error.v[e];
+                if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
 #else
             float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
@@ -297,14 +292,12 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
     int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
     int p = divide(y + window.h.pad, window.h.by_stride, r), width = window.w.kernel;
     Floats<VEC> error = splat<VEC>(0.0f);
-#if KIND == MAX
-    Indices winner = {};
-#endif
+    int winner[VEC] = {};
     if (p < window.h.out && q < window.w.out && r < window.h.kernel) {
         size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
         error = load<VEC>(dy + at);
 #if KIND == MAX
-        winner = fetch_indices(idx + at);
+        load_index(idx + at, winner);
 #else
         float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
@@ -318,68 +311,7 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
         Floats<VEC> value;
 #pragma unroll
         for (int e = 0; e < VEC; ++e)
-#if KIND == MAX
-            value.v[e] = s < width && is_winner(r * width + s, winner, e) ? error.v[e] : 0.0f;
-#else
-            value.v[e] = s < width ? error.v[e] : 0.0f;
-#endif
+            value.v[e] = s < width && (KIND != MAX || winner[e] == r * width + s) ? error.v[e] : 0.0f;
         if (x >= 0 && x < window.w.in) store<VEC>(result, value);
-    }
-}
-
-// count as above. The windows of a cell: those that begin in it and in the cell before it, in the row's cell and in the one
-// above that, in the order in which pool_dgrad adds them.
-extern "C" __global__ void __launch_bounds__(THREADS)
-pool_dgrad_pairs(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
-                 FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
-    int i = blockIdx.x * THREADS + threadIdx.x;
-    if (i >= count) return;
-    int vector, q, y, r;
-    int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
-    int p = divide(y + window.h.pad, window.h.by_stride, r);
-    Fetched<ELEMENT, VEC> error[4];
-    int tap[4];    // of the cell's first pixel
-    int width[4];  // pixels of the cell that the window covers
-#if KIND == MAX
-    Indices winner[4];
-#else
-    float share[4];
-#endif
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        int above = 1 - j / 2, before = 1 - j % 2;
-        int r_j = r + above * window.h.stride, s_j = before * window.w.stride, p_j = p - above, q_j = q - before;
-        bool live = r_j < window.h.kernel && (u32)p_j < (u32)window.h.out && (u32)q_j < (u32)window.w.out;
-        tap[j] = r_j * window.w.kernel + s_j;
-        width[j] = live ? window.w.kernel - s_j : 0;
-        if (width[j] > 0) {
-            size_t at = (((size_t)n * window.h.out + p_j) * window.w.out + q_j) * channels + vector * VEC;
-            error[j] = fetch<VEC>(dy + at);
-#if KIND == MAX
-            winner[j] = fetch_indices(idx + at);
-#else
-            share[j] = 1.0f / divisor_of(taps_of(p_j, window.h), taps_of(q_j, window.w), window);
-#endif
-        }
-    }
-    int x = q * window.w.stride - window.w.pad;
-    ELEMENT *result = dx + ((size_t)row * window.w.in + x) * channels + vector * VEC;
-#pragma unroll 2
-    for (int s = 0; s < window.w.stride; ++s, ++x, result += channels) {
-        Floats<VEC> sum = splat<VEC>(0.0f);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (s >= width[j]) continue;
-            Floats<VEC> wide = widen(error[j]);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-#if KIND == MAX
-                if (is_winner(tap[j] + s, winner[j], e)) sum.v[e] += wide.v[e];
-#else
-                sum.v[e] += wide.v[e] * share[j];
-#endif
-            }
-        }
-        if (x >= 0 && x < window.w.in) store<VEC>(result, sum);
     }
 }

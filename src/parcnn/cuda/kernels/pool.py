@@ -60,13 +60,13 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
     entries = (
         *(("pool_fprop", FEW_TAPS), ("pool_fprop", MANY_TAPS), ("pool_fprop_shared", MANY_TAPS)),
-        *(("pool_dgrad", None), ("pool_dgrad_apart", None), ("pool_dgrad_pairs", None)),
+        *(("pool_dgrad", None), ("pool_dgrad_apart", None)),
     )
     for dtype in ELEMENTS:
         for (entry, taps), width in product(entries, VECTOR_WIDTHS[dtype]):
             yield from (_kernel(entry, dtype, MAX, index, width, taps) for index in INDEX_TYPES)
             yield _kernel(entry, dtype, AVG, None, width, taps)
-            if entry not in ("pool_dgrad_apart", "pool_dgrad_pairs"):
+            if entry != "pool_dgrad_apart":
                 yield _kernel(entry, dtype, ADAPTIVE, None, width, taps)
 
 
@@ -128,12 +128,10 @@ def _dgrad(call: Call) -> Launch:
     width = vector_width(channels, dtype=dx.spec.dtype)
     vectors = channels // width
     op = _as_window(call.op, dx.spec, dy.spec)
-    entry, cells = "pool_dgrad", w
-    if op and op.dilation == (1, 1):
-        covering = max(-(-k // s) for k, s in zip(op.kernel, op.stride, strict=True))  # windows, at most, along an axis
-        windows = -(-(w + op.pad[1]) // op.stride[1])
-        if covering <= 2 and n * h * windows * vectors < 2**31:
-            entry, cells = "pool_dgrad_apart" if covering == 1 else "pool_dgrad_pairs", windows
+    if op and op.dilation == (1, 1) and op.kernel[0] <= op.stride[0] and op.kernel[1] <= op.stride[1]:
+        entry, cells = "pool_dgrad_apart", -(-(w + op.pad[1]) // op.stride[1])
+    else:
+        entry, cells = "pool_dgrad", w
     count = n * h * cells * vectors
     sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(h))
     kernel = _kernel(entry, dx.spec.dtype, _kind(op), index.spec.dtype if index else None, width, None)
