@@ -29,7 +29,6 @@
 
 #define UNROLL (sizeof(Element) == 2 ? 8 : 4)  // rows of a tile that a thread has
 #define GROUP 32  // most channels of a block, but in one launch
-#define PARTS 16  // most threads that share the partial results of a channel
 #define MOMENTS_THREADS 1024
 #define SUM_THREADS 512
 #define WRITE_THREADS 256
@@ -126,43 +125,6 @@ __device__ __forceinline__ void sum_rows(Vector (&v)[N], const Place &at, int la
     __syncthreads();
 }
 
-// ---- Partial results ------------------------------------------------------------------------------------------------
-
-// How the threads of a pass that writes take partial results: each a channel, and every parts-th of its partial results.
-struct Share {
-    int i, c;  // the channel, of the block and of the tensor
-    int part, parts, run;
-    bool live;    // it has partial results
-    bool finish;  // it does what is done once a channel
-};
-
-__device__ __forceinline__ Share share_of(const Shape &shape) {
-    Share own;
-    own.run = VEC << shape.lanes_log2;
-    own.i = threadIdx.x & (own.run - 1);
-    own.c = (blockIdx.x << shape.lanes_log2) * VEC + own.i;
-    own.part = (int)threadIdx.x / own.run;
-    own.parts = min((int)blockDim.x / own.run, PARTS);
-    own.live = own.c < shape.channels && own.part < own.parts;
-    own.finish = own.live && own.part == 0;
-    return own;
-}
-
-// Sums over the threads that share a channel, in order; every one of them gets them. Scratch: N * WRITE_THREADS floats that
-// nobody has used since the last barrier.
-template <int N> __device__ __forceinline__ void sum_parts(float (&v)[N], const Share &own, float *scratch) {
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-        if (own.part < own.parts) scratch[n * WRITE_THREADS + own.part * own.run + own.i] = v[n];
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        v[n] = 0.0f;
-#pragma unroll 4
-        for (int part = 0; part < own.parts; ++part) v[n] += scratch[n * WRITE_THREADS + part * own.run + own.i];
-    }
-}
-
 // ---- Statistics -----------------------------------------------------------------------------------------------------
 
 struct Moments {
@@ -238,15 +200,18 @@ __device__ __forceinline__ Channel merge_threads(const Moments &own, float rows,
     return i < VEC << lanes_log2 ? correct(means[i], scratch[i], scratch[size + i], rows) : Channel();
 }
 
-// How a pass that left partial results was divided: each block took `rounds` tiles, those up to block `last` one more; the last
-// tile, which block `last` took, lacks `spare` rows.
+// How a pass that left partial results was divided.
 struct Split {
-    int blocks, rounds, last, tile_rows, spare;
+    FastDiv blocks;
+    int tiles, tile_rows;
 };
 
-__device__ __forceinline__ float rows_of_block(int block, const Split &split) {
-    u32 rows = (u32)(split.rounds + (block <= split.last)) * (u32)split.tile_rows;
-    return (float)(block == split.last ? rows - (u32)split.spare : rows);
+// Rows of all tiles that block `block` took.
+__device__ __forceinline__ float rows_of_block(int block, const Split &split, int rows) {
+    int rest, more = divide(split.tiles - 1 - block, split.blocks, rest);
+    long long own = (more + 1LL) * split.tile_rows;
+    if (rest == 0) own -= (long long)split.tiles * split.tile_rows - rows;  // it has the last tile
+    return (float)own;
 }
 
 struct Statistics {
@@ -254,19 +219,21 @@ struct Statistics {
     float eps, momentum;
 };
 
-// Works out what forward does to a channel of the tensor, c, and puts that at normal[0], [stride], [2 * stride]; where asked
-// keeps the channel's statistics and moves the running ones. A barrier shows the first to the block.
-__device__ __forceinline__ void finish_channel(float *normal, int stride, const Channel &own, float gamma, float beta,
-                                               const Statistics &s, int c, int rows, bool keep) {
-    float rstd = 1.0f / sqrtf(own.m2 / (float)rows + s.eps);
-    normal[0] = gamma * rstd;
-    normal[stride] = beta;
-    normal[2 * stride] = own.mean;
+// The thread of each of the block's channels works out what forward does to it, puts that in place of the sums in scratch,
+// and where asked keeps the channel's statistics and moves the running ones. A barrier shows the first to the block.
+__device__ __forceinline__ void finish_channel(float *scratch, const Channel &own, const Statistics &s, const float *gamma,
+                                               const float *beta, const Shape &shape, bool keep) {
+    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i, size = scratch_floats(shape.lanes_log2);
+    if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
+    float rstd = 1.0f / sqrtf(own.m2 / (float)shape.rows + s.eps);
+    scratch[i] = gamma[c] * rstd;
+    scratch[size + i] = beta[c];
+    scratch[2 * size + i] = own.mean;
     if (!keep) return;
     s.mean[c] = own.mean;
     s.rstd[c] = rstd;
     s.running_mean[c] += s.momentum * (own.mean - s.running_mean[c]);
-    s.running_var[c] += s.momentum * (own.m2 / max(rows - 1, 1) - s.running_var[c]);
+    s.running_var[c] += s.momentum * (own.m2 / max(shape.rows - 1, 1) - s.running_var[c]);
 }
 
 // Of a thread's channels. scale: gamma * rstd.
@@ -274,8 +241,10 @@ struct Normal {
     Vector scale, shift, mean;
 };
 
-__device__ __forceinline__ Normal load_normal(const float *normal, int stride) {
-    return {load<VEC>(normal), load<VEC>(normal + stride), load<VEC>(normal + 2 * stride)};
+__device__ __forceinline__ Normal load_normal(const float *scratch, const Place &at, int lanes_log2) {
+    const float *own = scratch + at.lane * VEC;
+    int size = scratch_floats(lanes_log2);
+    return {load<VEC>(own), load<VEC>(own + size), load<VEC>(own + 2 * size)};
 }
 
 // Write y of a row's channels.
@@ -308,7 +277,8 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
         load_rows(x + start, count, at.step, v);
         add_rows(own, v, count);
     }
-    Channel all = merge_threads(own, rows_of_block(blockIdx.y, split), at, shape.lanes_log2, &scratch->x);
+    float rows = rows_of_block(blockIdx.y, split, shape.rows);
+    Channel all = merge_threads(own, rows, at, shape.lanes_log2, &scratch->x);
     int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
     if (i < VEC << shape.lanes_log2 && c < shape.channels) {
         partial[(size_t)blockIdx.y * shape.channels + c] = all.mean;
@@ -320,9 +290,7 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
-    __shared__ float scratch[3 * WRITE_THREADS];
-    __shared__ float4 normals[3 * GROUP / 4];
-    float *normal = &normals->x;
+    __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
@@ -330,36 +298,25 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
     Word v[UNROLL];
     load_rows(x + start, count, at.step, v);  // on their way while the partial results are merged
 
-    Share own = share_of(shape);
-    float own_gamma = own.finish ? gamma[own.c] : 0.0f, own_beta = own.finish ? beta[own.c] : 0.0f;
-    const float *means = partial + own.c, *m2s = means + (size_t)split.blocks * shape.channels;
-    float mean[1] = {0.0f}, sums[2] = {0.0f, 0.0f}, share = 1.0f / (float)shape.rows;
+    int partials = split.blocks.d;
+    Moments all = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
+    const float *means = partial + at.c, *m2s = means + (size_t)partials * shape.channels;
 #pragma unroll 4
-    for (int i = own.part; own.live && i < split.blocks; i += own.parts)
-        mean[0] += rows_of_block(i, split) * share * means[(size_t)i * shape.channels];
-    sum_parts(mean, own, scratch);
-#pragma unroll 4
-    for (int i = own.part; own.live && i < split.blocks; i += own.parts) {
+    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
         size_t offset = (size_t)i * shape.channels;
-        float rows = rows_of_block(i, split), d = means[offset] - mean[0];
-        sums[0] += rows * d;
-        sums[1] += m2s[offset] + rows * d * d;
+        merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
     }
-    sum_parts(sums, own, scratch + WRITE_THREADS);
-    if (own.finish) {
-        Channel all = correct(mean[0], sums[0], sums[1], (float)shape.rows);
-        bool keep = blockIdx.y == gridDim.y - 1;  // no block has fewer tiles
-        finish_channel(normal + own.i, GROUP, all, own_gamma, own_beta, s, own.c, shape.rows, keep);
-    }
+    Channel own = merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
+    finish_channel(&scratch->x, own, s, gamma, beta, shape, blockIdx.y == gridDim.y - 1);  // no block has fewer tiles
     __syncthreads();
     if (!at.live) return;
-    Normal n = load_normal(normal + at.lane * VEC, GROUP);
+    Normal normal = load_normal(&scratch->x, at, shape.lanes_log2);
 
     while (true) {
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], n, relu);
+            normalise(y + start + j * at.step, v[j], normal, relu);
         }
         tile -= gridDim.y;
         if (tile < 0) return;
@@ -379,14 +336,14 @@ batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float 
         int count = rows_in(tile, at, shape, start);
         Word v[UNROLL];
         load_rows(x + start, count, at.step, v);
-        Normal n = {load<VEC>(gamma + at.c), load<VEC>(beta + at.c), load<VEC>(mean + at.c)};
+        Normal normal = {load<VEC>(gamma + at.c), load<VEC>(beta + at.c), load<VEC>(mean + at.c)};
         Vector variance = load<VEC>(var + at.c);
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) n.scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
+        for (int e = 0; e < VEC; ++e) normal.scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], n, relu);
+            normalise(y + start + j * at.step, v[j], normal, relu);
         }
     }
 }
@@ -417,8 +374,9 @@ __device__ __forceinline__ void wait_for_chunk(int chunk) {
         copy_async_wait<0>();
 }
 
-// grid: (groups of channels, 1). Shared memory: the rows, then scratch.
-extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
+// grid: (groups of channels, 1). Shared memory: the rows, then scratch. Without the least number of blocks ptxas spills to save
+// registers.
+extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, sizeof(Element) == 2 ? 1 : 0)
 batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         Element *__restrict__ y, Statistics s, Shape shape, int relu) {
     DYNAMIC_SHARED(Word, shared);
@@ -433,8 +391,6 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
         keep_rows(kept, x + start, i * chunk, min((i + 1) * chunk, count), at.step);
         copy_async_commit();
     }
-    Share own = share_of(shape);
-    float own_gamma = own.finish ? gamma[own.c] : 0.0f, own_beta = own.finish ? beta[own.c] : 0.0f;
 
     Vector sum[1] = {splat<VEC>(0.0f)};
 #pragma unroll 1
@@ -464,16 +420,15 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
         }
     }
     sum_rows(sums, at, shape.lanes_log2, scratch);
-    if (own.finish) {  // in place of the channel's sums
-        Channel all = correct(means[own.i] / rows, scratch[own.i], scratch[size + own.i], rows);
-        finish_channel(scratch + own.i, size, all, own_gamma, own_beta, s, own.c, shape.rows, true);
-    }
+    int i = threadIdx.x;
+    Channel own = i < VEC << shape.lanes_log2 ? correct(means[i] / rows, scratch[i], scratch[size + i], rows) : Channel();
+    finish_channel(scratch, own, s, gamma, beta, shape, true);
     __syncthreads();
     if (!at.live) return;
-    Normal n = load_normal(scratch + at.lane * VEC, size);
+    Normal normal = load_normal(scratch, at, shape.lanes_log2);
 #pragma unroll 4
     for (int k = 0; k < count; ++k) {
-        normalise(y + start + k * at.step, kept[k * stride], n, relu);
+        normalise(y + start + k * at.step, kept[k * stride], normal, relu);
     }
 }
 
@@ -598,8 +553,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
                  const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgammas,
                  const float *__restrict__ dbetas, Element *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
                  int partials, Shape shape, int relu) {
-    __shared__ float scratch[2 * WRITE_THREADS];
-    __shared__ float4 constants[6 * GROUP / 4];
+    __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
@@ -608,31 +562,22 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
     load_rows(x + start, count, at.step, vx);  // on their way while the partial sums are added
     load_rows(dy + start, count, at.step, vdy);
 
-    Share own = share_of(shape);
-    float own_mean = 0.0f, own_rstd = 0.0f, own_gamma = 0.0f, own_beta = 0.0f, own_sums[2] = {0.0f, 0.0f};
-    if (own.finish) own_mean = mean[own.c], own_rstd = rstd[own.c], own_gamma = gamma[own.c], own_beta = beta[own.c];
+    Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
 #pragma unroll 4
-    for (int i = own.part; own.live && i < partials; i += own.parts) {
-        size_t offset = (size_t)i * shape.channels + own.c;
-        own_sums[0] += dgammas[offset];
-        own_sums[1] += dbetas[offset];
+    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
+        size_t offset = (size_t)i * shape.channels + at.c;
+        Vector g = load<VEC>(dgammas + offset), b = load<VEC>(dbetas + offset);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            sums[0].v[e] += g.v[e];
+            sums[1].v[e] += b.v[e];
+        }
     }
-    sum_parts(own_sums, own, scratch);
-    if (own.finish) {
-        float *put = &constants->x + own.i, share = 1.0f / (float)shape.rows;
-        put[0] = own_mean;
-        put[GROUP] = own_rstd;
-        put[2 * GROUP] = own_gamma * own_rstd;
-        put[3 * GROUP] = own_beta;
-        put[4 * GROUP] = own_sums[0] * share;
-        put[5 * GROUP] = own_sums[1] * share;
-        if (blockIdx.y == gridDim.y - 1) dgamma[own.c] = own_sums[0], dbeta[own.c] = own_sums[1];
-    }
-    __syncthreads();
+    sum_rows(sums, at, shape.lanes_log2, &scratch->x);
+    if (blockIdx.y == gridDim.y - 1) store_sums(dgamma, dbeta, 0, &scratch->x, shape);
     if (!at.live) return;
-    const float *get = &constants->x + at.lane * VEC;
-    Affine a = {load<VEC>(get), load<VEC>(get + GROUP), load<VEC>(get + 2 * GROUP), load<VEC>(get + 3 * GROUP)};
-    Vector sums[2] = {load<VEC>(get + 4 * GROUP), load<VEC>(get + 5 * GROUP)};
+    Affine a = load_affine(gamma, beta, mean, rstd, at);
+    load_means(sums, &scratch->x, at, shape);
 
     while (true) {
 #pragma unroll

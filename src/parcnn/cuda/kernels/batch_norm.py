@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import ELEMENTS, VECTOR_WIDTHS, lanes_for, vector_width
+from parcnn.cuda.kernels.common import ELEMENTS, VECTOR_WIDTHS, fast_div, lanes_for, vector_width
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.ops.base import ITEM_BYTES, Op, Spec, accumulator
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
@@ -25,7 +25,7 @@ WIDEST = 4
 # passes that write, all of which are resident at once (their registers allow no more).
 MOMENTS_THREADS, GRADIENT_THREADS, LEAST_SUM_THREADS = 1024, 512, 256
 WRITE_THREADS = 256
-TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = 4, 3
+TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = {"f32": 4, "bf16": 3}, {"f32": 3, "bf16": 3}
 # One launch, for few rows: longer columns of a few channels come slower from memory than whole rows come twice (64x2048x7x7,
 # f32, H200: 37 us against 27). Bytes of a block's channels, from a line to a sector: the longest run wins whose rows fit into
 # shared memory and whose blocks leave few multiprocessors idle.
@@ -89,9 +89,7 @@ class Geometry:
     @property
     def split(self) -> Struct:
         """The kernels' `Split`."""
-        rounds, last = divmod(self.tiles - 1, self.row_blocks)
-        spare = self.tiles * self.tile_rows - self.rows
-        return Struct(tuple(np.int32(v) for v in (self.row_blocks, rounds, last, self.tile_rows, spare)))
+        return Struct((fast_div(self.row_blocks), np.int32(self.tiles), np.int32(self.tile_rows)))
 
     def single_bytes(self, tensors: int) -> int:
         """Shared memory of one launch: the rows of the tensors, and scratch of three sums (float)."""
@@ -264,10 +262,10 @@ def _frozen(x: Spec, device: Device) -> Geometry:
     return _sums(x, GRADIENT_THREADS, device)
 
 
-def _write(x: Spec, blocks_per_sm: int, device: Device) -> Geometry:
+def _write(x: Spec, blocks_per_sm: Mapping[str, int], device: Device) -> Geometry:
     """A pass that merges partial results and writes."""
     geometry = _geometry(x, GROUP, WRITE_THREADS)
-    blocks = max(1, blocks_per_sm * device.sm_count // geometry.groups)
+    blocks = max(1, blocks_per_sm[x.dtype] * device.sm_count // geometry.groups)
     return replace(geometry, row_blocks=min(geometry.tiles, blocks, MAX_GRID_Y))
 
 
