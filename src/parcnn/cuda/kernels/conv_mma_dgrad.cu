@@ -9,13 +9,13 @@
 //   dilation))-th, and a class is a convolution of stride 1: taps that meet no output cost nothing. Block and warps as in
 //   conv_mma.cuh; dy is row-wise, the filters column-wise.
 // FLAT = 0: a stage is BK filters of one tap, the last of them padded. FLAT = 1: the reduction is (r,s,k) in one run, which
-//   wastes nothing where filters are few; its short runs of filters come through L1.
+//   wastes nothing where filters are few.
 // ROUTED = 1: dy is the error of the 2x2-pooled output. For max-pooling a pixel before the pool has it where idx names it
 //   the winner, else 0; for average-pooling it has a quarter. Routing happens between the load and shared memory: the
 //   error before the pool is never written.
 // VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 1: elements are gathered through registers.
 //
-// Bytes: dy, w (and idx, saved, addend) are read once from memory, their overlap comes from L2; dx is written once.
+// Bytes: dy, w (and idx, saved, addend) are read once from memory, their overlap comes from L1 and L2; dx is written once.
 // Preconditions: pointers aligned to 16 bytes; VEC_A = 8 needs K/groups % 8 == 0, VEC_B = 8 needs C/groups % 8 == 0; every
 // tensor has less than 2^31 elements; image sides and filter spans are below 2^14. dx may be the memory of saved or addend.
 //
@@ -138,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
                 winners[i] |= (u32)(2 * (p & 1) + (q & 1)) << 16;
             }
 #else
-            copy_image_chunk<FLAT>(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (row_offset[i] + offset), here);
+            copy_cached_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (row_offset[i] + offset), here);
 #endif
         }
 #else

@@ -6,12 +6,12 @@
 // Implicit GEMM. M = output pixels, N = filters of a group. grid (N tiles fastest, then M tiles; groups); block and warps as in
 //   conv_mma.cuh, both operands row-wise.
 // FLAT = 0: a stage is BK channels of one tap, the last of them padded. FLAT = 1: the reduction is (r,s,c) in one run, which
-//   wastes nothing where channels are few; its short runs of channels come through L1.
+//   wastes nothing where channels are few.
 // POOL = 1: a group of 32 rows is eight windows: rows i, i + 8, i + 16 and i + 24 are a window's pixels, which one thread
 //   holds in its sums. Values are rounded before they are compared.
 // VEC = 8: channels are copied by 16 bytes; VEC = 1: elements are gathered through registers, whatever their number.
 //
-// Bytes: x is read once from memory (its overlap and its repetition over N tiles comes from L2), w once, y and the 2-bit
+// Bytes: x is read once from memory (its overlap and its repetition over N tiles comes from L1 and L2), w once, y and the 2-bit
 // indices are written once.
 // Preconditions: pointers aligned to 16 bytes; VEC = 8 needs C/groups % 8 == 0; every tensor has less than 2^31 elements; image
 // sides and filter spans are below 2^14; with a maximum and groups, K/groups % 4 == 0.
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i) {
             if (BM % STEP != 0 && first + i * STEP >= BM) continue;
-            copy_image_chunk<FLAT>(stage + chunk_offset<CHUNKS, STEP>(first, i, chunk), x + (row_offset[i] + tap.x),
+            copy_cached_chunk(stage + chunk_offset<CHUNKS, STEP>(first, i, chunk), x + (row_offset[i] + tap.x),
                               live && in_image(row_place[i], tap.displaced, sides));
         }
 #pragma unroll

@@ -7,8 +7,7 @@
 // Implicit GEMM. M = filters of a group, N = (r,s,c), reduction over output pixels. grid (tiles, N tiles fastest; splits;
 //   groups): a split sums its own run of `chunk` pixels; block and warps as in conv_mma.cuh, both operands column-wise.
 //   Blocks of the first N tile also multiply dy by ones for db. With one split the sums are the result, else they are rows
-//   [split][dw, then db] of `partial`.
-// conv_mma_wgrad_sum: adds the splits' rows in a fixed order; a thread has four elements, blockDim.y threads share them.
+//   [split][dw, then db] of `partial`, which conv_wgrad_sum of conv_wgrad.cu adds.
 // ROUTED = 1: dy is the error of the 2x2-pooled output, routed on its way to shared memory; four neighbouring pixels of the
 //   reduction are a pooling window, so that an error and its index are loaded once.
 // VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 1: elements are gathered through registers.
@@ -18,11 +17,9 @@
 // Preconditions: pointers aligned to 16 bytes; VEC_A = 8 needs K/groups % 8 == 0, VEC_B = 8 needs C/groups % 8 == 0; every
 // tensor has less than 2^31 elements; image sides and filter spans are below 2^14; chunk % BK == 0.
 //
-// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, ROUTED, VEC_A, VEC_B for the first (FLAT has no meaning); none for the sum.
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, ROUTED, VEC_A, VEC_B.
 
 #include "conv_mma.cuh"
-
-#ifdef BM
 
 // Twin of the struct that conv_mma_wgrad.py builds.
 struct Problem {
@@ -199,45 +196,3 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
             }
         }
 }
-
-#else
-
-extern "C" __global__ void __launch_bounds__(256)
-    conv_mma_wgrad_sum(const float *__restrict__ partial, float *__restrict__ dw, float *__restrict__ db, int dw_size, int row_size,
-                       int splits) {
-    __shared__ Floats<4> sums[256];
-    const int e = 4 * (blockIdx.x * blockDim.x + threadIdx.x), each = (splits + blockDim.y - 1) / blockDim.y;
-    const int first = threadIdx.y * each, last = min(splits, first + each);
-    const bool whole = row_size % 4 == 0 && dw_size % 4 == 0;
-    Floats<4> sum = splat<4>(0.0f);
-    if (e < row_size) {
-#pragma unroll 4
-        for (int split = first; split < last; ++split) {
-            const float *from = partial + (u64)split * row_size + e;
-            if (whole) {
-                const Floats<4> v = load<4>(from);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sum.v[i] += v.v[i];
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (e + i < row_size) sum.v[i] += from[i];
-            }
-        }
-    }
-    sums[threadIdx.y * blockDim.x + threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y != 0 || e >= row_size) return;
-    for (int part = 1; part < (int)blockDim.y; ++part)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum.v[i] += sums[part * blockDim.x + threadIdx.x].v[i];
-    if (whole) {
-        store<4>(e < dw_size ? dw + e : db + (e - dw_size), sum);
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (e + i < row_size) (e + i < dw_size ? dw[e + i] : db[e + i - dw_size]) = sum.v[i];
-}
-
-#endif

@@ -11,6 +11,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
 from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -18,9 +19,7 @@ from parcnn.ops.program import Call
 
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_mma_wgrad.cu"
-SUM_KERNEL = Kernel(SOURCE, "conv_mma_wgrad_sum")
 MAX_SPLITS = 65535  # of a grid's second dimension
-_SUM_THREADS, _MOST_PARTS = 256, 8
 
 _GATHERED, _FLAT_GATHERED = Tile(64, 64, 32, 2, 2, 3), Tile(16, 64, 64, 1, 4, 3)
 # (ROUTED, VEC_A, VEC_B): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
@@ -92,19 +91,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if splits > 1:
         row_size = _row_size(op, sizes)
         counts = (np.int32(sizes.conv.k * sizes.depth), np.int32(row_size), np.int32(splits))
-        parts = 1
-        while parts < _MOST_PARTS and splits > 8 * parts:
-            parts *= 2
-        threads = _SUM_THREADS // parts
-        grid, block = (ceil(row_size / (4 * threads)), 1, 1), (threads, parts, 1)
-        result.append(Launch(SUM_KERNEL, grid, block, (partial, dw, db, *counts)))
+        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *counts)))
     return result
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name."""
+    """Every kernel that `launches` may name, but for conv_wgrad's sum."""
     yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
-    yield SUM_KERNEL
 
 
 def _sizes(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Grouped]:
@@ -170,5 +163,5 @@ def _ranked(op: ConvWgrad, sizes: Grouped, device: Device) -> list[Variant]:
 
 
 def _sum_cycles(op: ConvWgrad, sizes: Grouped, splits: int) -> float:
-    """Of the splits' sums: another kernel's start, and writing and reading them at 2000 bytes a cycle."""
-    return 2100 + 8 * splits * _row_size(op, sizes) / 2000 if splits > 1 else 0
+    """Of the kernel that adds the splits (as conv_wgrad has it): its start, and its reads at 915 bytes a cycle."""
+    return 2100 + 4 * splits * _row_size(op, sizes) / 915 if splits > 1 else 0
