@@ -156,7 +156,7 @@ def test_backward_cuts_off_what_forward_did(
     gamma, beta, running_mean, running_var = parameters(random, shape[-1])
     train = BatchNormTrain(act="relu")
     _, mean, rstd, *_ = run_op(executor, train, [x, gamma, beta, running_mean, running_var])
-    beta = np.nextafter(-(1 - mean) * (gamma * rstd), np.float32([np.inf, -np.inf] * (shape[-1] // 2)))
+    beta = np.nextafter(-(1 - mean) * (gamma * rstd), np.array([np.inf, -np.inf] * (shape[-1] // 2), np.float32))
     y, *_ = run_op(executor, train, [x, gamma, beta, running_mean, running_var])
     ones = stored(np.ones(shape), dtype)
     _, _, dbeta = run_op(executor, BatchNormDgrad("relu"), [ones, x, gamma, beta, mean, rstd])
