@@ -65,6 +65,8 @@ PROBLEMS = {
     "odd outputs": Problem(2, 8, 10, 2, 5, 4, 4),
     "many filters": Problem(2, 8, 8, 4, 48, 3, 3, pad=(1, 1, 1, 1)),
     "filters cut by channels": Problem(2, 4, 3, 70, 256, 3, 3, pad=(1, 1, 1, 1)),
+    "filters cut by channels, no padding": Problem(3, 7, 6, 96, 200, 3, 3),
+    "pointwise with stride, cut": Problem(3, 6, 5, 640, 160, 1, 1, stride=(2, 2)),
     "linear, cut": Problem(3, 2, 3, 120, 300, 2, 3),
     "rows of one image are blocks": Problem(1, 40, 300, 24, 24, 3, 3, pad=(1, 1, 1, 1)),
 }

@@ -140,9 +140,16 @@ class TorchLayer:
         with torch.cuda.graph(graph):
             for i in range(self.turns * self.sets):
                 results[i % self.sets] = call(i % self.sets)
+        return _Replay(graph, call)
 
-        def run(steps: int) -> None:
-            for _ in range(steps):
-                graph.replay()
 
-        return run
+@dataclass(frozen=True)
+class _Replay:
+    """A captured graph, and the call whose tensors it reads: they must live as long."""
+
+    graph: Any
+    call: Callable[[int], object]
+
+    def __call__(self, steps: int) -> None:
+        for _ in range(steps):
+            self.graph.replay()

@@ -219,7 +219,9 @@ class Lowering:
         dilation = self.geometry.dilation
         shape = (n, p, q, self.r, self.s, pixels.shape[3])
         strides = (sn, sh * self.stride[0], sw * self.stride[1], sh * dilation[0], sw * dilation[1], sc)
-        return np.ndarray(shape, pixels.dtype, pixels, offset * sh, strides)
+        if not pixels.flags.c_contiguous:  # some of an image's channels
+            return np.lib.stride_tricks.as_strided(pixels[:, offset:], shape, strides)
+        return np.ndarray(shape, pixels.dtype, pixels, offset * sh, strides)  # the same, in a fifth of the time
 
     def pixels(self, x: np.ndarray, block: Block, scratch: Scratch) -> tuple[np.ndarray, int]:
         """The padded pixels that the block's windows see, and their first row; images of x itself without padding."""
