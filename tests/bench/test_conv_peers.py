@@ -36,6 +36,17 @@ def test_convolutions(layer: Layer, precision: str) -> None:
         assert peer.kept_bytes is None
 
 
+def test_graphs_keep_what_they_read() -> None:
+    import torch
+
+    large = Layer(32, 56, 56, 64, 64, 3, 1, 1)
+    peers = [TorchLayer(large, "bf16", sets=2, turns=1).convolution("dgrad", choice) for choice in CUDNN_CHOICES]
+    torch.cuda.empty_cache()
+    for peer in peers:
+        peer.run(2)
+    torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("direction", FUSED)
 def test_the_block_eager(direction: str) -> None:
     import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,13 +23,12 @@ STEPS = 48
 REPEATS = 9
 
 
-def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32") -> list[Row]:
-    """Rows `step`: SGD with momentum, images that are noise (a step's time does not depend on them)."""
+def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32") -> Iterator[Row]:
+    """Rows `step`, each as it is measured: SGD with momentum, images that are noise (a step's time does not depend on them)."""
     machine = Machine.of(executor)
     with_torch = executor.name == "cuda" and peers.has_torch_on_gpu()
     if not with_torch:
         say("PyTorch with a GPU is not here: no peer")
-    rows = []
     for network, batch in PROBLEMS:
         steps = STEPS if executor.name == "cuda" else 1
         subject = noise(network, batch, steps)
@@ -42,29 +41,27 @@ def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32")
             else {}
         )
         peer = min(modes, key=lambda mode: modes[mode].p50_us) if modes else None
-        rows.append(
-            machine.row(
-                "step",
-                f"{network}, batch {batch}" + f", {precision}" * (precision != "fp32"),
-                executor.name,
-                timing,
-                peer=f"torch {machine.torch}, {peer}" if peer else None,
-                peer_p50_us=modes[peer].p50_us if peer else None,
-                peak_bytes=plan.peak_bytes,
-                network=network,
-                batch=batch,
-                images_per_second=batch / timing.p50_us * 1e6,
-                flops=flops(plan),
-                peer_modes_us={mode: taken.p50_us for mode, taken in modes.items()},
-                peer_modes_bytes={mode: taken.peak_bytes for mode, taken in modes.items()},
-                precision=precision,
-            )
+        row = machine.row(
+            "step",
+            f"{network}, batch {batch}" + f", {precision}" * (precision != "fp32"),
+            executor.name,
+            timing,
+            peer=f"torch {machine.torch}, {peer}" if peer else None,
+            peer_p50_us=modes[peer].p50_us if peer else None,
+            peak_bytes=plan.peak_bytes,
+            network=network,
+            batch=batch,
+            images_per_second=batch / timing.p50_us * 1e6,
+            flops=flops(plan),
+            peer_modes_us={mode: taken.p50_us for mode, taken in modes.items()},
+            peer_modes_bytes={mode: taken.peak_bytes for mode, taken in modes.items()},
+            precision=precision,
         )
         against = "".join(f"   torch {mode} {taken.p50_us:,.1f}" for mode, taken in modes.items())
         say(
             f"  {network}, batch {batch}, {precision}: {timing.p50_us:,.1f} us, {plan.peak_bytes / 2**20:.2f} MiB{against}"
         )
-    return rows
+        yield row
 
 
 def noise(network: str, batch: int, steps: int) -> Subject:

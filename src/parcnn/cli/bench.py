@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -196,6 +196,10 @@ def make_tables(
         raise typer.Exit(1)
 
 
-def _keep(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    append(folder / f"{name}.jsonl", rows)
-    say(f"{len(rows)} rows added to {folder / name}.jsonl")
+def _keep(folder: Path, name: str, rows: Iterable[Row]) -> None:
+    """Each row is kept as it comes: a run that is stopped loses none."""
+    count = 0
+    for row in rows:
+        append(folder / f"{name}.jsonl", [row])
+        count += 1
+    say(f"{count} rows added to {folder / name}.jsonl")
