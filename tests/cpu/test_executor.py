@@ -7,7 +7,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from parcnn.cpu import CpuExecutor, peak_gflops
-from parcnn.errors import ArgumentError, UnsupportedError
+from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
@@ -135,3 +135,8 @@ def test_what_it_refuses(cpu: CpuExecutor) -> None:
 
 def test_peak_is_plausible() -> None:
     assert 1 < peak_gflops(size=512, repeats=2) < 1000
+
+
+def test_a_region_that_no_machine_has() -> None:
+    with pytest.raises(OutOfMemoryError, match=r"(?s)region 'arena'.*smaller batch"):
+        CpuExecutor(threads=1).region("arena", 1 << 60)

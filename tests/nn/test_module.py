@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parcnn import nn
+from parcnn import manual_seed, nn
 from parcnn.cpu import CpuExecutor
 from parcnn.errors import ArgumentError, CheckpointError, ParcnnError, UnknownNameError
 from parcnn.models import CifarNet, LeNet5, create, names
@@ -340,3 +340,9 @@ def test_a_layer_that_parcnn_does_not_have() -> None:
     assert not hasattr(nn, "LSTM")
     with pytest.raises(UnknownNameError, match="leaky_relu"):
         nn.functional.leaky_relu(3)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_out_of_range(seed: int) -> None:
+    with pytest.raises(ArgumentError, match=r"(?s)manual_seed.*0 to 2\*\*64 - 1"):
+        manual_seed(seed)

@@ -14,7 +14,7 @@ from threadpoolctl import ThreadpoolController
 from parcnn.cpu import conv, feed, loss, norm, pointwise, pool, shape, update
 from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
-from parcnn.errors import ArgumentError, UnsupportedError
+from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvGeometry
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInferDgrad, BatchNormTrain
@@ -141,8 +141,17 @@ class CpuExecutor:
         return available_bytes()
 
     def region(self, name: str, nbytes: int) -> CpuRegion:
-        """New zeroed memory."""
-        return CpuRegion(nbytes)
+        """New zeroed memory. Raises OutOfMemoryError."""
+        try:
+            return CpuRegion(nbytes)
+        except MemoryError as fault:
+            raise OutOfMemoryError(
+                "the machine's memory does not hold it",
+                where=f"region '{name}'",
+                expected=f"{nbytes:,} bytes",
+                got=f"{self.available_bytes() or 0:,} bytes available",
+                remedy="a smaller batch, or other programs closed",
+            ) from fault
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Plain memory."""

@@ -6,12 +6,19 @@ from math import sqrt
 
 import numpy as np
 
+from parcnn.errors import ArgumentError
+
 _generator = np.random.Generator(np.random.Philox(0))
 
 
 def manual_seed(seed: int) -> None:
-    """Restart the generator of initial weights (torch.manual_seed's role). Without it the seed is 0."""
+    """Restart the generator of initial weights (torch.manual_seed's role). Without it the seed is 0.
+
+    Raises ArgumentError for a seed outside 0..2**64-1.
+    """
     global _generator
+    if not 0 <= seed < 2**64:
+        raise ArgumentError("a seed out of range", where="manual_seed", expected="0 to 2**64 - 1", got=seed)
     _generator = np.random.Generator(np.random.Philox(seed))
 
 
