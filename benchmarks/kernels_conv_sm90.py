@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from parcnn.bench.layer import LAYERS as SHAPES
 from parcnn.bench.machine import Machine
 from parcnn.bench.peers import has_torch_on_gpu
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
@@ -68,24 +69,7 @@ class Layer:
         return ConvDgrad(**geometry, image=(self.h, self.w)), (dy, w)
 
 
-LAYERS = (
-    Layer(2000, 31, 31, 24, 64, 3, 1, 1),
-    Layer(2000, 15, 15, 64, 64, 3, 1, 1),
-    Layer(2000, 15, 15, 64, 256, 3, 1, 1),
-    Layer(2000, 7, 7, 256, 256, 3, 1, 1),
-    Layer(2000, 3, 3, 256, 256, 3, 1, 1),
-    Layer(256, 224, 224, 3, 64, 7, 2, 3),
-    Layer(256, 56, 56, 64, 64, 3, 1, 1),
-    Layer(256, 28, 28, 128, 128, 3, 1, 1),
-    Layer(256, 14, 14, 256, 256, 3, 1, 1),
-    Layer(256, 7, 7, 512, 512, 3, 1, 1),
-    Layer(256, 56, 56, 64, 256, 1, 1, 0),
-    Layer(256, 56, 56, 256, 64, 1, 1, 0),
-    Layer(256, 7, 7, 512, 2048, 1, 1, 0),
-    Layer(256, 56, 56, 256, 512, 1, 2, 0),
-    Layer(64, 224, 224, 64, 64, 3, 1, 1),
-    Layer(64, 28, 28, 512, 512, 3, 1, 1),
-)
+LAYERS = tuple(Layer(each.n, each.h, each.w, each.c, each.k, each.r, each.stride, each.pad) for each in SHAPES)
 
 
 # The launchers of each op.
