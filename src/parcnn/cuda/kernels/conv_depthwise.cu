@@ -63,140 +63,154 @@ template <bool Mirror> struct Filter {
 #endif
 };
 
-// Rows of outputs from the image's rows, Stride of them a row: finish(row, sums) for each row of the strip. Sums begin at `start`.
+// Rows of outputs from the image's rows, Stride of them a row: finish(sums) for each row of the strip in its turn. Sums begin at
+// `start`.
 template <int Stride, bool Mirror, class Finish>
 __device__ __forceinline__ void correlate(const ELEMENT *x, const Filter<Mirror> &filter, const Spot &spot, const Depthwise &g,
                                           const Floats<VEC> &start, Finish finish) {
     constexpr int Behind = (FILTER - 1) / Stride, Seen = (COLUMNS - 1) * Stride + FILTER;
+    // After so many rows each sum is in its own register again: nothing moves. (Of 7x7 filters the code would be too long.)
+    constexpr int Period = FILTER <= 5 ? Behind + 1 : 1;
     const int left = spot.column * Stride - g.left, row_step = g.w * g.c;
     const u32 mask = columns_inside<Seen>(left, g.w);
-    const int end = min(spot.row + g.rows, g.p);
-    int row = spot.row * Stride - g.top;
+    const int end = min(spot.row + g.rows, g.p), stop = end + Behind;
+    int row = spot.row * Stride - g.top;  // the next to be fetched
     const int last = min((end - 1) * Stride - g.top + FILTER, g.h);  // rows before it are seen
     const ELEMENT *from = x + ((long long)spot.image * g.h + row) * row_step + (long long)left * g.c + spot.channel;
 
     float sums[Behind + 1][COLUMNS][VEC];
-#pragma unroll
-    for (int i = 0; i <= Behind; ++i)
+    Pixels<Seen> ahead[AHEAD];
+    auto begin = [&](float (&row_sums)[COLUMNS][VEC]) {
 #pragma unroll
         for (int q = 0; q < COLUMNS; ++q)
 #pragma unroll
-            for (int e = 0; e < VEC; ++e) sums[i][q][e] = start.v[e];
+            for (int e = 0; e < VEC; ++e) row_sums[q][e] = start.v[e];
+    };
+    auto fetch_row = [&](Pixels<Seen> &pixels) {
+        pixels = fetch_pixels<Seen>(from, g.c, row >= 0 && row < last ? mask : 0);
+        ++row, from += row_step;
+    };
+#pragma unroll
+    for (int i = 0; i <= Behind; ++i) begin(sums[i]);
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) fetch_row(ahead[i]);
 
-    Pixels<Seen> ahead[AHEAD];
+    for (int first = spot.row; first < stop; first += Period) {
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i, from += row_step)
-        ahead[i] = fetch_pixels<Seen>(from, g.c, row + i >= 0 && row + i < last ? mask : 0);
-#pragma unroll 1
-    for (int p = spot.row; p < end + Behind; ++p) {
+        for (int p = first; p < first + Period; ++p) {
+            if (p == stop) return;
 #pragma unroll
-        for (int j = 0; j < Stride; ++j, ++row, from += row_step) {
-            const Pixels<Seen> pixels = ahead[0];
+            for (int j = 0; j < Stride; ++j) {
+                const Pixels<Seen> pixels = ahead[0];
 #pragma unroll
-            for (int i = 0; i + 1 < AHEAD; ++i) ahead[i] = ahead[i + 1];
-            ahead[AHEAD - 1] = fetch_pixels<Seen>(from, g.c, row + AHEAD >= 0 && row + AHEAD < last ? mask : 0);
-            if (row < 0 || row >= last) continue;
+                for (int i = 0; i + 1 < AHEAD; ++i) ahead[i] = ahead[i + 1];
+                fetch_row(ahead[AHEAD - 1]);
 #if FILTER_IN_REGISTERS
 #pragma unroll
-            for (int at = 0; at < Seen; ++at) {
-                const Floats<VEC> v = widen(pixels.at[at]);
+                for (int at = 0; at < Seen; ++at) {
+                    const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+                    for (int i = 0; i <= Behind; ++i) {
+                        const int r = j + (Behind - i) * Stride;
+#pragma unroll
+                        for (int q = 0; q < COLUMNS; ++q) {
+                            const int s = at - q * Stride;
+                            if (r >= FILTER || s < 0 || s >= FILTER) continue;
+#pragma unroll
+                            for (int e = 0; e < VEC; ++e) sums[i][q][e] += v.v[e] * filter.tap[r * FILTER + s][e];
+                        }
+                    }
+                }
+#else
+                float v[Seen][VEC];
+                widen_pixels(pixels, v);
 #pragma unroll
                 for (int i = 0; i <= Behind; ++i) {
                     const int r = j + (Behind - i) * Stride;
+                    if (r >= FILTER) continue;
 #pragma unroll
-                    for (int q = 0; q < COLUMNS; ++q) {
-                        const int s = at - q * Stride;
-                        if (r >= FILTER || s < 0 || s >= FILTER) continue;
+                    for (int s = 0; s < FILTER; ++s) {
+                        const Floats<VEC> tap = filter.at(r * FILTER + s);
 #pragma unroll
-                        for (int e = 0; e < VEC; ++e) sums[i][q][e] += v.v[e] * filter.tap[r * FILTER + s][e];
+                        for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                            for (int e = 0; e < VEC; ++e) sums[i][q][e] += v[q * Stride + s][e] * tap.v[e];
                     }
                 }
-            }
-#else
-            float v[Seen][VEC];
-            widen_pixels(pixels, v);
-#pragma unroll
-            for (int i = 0; i <= Behind; ++i) {
-                const int r = j + (Behind - i) * Stride;
-                if (r >= FILTER) continue;
-#pragma unroll
-                for (int s = 0; s < FILTER; ++s) {
-                    const Floats<VEC> tap = filter.at(r * FILTER + s);
-#pragma unroll
-                    for (int q = 0; q < COLUMNS; ++q)
-#pragma unroll
-                        for (int e = 0; e < VEC; ++e) sums[i][q][e] += v[q * Stride + s][e] * tap.v[e];
-                }
-            }
 #endif
+            }
+            if (p >= spot.row + Behind) finish(sums[0]);
+#pragma unroll
+            for (int i = 0; i < Behind; ++i)
+#pragma unroll
+                for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+                    for (int e = 0; e < VEC; ++e) sums[i][q][e] = sums[i + 1][q][e];
+            begin(sums[Behind]);
         }
-        if (p - Behind >= spot.row) finish(p - Behind, sums[0]);
-#pragma unroll
-        for (int i = 0; i <= Behind; ++i)
-#pragma unroll
-            for (int q = 0; q < COLUMNS; ++q)
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) sums[i][q][e] = i < Behind ? sums[i + 1][q][e] : start.v[e];
     }
 }
 
 #if STRIDE > 1
-// Rows of dx from the rows of dy, STRIDE rows a row: finish(row, sums) for rows from the strip's first on, which may lie outside
-// dx. Strips and pieces begin where a filter would: rows h with (h + top) % STRIDE == 0, columns likewise.
+// Rows of dx from the rows of dy, STRIDE rows a row: finish(sums) for each row from the strip's first on. Strips and pieces begin
+// where a filter would: rows h with (h + top) % STRIDE == 0, columns likewise; so the first and the last may lie outside dx.
 template <class Finish>
 __device__ __forceinline__ void spread(const ELEMENT *dy, const Filter<false> &filter, const Spot &spot, const Depthwise &g,
                                        Finish finish) {
     static_assert(COLUMNS % STRIDE == 0, "a piece begins where a filter would");
-    constexpr int Seen = COLUMNS / STRIDE + BEHIND;
+    constexpr int Seen = COLUMNS / STRIDE + BEHIND, Period = FILTER <= 5 ? BEHIND + 1 : 1;
     const int left = (spot.column + g.left) / STRIDE - BEHIND, row_step = g.w * g.c;
     const u32 mask = columns_inside<Seen>(left, g.w);
-    const int newest = (spot.row + g.top) / STRIDE;
-    const int count = (min(g.rows, g.p - spot.row) + STRIDE - 1) / STRIDE;
-    const ELEMENT *from = dy + ((long long)spot.image * g.h + newest - BEHIND) * row_step + (long long)left * g.c + spot.channel;
+    int row = (spot.row + g.top) / STRIDE - BEHIND;  // the next to be fetched
+    const int stop = (min(g.rows, g.p - spot.row) + STRIDE - 1) / STRIDE;
+    const ELEMENT *from = dy + ((long long)spot.image * g.h + row) * row_step + (long long)left * g.c + spot.channel;
 
     float rows[BEHIND + 1][Seen][VEC];  // of dy, the newest last
-    auto shift = [&](const Pixels<Seen> &pixels) {
+    Pixels<Seen> next;
+    auto fetch_row = [&]() {
+        next = fetch_pixels<Seen>(from, g.c, (u32)row < (u32)g.h ? mask : 0);
+        ++row, from += row_step;
+    };
+    auto advance = [&]() {
 #pragma unroll
         for (int i = 0; i < BEHIND; ++i)
 #pragma unroll
             for (int j = 0; j < Seen; ++j)
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) rows[i][j][e] = rows[i + 1][j][e];
-        widen_pixels(pixels, rows[BEHIND]);
+        widen_pixels(next, rows[BEHIND]);
+        fetch_row();
     };
-    int row = newest - BEHIND;
-    Pixels<Seen> next = fetch_pixels<Seen>(from, g.c, (u32)row < (u32)g.h ? mask : 0);
-    auto advance = [&]() {
-        shift(next);
-        ++row, from += row_step;
-        next = fetch_pixels<Seen>(from, g.c, (u32)row < (u32)g.h ? mask : 0);
-    };
+    fetch_row();
 #pragma unroll
     for (int i = 0; i < BEHIND; ++i) advance();
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-        advance();
+    for (int first = 0; first < stop; first += Period) {
 #pragma unroll
-        for (int u = 0; u < STRIDE; ++u) {
-            float sums[COLUMNS][VEC] = {};
+        for (int p = first; p < first + Period; ++p) {
+            if (p == stop) return;
+            advance();
 #pragma unroll
-            for (int r = u; r < FILTER; r += STRIDE)
+            for (int u = 0; u < STRIDE; ++u) {
+                float sums[COLUMNS][VEC] = {};
 #pragma unroll
-                for (int s = 0; s < FILTER; ++s) {
-                    Floats<VEC> tap = filter.at(r * FILTER + s);
+                for (int r = u; r < FILTER; r += STRIDE)
 #pragma unroll
-                    for (int q = s % STRIDE; q < COLUMNS; q += STRIDE)
+                    for (int s = 0; s < FILTER; ++s) {
+                        const Floats<VEC> tap = filter.at(r * FILTER + s);
 #pragma unroll
-                        for (int e = 0; e < VEC; ++e)
-                            sums[q][e] += rows[BEHIND - r / STRIDE][BEHIND + q / STRIDE - s / STRIDE][e] * tap.v[e];
-                }
-            finish(spot.row + i * STRIDE + u, sums);
+                        for (int q = s % STRIDE; q < COLUMNS; q += STRIDE)
+#pragma unroll
+                            for (int e = 0; e < VEC; ++e)
+                                sums[q][e] += rows[BEHIND - r / STRIDE][BEHIND + q / STRIDE - s / STRIDE][e] * tap.v[e];
+                    }
+                finish(sums);
+            }
         }
     }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_fprop(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
                          ELEMENT *__restrict__ y, Depthwise g) {
     DYNAMIC_SHARED(float, shared);
@@ -208,20 +222,21 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS)
     const Filter<false> filter(w, spot.channel, shared, g);
     if (!live) return;
     const Floats<VEC> start = bias ? load<VEC>(bias + spot.channel) : splat<VEC>(0.0f);
-    ELEMENT *to = y + ((long long)spot.image * g.p * g.q + spot.column) * g.c + spot.channel;
-    correlate<STRIDE, false>(x, filter, spot, g, start, [&](int p, float (&sums)[COLUMNS][VEC]) {
+    const u32 mask = columns_inside<COLUMNS>(spot.column, g.q);
+    ELEMENT *to = y + (((long long)spot.image * g.p + spot.row) * g.q + spot.column) * g.c + spot.channel;
+    correlate<STRIDE, false>(x, filter, spot, g, start, [&](float (&sums)[COLUMNS][VEC]) {
 #pragma unroll
-        for (int q = 0; q < COLUMNS; ++q)
-            if (spot.column + q < g.q) {
-                Floats<VEC> out;
+        for (int q = 0; q < COLUMNS; ++q) {
+            Floats<VEC> out;
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) out.v[e] = g.act ? activate<ACT_RELU>(sums[q][e]) : sums[q][e];
-                store<VEC>(to + ((long long)p * g.q + q) * g.c, out);
-            }
+            for (int e = 0; e < VEC; ++e) out.v[e] = g.act ? activate<ACT_RELU>(sums[q][e]) : sums[q][e];
+            if (mask >> q & 1) store<VEC>(to + q * g.c, out);
+        }
+        to += g.q * g.c;
     });
 }
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_dgrad(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const ELEMENT *saved, const ELEMENT *addend,
                          ELEMENT *dx, Depthwise g) {
     DYNAMIC_SHARED(float, shared);
@@ -232,29 +247,31 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS)
     const bool live = item < g.items && spot.channel < g.c;
     const Filter<STRIDE == 1> filter(w, spot.channel, shared, g);
     if (!live) return;
-    const long long base = (long long)spot.image * g.p * g.q * g.c + spot.channel;
-    auto finish = [&](int p, float (&sums)[COLUMNS][VEC]) {
-        if ((u32)p >= (u32)g.p) return;
+    const u32 mask = columns_inside<COLUMNS>(spot.column, g.q);
+    int row = spot.row;
+    long long at = (((long long)spot.image * g.p + row) * g.q + spot.column) * g.c + spot.channel;
+    auto finish = [&](float (&sums)[COLUMNS][VEC]) {
+        const u32 here = STRIDE == 1 || (u32)row < (u32)g.p ? mask : 0;
 #pragma unroll
         for (int q = 0; q < COLUMNS; ++q) {
-            int column = spot.column + q;
-            if ((u32)column >= (u32)g.q) continue;
-            long long at = base + ((long long)p * g.q + column) * g.c;
+            if (!(here >> q & 1)) continue;
+            const long long own = at + q * g.c;
             Floats<VEC> out;
 #pragma unroll
             for (int e = 0; e < VEC; ++e) out.v[e] = sums[q][e];
             if (addend) {
-                Floats<VEC> other = load<VEC>(addend + at);
+                const Floats<VEC> other = load<VEC>(addend + own);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) out.v[e] += other.v[e];
             }
             if (g.act) {
-                Floats<VEC> kept = load<VEC>(saved + at);
+                const Floats<VEC> kept = load<VEC>(saved + own);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) out.v[e] = activation_dgrad_of(out.v[e], kept.v[e], g.act);
             }
-            store<VEC>(dx + at, out);
+            store<VEC>(dx + own, out);
         }
+        ++row, at += g.q * g.c;
     };
 #if STRIDE == 1
     correlate<1, true>(dy, filter, spot, g, splat<VEC>(0.0f), finish);

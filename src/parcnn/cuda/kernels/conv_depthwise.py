@@ -18,15 +18,14 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_depthwise.cu"
 ELEMENTS = {"f32": "float", "bf16": "bf16"}
-STRIDES = (1, 2)
-MOST_THREADS, MOST_LANES = 256, 64
+MOST_THREADS, MOST_LANES = 128, 64
 # A thread's start and end, in rows of its strip that it could have done instead.
 STRIP_OVERHEAD = 4
 STRIPS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 
 class Form(NamedTuple):
-    """What a thread owns (channels, columns), rows that it fetches ahead, and blocks of 256 threads on a multiprocessor."""
+    """What a thread owns (channels, columns), rows that it fetches ahead, and blocks of 128 threads on a multiprocessor."""
 
     vec: int
     columns: int
@@ -38,12 +37,16 @@ class Form(NamedTuple):
         return tuple(zip(("VEC", "COLUMNS", "AHEAD", "BLOCKS"), self, strict=True))
 
 
-# (type, filter side): the form that its kernels are compiled in.
+# (type, filter side, stride): the form that its kernels are compiled in. 7 columns: images of networks have 7 * 2^i.
 FORMS = {
-    ("bf16", 3): Form(2, 4, 1, 3),
-    ("bf16", 5): Form(2, 4, 1, 2),
-    ("bf16", 7): Form(2, 4, 1, 1),
-    ("f32", 3): Form(2, 4, 1, 2),
+    ("bf16", 3, 1): Form(2, 7, 1, 4),
+    ("bf16", 3, 2): Form(2, 4, 1, 4),
+    ("bf16", 5, 1): Form(2, 4, 1, 3),
+    ("bf16", 5, 2): Form(2, 4, 1, 3),
+    ("bf16", 7, 1): Form(2, 4, 1, 3),
+    ("bf16", 7, 2): Form(2, 4, 1, 3),
+    ("f32", 3, 1): Form(2, 4, 1, 4),
+    ("f32", 3, 2): Form(2, 4, 1, 4),
 }
 
 
@@ -137,8 +140,8 @@ def refuse(op: ConvGeometry, image: Spec, filters: Spec, tensors: Iterable[Spec]
         return f"not a depthwise convolution: {op.groups} groups, {c} channels, {k} filters of {seen}"
     if op.pool:
         return "depthwise convolutions have no pool"
-    form = FORMS.get((filters.dtype, r))
-    if form is None or s != r or op.stride[0] != op.stride[1] or op.stride[0] not in STRIDES or op.dilation != (1, 1):
+    form = FORMS.get((filters.dtype, r, op.stride[0]))
+    if form is None or s != r or op.stride[0] != op.stride[1] or op.dilation != (1, 1):
         return f"no kernel for filters {r}x{s}, stride {op.stride}, dilation {op.dilation} in {filters.dtype}"
     if c % form.vec:
         return f"channels must be a multiple of {form.vec}, not {c}"
@@ -201,10 +204,9 @@ def launches(call: Call, device: Device, variant: Strips | None = None) -> list[
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    for dtype, side in FORMS:
-        for stride in STRIDES:
-            yield _kernel("conv_depthwise_fprop", dtype, side, stride)
-            yield _kernel("conv_depthwise_dgrad", dtype, side, stride)
+    for key in FORMS:
+        yield _kernel("conv_depthwise_fprop", *key)
+        yield _kernel("conv_depthwise_dgrad", *key)
 
 
 def cycles(cut: Cut, form: Form, side: int, device: Device) -> float:
@@ -221,7 +223,7 @@ def _pass(call: Call) -> tuple[ConvFprop | ConvDgrad, Pass, Form, int]:
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     (n, h, width, c), (_, p, q, _) = image, call.outputs[0].spec.shape
     side, stride, top, left = w.shape[1], op.stride[0], op.pad[0], op.pad[1]
-    form = FORMS[w.dtype, side]
+    form = FORMS[w.dtype, side, stride]
     if isinstance(op, ConvDgrad) and stride == 1:
         top, left = side - 1 - top, side - 1 - left
     lattice = stride if isinstance(op, ConvDgrad) else 1
@@ -229,5 +231,5 @@ def _pass(call: Call) -> tuple[ConvFprop | ConvDgrad, Pass, Form, int]:
 
 
 def _kernel(entry: str, dtype: str, side: int, stride: int) -> Kernel:
-    form = FORMS[dtype, side]
+    form = FORMS[dtype, side, stride]
     return Kernel(SOURCE, entry, (("ELEMENT", ELEMENTS[dtype]), ("FILTER", side), ("STRIDE", stride), *form.defines))

@@ -9,10 +9,12 @@
 // Bytes: x and dy once, the halo of x again. Preconditions: those of conv_depthwise.cu.
 #include "conv_depthwise.cuh"
 
-extern "C" __global__ void __launch_bounds__(256, BLOCKS)
+extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_wgrad(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy, float *__restrict__ dw,
                          float *__restrict__ db, float *__restrict__ partial, Depthwise g, int runs) {
     constexpr int Seen = (COLUMNS - 1) * STRIDE + FILTER;
+    // After so many rows each row of dy is in its own registers again: nothing moves. (Of 7x7 filters the code would be too long.)
+    constexpr int Period = FILTER <= 5 ? BEHIND + 1 : 1;
     DYNAMIC_SHARED(float, shared);  // [tap of a row][item][channel of the slice]
     int slice;
     const int run = divide(blockIdx.x, g.by_slices, slice), channel = (slice * blockDim.x + threadIdx.x) * VEC;
@@ -21,49 +23,64 @@ extern "C" __global__ void __launch_bounds__(256, BLOCKS)
 
     for (int item = run * blockDim.y + threadIdx.y; item < g.items && channel < g.c; item += runs * blockDim.y) {
         const Spot spot = spot_of(item, slice, g);
-        const int left = spot.column * STRIDE - g.left, end = min(spot.row + g.rows, g.p);
+        const int left = spot.column * STRIDE - g.left, end = min(spot.row + g.rows, g.p), stop = end + BEHIND;
         const u32 mask = columns_inside<Seen>(left, g.w), dy_mask = columns_inside<COLUMNS>(spot.column, g.q);
-        int row = spot.row * STRIDE - g.top;
+        int row = spot.row * STRIDE - g.top, dy_row = spot.row;  // the next to be fetched
         const int last = min((end - 1) * STRIDE - g.top + FILTER, g.h);
         const ELEMENT *from = x + ((long long)spot.image * g.h + row) * x_step + (long long)left * g.c + channel;
-        const ELEMENT *error = dy + ((long long)spot.image * g.p + spot.row) * dy_step + (long long)spot.column * g.c + channel;
+        const ELEMENT *error = dy + ((long long)spot.image * g.p + dy_row) * dy_step + (long long)spot.column * g.c + channel;
 
         float errors[BEHIND + 1][COLUMNS][VEC] = {};  // rows of dy, the newest last
-        Pixels<Seen> next = fetch_pixels<Seen>(from, g.c, row >= 0 && row < last ? mask : 0);
-        Pixels<COLUMNS> next_error = fetch_pixels<COLUMNS>(error, g.c, dy_mask);
-#pragma unroll 1
-        for (int p = spot.row; p < end + BEHIND; ++p) {
+        Pixels<Seen> ahead[AHEAD];
+        Pixels<COLUMNS> errors_ahead;
+        auto fetch_row = [&](Pixels<Seen> &pixels) {
+            pixels = fetch_pixels<Seen>(from, g.c, row >= 0 && row < last ? mask : 0);
+            ++row, from += x_step;
+        };
+        auto fetch_error = [&]() {
+            errors_ahead = fetch_pixels<COLUMNS>(error, g.c, dy_row < end ? dy_mask : 0);
+            ++dy_row, error += dy_step;
+        };
+        fetch_error();
 #pragma unroll
-            for (int i = 0; i < BEHIND; ++i)
+        for (int i = 0; i < AHEAD; ++i) fetch_row(ahead[i]);
+        for (int first = spot.row; first < stop; first += Period) {
 #pragma unroll
-                for (int q = 0; q < COLUMNS; ++q)
+            for (int p = first; p < first + Period; ++p) {
+                if (p >= stop) break;
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) errors[i][q][e] = errors[i + 1][q][e];
-            widen_pixels(next_error, errors[BEHIND]);
-            error += dy_step;
-            next_error = fetch_pixels<COLUMNS>(error, g.c, p + 1 < end ? dy_mask : 0);
+                for (int i = 0; i < BEHIND; ++i)
 #pragma unroll
-            for (int q = 0; q < COLUMNS; ++q)
+                    for (int q = 0; q < COLUMNS; ++q)
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) bias_sums[e] += errors[BEHIND][q][e];
+                        for (int e = 0; e < VEC; ++e) errors[i][q][e] = errors[i + 1][q][e];
+                widen_pixels(errors_ahead, errors[BEHIND]);
+                fetch_error();
+                if (db) {
 #pragma unroll
-            for (int j = 0; j < STRIDE; ++j, ++row) {
-                const Pixels<Seen> pixels = next;
-                from += x_step;
-                next = fetch_pixels<Seen>(from, g.c, row + 1 >= 0 && row + 1 < last ? mask : 0);
-                if (row < 0 || row >= last) continue;
+                    for (int q = 0; q < COLUMNS; ++q)
 #pragma unroll
-                for (int at = 0; at < Seen; ++at) {
-                    const Floats<VEC> v = widen(pixels.at[at]);
+                        for (int e = 0; e < VEC; ++e) bias_sums[e] += errors[BEHIND][q][e];
+                }
 #pragma unroll
-                    for (int i = 0; i <= BEHIND; ++i) {
-                        const int r = j + (BEHIND - i) * STRIDE;
+                for (int j = 0; j < STRIDE; ++j) {
+                    const Pixels<Seen> pixels = ahead[0];
 #pragma unroll
-                        for (int q = 0; q < COLUMNS; ++q) {
-                            const int s = at - q * STRIDE;
-                            if (r >= FILTER || s < 0 || s >= FILTER) continue;
+                    for (int i = 0; i + 1 < AHEAD; ++i) ahead[i] = ahead[i + 1];
+                    fetch_row(ahead[AHEAD - 1]);
 #pragma unroll
-                            for (int e = 0; e < VEC; ++e) sums[r * FILTER + s][e] += v.v[e] * errors[i][q][e];
+                    for (int at = 0; at < Seen; ++at) {
+                        const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+                        for (int i = 0; i <= BEHIND; ++i) {
+                            const int r = j + (BEHIND - i) * STRIDE;
+#pragma unroll
+                            for (int q = 0; q < COLUMNS; ++q) {
+                                const int s = at - q * STRIDE;
+                                if (r >= FILTER || s < 0 || s >= FILTER) continue;
+#pragma unroll
+                                for (int e = 0; e < VEC; ++e) sums[r * FILTER + s][e] += v.v[e] * errors[i][q][e];
+                            }
                         }
                     }
                 }

@@ -11,7 +11,6 @@ import numpy as np
 from parcnn.cuda.kernels.conv_depthwise import (
     ELEMENTS,
     MOST_THREADS,
-    STRIDES,
     STRIP_OVERHEAD,
     STRIPS,
     Form,
@@ -28,10 +27,14 @@ OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_depthwise_wgrad.cu"
 # As FORMS of conv_depthwise.py.
 FORMS = {
-    ("bf16", 3): Form(2, 4, 1, 2),
-    ("bf16", 5): Form(1, 4, 1, 1),
-    ("bf16", 7): Form(1, 4, 1, 1),
-    ("f32", 3): Form(2, 4, 1, 2),
+    ("bf16", 3, 1): Form(2, 7, 1, 3),
+    ("bf16", 3, 2): Form(2, 4, 1, 4),
+    ("bf16", 5, 1): Form(1, 4, 1, 3),
+    ("bf16", 5, 2): Form(1, 4, 1, 3),
+    ("bf16", 7, 1): Form(1, 4, 1, 3),
+    ("bf16", 7, 2): Form(1, 4, 1, 3),
+    ("f32", 3, 1): Form(2, 4, 1, 4),
+    ("f32", 3, 2): Form(2, 4, 1, 4),
 }
 
 
@@ -88,8 +91,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name but conv_wgrad's own that adds partial sums."""
-    for dtype, side in FORMS:
-        yield from (_kernel(dtype, side, stride) for stride in STRIDES)
+    yield from (_kernel(*key) for key in FORMS)
 
 
 def _pass(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> tuple[ConvWgrad, Pass, Form, int]:
@@ -98,7 +100,7 @@ def _pass(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> tuple[
         raise TypeError(f"{op.name} is not a convolution's filter gradient")
     x, (_, p, q, _), side = inputs[0], inputs[1].shape, op.filter[0]
     n, h, w, c = x.shape
-    return op, Pass(n, h, w, c, p, q, *op.pad[:2]), FORMS[x.dtype, side], side
+    return op, Pass(n, h, w, c, p, q, *op.pad[:2]), FORMS[x.dtype, side, op.stride[0]], side
 
 
 def _ranked(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> list[Variant]:
@@ -114,7 +116,7 @@ def _ranked(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device:
 
 
 def _kernel(dtype: str, side: int, stride: int) -> Kernel:
-    form = FORMS[dtype, side]
+    form = FORMS[dtype, side, stride]
     return Kernel(
         SOURCE,
         "conv_depthwise_wgrad",
