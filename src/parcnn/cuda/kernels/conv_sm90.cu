@@ -2,7 +2,7 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// act is ReLU or none, pool is none or the 2x2 maximum with 2-bit indices.
+// Pool is none, the 2x2 maximum with 2-bit indices, or (no idx, tile_w = 8) the 2x2 mean. ReLU is applied to rounded values, others go before the rounding.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
 // class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
@@ -129,22 +129,30 @@ struct OutputMaps {
 __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order, const OutputMaps &y, const Barriers &bar, u32 x_base,
                                             u32 staging, int slot, int k_group, int consumer) {
     Ring x_ring;
-    u32 parity = 0;
+    int tile = 0;
     for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
         const Tile t = tile_of(g, item, k_group + k_round);
         Ring kept = x_ring;
-        x_ring.skip(t.loads, g.x_stages);
+        x_ring.skip(t.loads, g.by_x_stages);
         if (ALTERNATE && (round & 1) != consumer) continue;
+        u32 from = g.own_staging == 2 ? staging + (tile & 1) * STAGING_BYTES : staging;
         if (!g.own_staging) {
-            kept.skip(t.loads - 1 - kept_from_last(consumer), g.x_stages);
-            staging = x_base + kept.stage * g.x_stage_bytes;
+            kept.skip(t.loads - 1 - kept_from_last(consumer), g.by_x_stages);
+            from = x_base + kept.stage * g.x_stage_bytes;
         }
-        barrier_wait(bar.staged + 8 * consumer, parity);
-        parity ^= 1;
-        store_tile(y[t.kind], staging, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
-        barrier_arrive(bar.drained + 8 * consumer);
-        if (!g.own_staging) barrier_arrive(bar.x_empty + 8 * kept.stage, 4);
+        barrier_wait(bar.staged + 8 * consumer, tile & 1);
+        store_tile(y[t.kind], from, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
+        if (g.own_staging == 2) {
+            store_wait<1>();  // the tile before this one
+            if (tile > 0) barrier_arrive(bar.drained + 8 * consumer);
+        } else {
+            store_wait<0>();
+            barrier_arrive(bar.drained + 8 * consumer);
+            if (!g.own_staging) barrier_arrive(bar.x_empty + 8 * kept.stage, 4);
+        }
+        ++tile;
     }
+    store_wait<0>();
 }
 #endif
 
@@ -180,28 +188,39 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const OutputMaps outputs = {{&y}};
 #endif
         if (lane == 0 && (warp == 1 || warp == 2))
-            write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * STAGING_BYTES, slot, k_group, warp - 1);
+            write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * STAGING_BYTES, slot, k_group, warp - 1);
 #endif
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
         constexpr u32 w_descriptor = 8 * W_ROW_BYTES >> 4 | W_SWIZZLE << 30;
         const u32 w_own = descriptor_low(w_base + (ALTERNATE ? 0 : consumer * W_GROUP_BYTES));
         Ring x_ring, w_ring;
-#if !POOL
-        u32 drained_parity = 1;
-#endif
 #if FLIPPED
         u32 operand_parity = 0;
 #endif
         float sums[PIXELS / 2];
         if (g.resident) barrier_wait(bar.w_full, 0);
-        for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
-            const Tile t = tile_of(g, item, k_group + k_round);
-            if (ALTERNATE && (round & 1) != consumer) {
-                if (k_round == g.k_rounds - 1) x_ring.skip(t.loads, g.x_stages);
-                if (!g.resident) w_ring.skip(t.taps, g.w_stages);
-                continue;
-            }
+        const auto find = [&](int round, Tile &t, int &k_round) {
+            const int item = item_at(g, order, slot, round, k_round);
+            if (item >= 0) t = tile_of(g, item, k_group + k_round);
+            return item >= 0;
+        };
+        // Stages of the other consumer's tile.
+        const auto skip = [&](int round) {
+            Tile t;
+            int k_round;
+            t.loads = g.loads, t.taps = g.loads * g.load_rows * g.load_columns;
+            const bool is_there = g.loads ? item_at(g, order, slot, round, k_round) >= 0 : find(round, t, k_round);
+            if (!is_there) return;
+            if (k_round == g.k_rounds - 1) x_ring.skip(t.loads, g.by_x_stages);
+            if (!g.resident) w_ring.skip(t.taps, g.by_w_stages);
+        };
+        int round = ALTERNATE ? consumer : 0, next_k_round, tile = 0;
+        Tile next;
+        if (ALTERNATE && consumer == 1) skip(0);
+        for (bool lives = find(round, next, next_k_round); lives; ++tile) {
+            const Tile t = next;
+            const int k_round = next_k_round;
             const int k = t.k + (ALTERNATE ? 0 : consumer * 64), own_k = k + warp * 16 + (lane >> 2);
             Outputs out = {0.0f, 0.0f, g.floor};
             if (bias) {
@@ -235,13 +254,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 release_x = x_stage, release_w = w_stage;
             };
             const auto multiply_tap = [&](u32 a, u32 b) {
-                wgmma_fence();
 #pragma unroll
                 for (int step = 0; step < CB / 16; ++step) {
                     multiply(sums, descriptor_of(w_descriptor, a + step * W_STEP), descriptor_of(g.x_descriptor, b + step * 2), add);
                     add = 1;
                 }
-                wgmma_commit();
             };
             for (int block = 0; block < g.c_blocks; ++block)
                 for (int s = t.s0; s < t.s1; s += g.load_columns)
@@ -260,9 +277,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             u32 b = b_column;
                             if (g.resident) {
                                 u32 a = w_own + tap * (W_STAGE_BYTES >> 4);
-                                for (int j = g.load_rows; j > 0; --j) {
+                                const int a_step = g.tap_row * (W_STAGE_BYTES >> 4), b_step = g.x_row_step;
+                                wgmma_fence();
+                                if (g.load_rows == 3) {  // without a loop's delays, which small tiles would show
                                     multiply_tap(a, b);
-                                    a += g.tap_row * (W_STAGE_BYTES >> 4), b += g.x_row_step;
+                                    multiply_tap(a + a_step, b + b_step);
+                                    multiply_tap(a + 2 * a_step, b + 2 * b_step);
+                                    wgmma_commit();
+                                } else {
+                                    for (int j = g.load_rows; j > 0; --j, a += a_step, b += b_step) multiply_tap(a, b), wgmma_commit();
                                 }
                                 give_back(last_x, NONE);
                             } else {
@@ -270,7 +293,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                     const int w_stage = w_ring.stage;
                                     barrier_wait(bar.w_full + 8 * w_stage, w_ring.parity);
                                     w_ring.next(g.w_stages);
+                                    wgmma_fence();
                                     multiply_tap(w_own + w_stage * (W_STAGE_BYTES >> 4), b);
+                                    wgmma_commit();
                                     give_back(j == 1 ? last_x : NONE, w_stage);
                                 }
                             }
@@ -278,21 +303,37 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     }
             if (k_round == g.k_rounds - 1) x_ring = loaded;
             if (ALTERNATE && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
+
+            // The next tile, while the product runs.
+            if (ALTERNATE) skip(++round);
+            lives = find(++round, next, next_k_round);
             wgmma_wait<0>();
             if (lane == 0) {
                 if (release_x != NONE) barrier_arrive(bar.x_empty + 8 * release_x);
                 if (release_w != NONE) barrier_arrive(bar.w_empty + 8 * release_w);
             }
 
+#if !FLIPPED
+            if (g.act) {
+                activate_sums(sums, out.bias0, out.bias1, g.act);
+                out.bias0 = out.bias1 = 0.0f;
+            }
+#endif
             // Staging may be written when no product of a warp that shares it reads it, and its last tile has left it.
-            const u32 staging = g.own_staging ? x_base + g.staging_offset + consumer * STAGING_BYTES : x_base + kept * g.x_stage_bytes;
-#if POOL
+            const int buffer = consumer * g.own_staging + (g.own_staging == 2 ? tile & 1 : 0);
+            const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * STAGING_BYTES : kept * g.x_stage_bytes);
+            // (The barrier also keeps a warp from arriving twice at `staged` before another has once.)
+#if !POOL
+            const int depth = g.own_staging == 2 ? 2 : 1;
+            if (tile >= depth) barrier_wait(bar.drained + 8 * consumer, (tile - depth) & 1);
+#endif
             if (ALTERNATE || g.own_staging)
                 named_barrier(1 + consumer, 128);
             else
                 named_barrier(3, 256);
+#if POOL
 #if POOL == 2
-            stage_pooled<PIXELS>(sums, out, staging, warp, lane);
+            stage_pooled<PIXELS>(sums, out, !idx, staging, warp, lane);
 #else
             stage_tile<PIXELS>(sums, out, staging, warp, lane);
 #endif
@@ -304,14 +345,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (lane == 0) barrier_arrive(bar.x_empty + 8 * kept);
             }
 #else
-            barrier_wait(bar.drained + 8 * consumer, drained_parity);
-            drained_parity ^= 1;
-            if (!g.own_staging) {
-                if (ALTERNATE)
-                    named_barrier(1 + consumer, 128);
-                else
-                    named_barrier(3, 256);
-            }
 #if FLIPPED
             const auto bring = [&](const TensorMap &operand) {
                 if (thread == 0) {

@@ -28,16 +28,17 @@ struct Problem {
     int k_groups;                                                  // groups of output channels that blocks are bound to; 1: none
     int k_rounds;                                                  // groups that follow each other on one X stage; 1: each loads its own
     int ordered;                                                   // whether `Order` gives the tiles
-    int load_rows, load_columns, loads;                            // taps that an X stage serves; X stages of a tile where that is not 1x1
+    int load_rows, load_columns, loads;                            // taps that an X stage serves; X stages of a tile, 0 where tiles differ
     int x_row_step, x_column_step;                                 // from a tap to the next inside an X stage, 16 bytes each
     u32 x_descriptor;                                              // upper half
     int x_box_bytes, x_stage_bytes, x_stages;                      // bytes that a load brings; of a stage; ring
     int w_stages, resident;                                        // ring, or every tap's weights at once
-    int own_staging, staging_offset, barrier_offset;               // whether the epilogue has memory of its own; bytes from the start
-    int add, act, operand_bytes;                                   // dgrad: an addend; activation whose derivative follows; of a tile
+    int own_staging, staging_offset, barrier_offset;               // tiles that a consumer's own staging holds (0 to 2); bytes from the start
+    int act;                                                       // other than ReLU; of dgrad, whose derivative follows
+    int add, operand_bytes;                                        // dgrad: whether there is an addend; of an operand's tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
     FastDiv by_class, by_k_inner, by_tiles_w, by_tiles_h;          // tiles of a class; channel groups of an item; tiles of an image
-    FastDiv by_k_rounds;
+    FastDiv by_k_rounds, by_x_stages, by_w_stages;
     FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile
     Class classes[CLASSES];
 };
@@ -67,8 +68,8 @@ __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int
 
 // Taps whose first or last pixel's coordinate lies inside [0, extent); at least one, so that every tile loads something.
 __device__ __forceinline__ void live_taps(int first, int last, int extent, int dilation, int taps, int &begin, int &end) {
-    begin = last >= 0 ? 0 : (dilation - 1 - last) / dilation;
-    end = first >= extent ? 0 : min(taps, (extent - first + dilation - 1) / dilation);
+    begin = last >= 0 ? 0 : dilation == 1 ? -last : (dilation - 1 - last) / dilation;
+    end = first >= extent ? 0 : min(taps, dilation == 1 ? extent - first : (extent - first + dilation - 1) / dilation);
     if (begin >= end) begin = 0, end = 1;
 }
 

@@ -41,13 +41,9 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the tensor-core convolutions take bf16 operands, not {x.dtype} and {w.dtype}"
     if op.groups != 1:
         return f"the tensor-core convolutions have one group, not {op.groups}"
-    if op.pool not in (None, "max"):
-        return f"the tensor-core convolutions pool by the maximum, not '{op.pool}'"
     if isinstance(op, ConvFprop):
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
-        if op.act not in (None, "relu"):
-            return f"the tensor-core convolutions apply ReLU or nothing, not {op.act}"
         if max(op.stride) > MAX_ELEMENT_STRIDE:
             return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
         image = (x.shape[1], x.shape[2])
@@ -86,7 +82,7 @@ def workspace_bytes(
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best first (`conv_sm90_tiles.candidates`)."""
     sizes = _sizes(call)
-    return list(tiles.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
+    return list(tiles.candidates(sizes, device)) if sizes.classes else []
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -110,7 +106,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if op.pool:
         if call.workspace is None:
             raise ValueError("an input gradient behind a pool needs its workspace")
-        result.append(unpool(dy, named["idx"], call.workspace))
+        result.append(unpool(dy, named.get("idx"), call.workspace))
         dy = call.workspace
     for first in range(0, len(sizes.classes), CLASSES):
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
@@ -150,6 +146,7 @@ def _sizes(call: Call) -> Sizes:
         return Sizes(
             conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.dilation,
             conv.pool is not None, (Class((conv.r, conv.s), conv.pad),), tap_steps=(conv.s, 1),
+            mean=conv.pool == "avg",
         )  # fmt: skip
     if isinstance(op, ConvDgrad):
         conv = Conv.of(op, call.outputs[0].spec, filters)
@@ -219,11 +216,11 @@ def _convolution(
     in_registers = tiles.pools_in_registers(sizes.pool, variant.tile[0], variant.channels)
     kernel = _kernel(tile.pixels, tile.cb, variant.channels, sizes.pool + in_registers, sizes.flipped)
     order = _order(sizes, variant, device)
-    stage_bytes = tile.x_stage_bytes(variant.own_staging)
+    stage_bytes = tile.x_stage_bytes(variant.own_staging > 0)
     resident = work.k_rounds * ceil(sizes.c / tile.cb) * sizes.r * sizes.s
     weights = resident if variant.resident else variant.w_stages
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
-    barrier_offset = staging_offset + (2 * tile.staging_bytes if variant.own_staging else 0)
+    barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
     args: tuple[Argument, ...] = (
         _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad), bias,
@@ -234,9 +231,10 @@ def _convolution(
 
 
 def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: DgradEpilogue) -> tuple[Argument, ...]:
-    """What the kernel writes: y and idx, or a map of y; of dgrad, one for each class, and maps of addend and saved output."""
+    """What the kernel writes: y and (of a maximum) idx, or a map of y; of dgrad, one for each class, and maps of addend and
+    saved output."""
     if sizes.pool:
-        return outputs
+        return (outputs[0], None) if sizes.mean else outputs
     maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
         return tuple(maps)
@@ -278,7 +276,7 @@ def _problem(
     row_bytes = 2 * tile.cb
     blocks = ceil(sizes.c / tile.cb)
     load_rows, load_columns, loads, row_step, column_step = {
-        "tap": (1, 1, 0, 0, 0),
+        "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
         "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * row_bytes, 0),
         "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
@@ -292,12 +290,15 @@ def _problem(
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
     after = (
-        tile.x_box_bytes, tile.x_stage_bytes(variant.own_staging), variant.x_stages,
-        variant.w_stages, int(variant.resident), int(variant.own_staging), *offsets,
-        int(dgrad[0] is not None), act_code(dgrad[2]), w * h * n * 128,
+        tile.x_box_bytes, tile.x_stage_bytes(variant.own_staging > 0), variant.x_stages,
+        variant.w_stages, int(variant.resident), variant.own_staging, *offsets,
+        act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(dgrad[0] is not None), w * h * n * 128,
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
-    divisors = (of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, max(1, w // 2), max(1, h // 2))
+    divisors = (
+        of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, variant.x_stages, variant.w_stages,
+        max(1, w // 2), max(1, h // 2),
+    )  # fmt: skip
     kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
     classes = (v for c in kinds for v in (*c.taps, *c.pad, c.tap, *c.first))
     return Struct(
@@ -351,8 +352,9 @@ def _w_map(w: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     return TensorMap(w, (inner, taps, outer), (2 * inner, 2 * inner * taps), box, (), swizzle)
 
 
-def unpool(dy: Slot, idx: Slot, out: Slot) -> Launch:
-    """The launch that spreads pooled errors dy (N,P,Q,K) over their windows: out (N,2P,2Q,K), bf16."""
+def unpool(dy: Slot, idx: Slot | None, out: Slot) -> Launch:
+    """The launch that spreads pooled errors dy (N,P,Q,K), of a maximum or (no idx) a mean, over their windows: out
+    (N,2P,2Q,K), bf16."""
     q, k = dy.spec.shape[2:]
     chunks = dy.spec.size // CHANNEL_UNIT
     divisors = Struct((fast_div(k // CHANNEL_UNIT), fast_div(q)))

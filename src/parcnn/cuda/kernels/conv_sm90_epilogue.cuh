@@ -5,7 +5,24 @@
 // 128-byte mode does, so that matrix stores and 16-byte reads meet no bank twice.
 #pragma once
 
+#include "conv_common.cuh"
 #include "conv_sm90.cuh"
+
+// An activation other than ReLU of every sum with its bias. The sums pass through a few places, so that the code is there
+// once.
+template <int Count> __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0, float bias1, int act) {
+    constexpr int Chunk = Count % 16 == 0 ? 16 : Count % 12 == 0 ? 12 : 4;
+#pragma unroll 1
+    for (int turn = 0; turn < Count / Chunk; ++turn) {
+        float v[Chunk];
+#pragma unroll
+        for (int i = 0; i < Chunk; ++i) v[i] = activation_of(sums[i] + (i % 4 < 2 ? bias0 : bias1), act);
+#pragma unroll
+        for (int i = 0; i + Chunk < Count; ++i) sums[i] = sums[i + Chunk];
+#pragma unroll
+        for (int i = 0; i < Chunk; ++i) sums[Count - Chunk + i] = v[i];
+    }
+}
 
 // What a thread needs of the epilogue's operands.
 struct Outputs {
@@ -16,6 +33,13 @@ struct Outputs {
     __device__ __forceinline__ u32 channels(float first, float second) const {
         return max_bf16x2(round_bf16x2(first + bias0, second + bias1), floor);
     }
+    // Two channels' means of four sums, of a window's pixels.
+    __device__ __forceinline__ u32 means(const float *s) const {
+        const float mean0 = (above(s[0] + bias0) + above(s[1] + bias0)) + (above(s[4] + bias0) + above(s[5] + bias0));
+        const float mean1 = (above(s[2] + bias1) + above(s[3] + bias1)) + (above(s[6] + bias1) + above(s[7] + bias1));
+        return round_bf16x2(0.25f * mean0, 0.25f * mean1);
+    }
+    __device__ __forceinline__ float above(float v) const { return v <= low_bf16(floor) ? low_bf16(floor) : v; }
     __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
         return max_bf16x2(round_bf16x2(first + bias, second + bias), floor);
     }
@@ -97,11 +121,11 @@ struct Best {
 };
 
 // Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of four pooled pixels: values, then (16 bits each)
-// which of the four won, STAGED_VALUE_BYTES behind them.
+// which of the four won, STAGED_VALUE_BYTES behind them. Of a mean there are values alone.
 template <int Pixels> constexpr u32 STAGED_VALUE_BYTES = (Pixels / 16 + 1) / 2 * 1024;
 
 template <int Pixels>
-__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, bool is_mean, u32 staging, int warp, int lane) {
     constexpr int Pairs = Pixels / 16;  // of rows; two pairs make one 8x8 matrix
     int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);
     u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
@@ -111,6 +135,10 @@ __device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], co
 #pragma unroll
         for (int e = 0; e < 2 && i + e < Pairs; ++e) {
             const float *s = sums + (i + e) * 8;
+            if (is_mean) {
+                best[e].value = out.means(s);
+                continue;
+            }
             best[e] = {out.channels(s[0], s[2]), 0};
             best[e].consider(out.channels(s[1], s[3]), 1);
             best[e].consider(out.channels(s[4], s[6]), 2);
@@ -165,7 +193,7 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
         if (k + chunk * 8 < g.k && q < g.q && p < g.p && n < g.n) {
             u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
             *reinterpret_cast<uint4 *>(y + at) = make_uint4(value[0], value[1], value[2], value[3]);
-            *reinterpret_cast<u16 *>(idx + at / 4) = pack_indices(index);
+            if (idx) *reinterpret_cast<u16 *>(idx + at / 4) = pack_indices(index);
         }
     }
 }

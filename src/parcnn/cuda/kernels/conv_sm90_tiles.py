@@ -56,6 +56,7 @@ class Sizes:
     spread: tuple[int, int] = (1, 1)
     tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
     flipped: bool = False
+    mean: bool = False  # the pool's, which only threads that have whole windows take
 
     @property
     def plain(self) -> bool:
@@ -84,7 +85,8 @@ class Shape(NamedTuple):
 class Variant:
     """A way to run a problem: a tile and its use of shared memory.
 
-    resident: all weights of a block's channels stay there. own_staging: the epilogue does not borrow an X stage.
+    resident: all weights of a block's channels stay there. own_staging: where the epilogue does not borrow an X stage, the
+    tiles that each consumer has room for, 1 or 2.
     shared: an X stage serves all groups of output channels, one after the other.
     """
 
@@ -92,13 +94,13 @@ class Variant:
     tile: tuple[int, int, int]
     channels: int
     resident: bool
-    own_staging: bool
+    own_staging: int
     x_stages: int
     w_stages: int
     shared: bool = False
 
     def __str__(self) -> str:
-        flags = " resident" * self.resident + " staging" * self.own_staging + " shared" * self.shared
+        flags = " resident" * self.resident + ("", " staging", " staging2")[self.own_staging] + " shared" * self.shared
         return f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}{flags} {self.x_stages}/{self.w_stages}"
 
 
@@ -129,7 +131,7 @@ class Footprint:
         if halo:
             fits = fits and sizes.plain and n == 1 and (serves == "column" or w == 8)
         if sizes.pool:
-            fits = fits and w % 2 == h % 2 == 0
+            fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
             return None
         return cls(pixels, cb, pitch, rows, 2 * cb * pitch * rows * n, _round_up(pixels * 128), 2 * cb * channels)
@@ -164,20 +166,19 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = {"column": sizes.s, "window": 1}[serves]
     scarce = blocks * least < (1 if channels == 64 else 2)
     own_staging = scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool)
-    left = device.shared_bytes_per_block - BARRIER_BYTES - (2 * takes.staging_bytes if own_staging else 0)
     stage = takes.x_stage_bytes(own_staging)
     weights = groups * blocks * taps * takes.w_stage_bytes
-    resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
-    enough = 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
-    if resident_stages >= max(2 if shared else enough, x_stages):
-        return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1, shared)
-    if shared:
-        return None
-    x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
-    w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
-    if x < 2 or w < 2:
-        return None
-    return Variant(serves, tile, channels, False, own_staging, x, w)
+    enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
+    for buffers in (2, 1) if own_staging and not sizes.pool else (int(own_staging),):
+        left = device.shared_bytes_per_block - BARRIER_BYTES - 2 * buffers * takes.staging_bytes
+        resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
+        if resident_stages >= max(enough, x_stages):
+            return Variant(serves, tile, channels, True, buffers, x_stages or resident_stages, 1, shared)
+        x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
+        w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
+        if not shared and min(x, w) >= (3 if buffers == 2 else 2):
+            return Variant(serves, tile, channels, False, buffers, x, w)
+    return None
 
 
 @lru_cache(maxsize=4096)
@@ -290,7 +291,10 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
-                    yield Shape("tap", (w, height, min(pixels // (w * height), sizes.n, MAX_BOX)), channels)
+                    tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
+                    yield Shape("tap", tile, channels)
+                    if sizes.r * sizes.s == 1:
+                        yield Shape("tap", tile, channels, shared=True)
 
 
 def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
@@ -355,8 +359,8 @@ def _key(sizes: Sizes) -> tuple[int | bool, ...]:
     return side if square and sizes.stride == sizes.dilation == sizes.spread == (1, 1) else ()
 
 
-# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200, most with a prototype of this kernel. dgrad finds
-# its own row: it is the convolution of dy.
+# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200 with a prototype of this kernel. dgrad finds its
+# own row: it is the convolution of dy.
 MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 16, 1), 64),),
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("window", (8, 15, 1), 64)),
@@ -369,7 +373,6 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 128), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
-    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 256), 128, shared=True), Shape("tap", (1, 1, 256), 64)),
     (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (56, 4, 1), 128),),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
     (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),

@@ -1,5 +1,5 @@
-// The error signal before a 2x2 max-pool: dy (N,P,Q,K) bf16 goes to each window's winner, zeros to the other three.
-// idx (N,P,Q,K/4) has 2 bits a channel; out (N,2P,2Q,K).
+// The error signal before a 2x2 pool: dy (N,P,Q,K) bf16 goes to each window's winner, zeros to the other three, where idx
+// (N,P,Q,K/4) has 2 bits a channel; without idx the pool is the mean, and a quarter goes to each. out (N,2P,2Q,K).
 //
 // A thread takes eight channels of a pooled pixel. Bytes: dy and idx are read once, out is written once.
 // Preconditions: K is a multiple of 8; pointers aligned to 16 bytes; fewer than 2^31 elements.
@@ -17,14 +17,18 @@ extern "C" __global__ void __launch_bounds__(256)
     int chunk, q;
     int row = divide(divide(at, d.by_chunks, chunk), d.by_q, q);  // image and pooled row
     uint4 v = dy[at];
-    u32 index = idx[at];
+    const u32 in[4] = {v.x, v.y, v.z, v.w};
+    u32 index = idx ? idx[at] : 0;
     const u32 chunks = d.by_chunks.d, columns = 2 * d.by_q.d;
 #pragma unroll
     for (u32 position = 0; position < 4; ++position) {
-        const u32 in[4] = {v.x, v.y, v.z, v.w};
         u32 kept[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+            if (!idx) {
+                kept[e] = round_bf16x2(0.25f * low_bf16(in[e]), 0.25f * high_bf16(in[e]));
+                continue;
+            }
             u32 low = (index >> 4 * e & 3) == position ? 0x0000ffffu : 0u, high = (index >> (4 * e + 2) & 3) == position ? 0xffff0000u : 0u;
             kept[e] = in[e] & (low | high);
         }

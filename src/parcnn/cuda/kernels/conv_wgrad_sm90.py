@@ -109,8 +109,6 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the tensor-core filter gradient takes bf16 operands, not {x.dtype} and {dy.dtype}"
     if op.groups != 1:
         return f"the tensor-core filter gradient has one group, not {op.groups}"
-    if op.pool not in (None, "max"):
-        return f"the tensor-core filter gradient takes errors of a maximum, not of '{op.pool}'"
     if max(op.stride) > MAX_ELEMENT_STRIDE:
         return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
     c, k = x.shape[3], dy.shape[3]
@@ -151,7 +149,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     result = []
     if conv.pool:
         error = _workspace(call)
-        result.append(unpool(dy, call.inputs[2], error))
+        result.append(unpool(dy, call.inputs[2] if conv.pool == "max" else None, error))
         dy = error
     row_size, partial = _row_size(conv, op.bias), None
     if chosen.rows > 1:

@@ -53,10 +53,8 @@ struct Ring {
     __device__ __forceinline__ void next(int stages) {
         if (++stage == stages) stage = 0, parity ^= 1;
     }
-    __device__ __forceinline__ void skip(int count, int stages) {
-        int laps = (stage + count) / stages;
-        stage += count - laps * stages;
-        parity ^= laps & 1;
+    __device__ __forceinline__ void skip(int count, FastDiv by_stages) {
+        parity ^= divide(stage + count, by_stages, stage) & 1;
     }
 };
 
@@ -85,15 +83,16 @@ __device__ __forceinline__ void prefetch_tile(const TensorMap &map, int c0, int 
                  : "memory");
 }
 
-// Write a tile out and return when shared memory has been read. The writers of the tile must have passed `fence_async`
-// and a barrier.
+// Begin to write a tile out. The writers of the tile must have passed `fence_async` and a barrier.
 __device__ __forceinline__ void store_tile(const TensorMap &map, u32 from, int c0, int c1, int c2, int c3) {
     asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(&map), "r"(from), "r"(c0), "r"(c1),
                  "r"(c2), "r"(c3)
                  : "memory");
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
+
+// Until the shared memory of all tiles that this thread writes out has been read, but for the last Pending.
+template <int Pending> __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory"); }
 
 // Orders this thread's accesses to shared memory before what the copy engine and the tensor cores do after a barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
