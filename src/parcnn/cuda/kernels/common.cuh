@@ -8,6 +8,17 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// ---- The order of kernels ---------------------------------------------------------------------------------------------
+
+// Wait until the kernels that this one comes after are complete and what they wrote can be seen. Every kernel calls it,
+// with all threads that touch global memory and before they do (or before a barrier that they pass first): from sm_90
+// on, a kernel of a graph may start while its predecessor still runs.
+__device__ __forceinline__ void await_predecessors() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- Division by a constant of the run ----------------------------------------------------------------------------
 // Exact for 0 <= n < 2^31 and 1 <= d < 2^31 (Granlund & Montgomery, PLDI '94); the host's twin is `fast_div` in common.py.
 
