@@ -14,7 +14,7 @@ SETUP := @python3 tools/setup_env.py --venv $(VENV)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench gpu-check clean
+.PHONY: help setup demo test lint bench gpu-check sanitize clean
 
 help:
 	@echo "make demo       train LeNet-5 with the sequential implementation and in parallel, compare, draw graphs (2 minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speedup benchmark at full size; BENCH=NAME for another one"
 	@echo "make gpu-check  the GPU tests and figures; writes benchmarks/results/gpu-check.json"
+	@echo "make sanitize   convolutions under compute-sanitizer's four tools, on the GPU"
 	@echo "make setup      the environment only; tries PyCUDA again where it could not be built"
 	@echo "make clean      removes the environment and what tools left behind"
 	@echo
@@ -62,6 +63,16 @@ gpu-check:
 	$(PY) -m pytest -m gpu tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/runtime.xml
 	$(PY) -m parcnn bench gpu-check --json runs/gpu-check/figures.json
 	$(PY) tools/gpu_record.py write --junit runs/gpu-check/kernels.xml runs/gpu-check/runtime.xml --figures runs/gpu-check/figures.json
+
+# A few problems by every kernel family: the tools slow kernels down by far too much for all tests.
+SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
+sanitize:
+	$(SETUP) test
+	@for tool in $(SANITIZER_TOOLS); do \
+		echo "compute-sanitizer --tool $$tool"; \
+		PATH="$$PATH:/usr/local/cuda/bin" compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+			env $(PY) -m pytest -q -m gpu -k every_family tests/cuda/test_conv_fuzz.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
