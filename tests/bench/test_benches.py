@@ -68,8 +68,8 @@ def test_figures_for_the_record(no_data_sets: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_step_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "PROBLEMS", (("lenet5", 4),))
-    (row,) = step.run(EXECUTOR, ignore)
+    monkeypatch.setattr(step, "PROBLEMS", (("lenet5", 4), ("lenet5", 8)))
+    (row,) = step.run(EXECUTOR, ignore, only="batch 4")
     assert row.problem == "lenet5, batch 4"
     assert row.peer is None
     assert row.extra["peer_modes_us"] == {}

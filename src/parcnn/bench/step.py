@@ -23,13 +23,18 @@ STEPS = 48
 REPEATS = 9
 
 
-def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32") -> Iterator[Row]:
-    """Rows `step`, each as it is measured: SGD with momentum, images that are noise (a step's time does not depend on them)."""
+def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32", only: str = "") -> Iterator[Row]:
+    """Rows `step`, each as it is measured: SGD with momentum, images that are noise (a step's time does not depend on them).
+
+    only: problems with this in their name, such as "cifarnet" or "lenet5, batch 64".
+    """
     machine = Machine.of(executor)
     with_torch = executor.name == "cuda" and peers.has_torch_on_gpu()
     if not with_torch:
         say("PyTorch with a GPU is not here: no peer")
     for network, batch in PROBLEMS:
+        if only not in f"{network}, batch {batch}":
+            continue
         steps = STEPS if executor.name == "cuda" else 1
         subject = noise(network, batch, steps)
         trainer = subject.trainer(executor, batch, precision=precision)

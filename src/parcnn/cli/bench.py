@@ -122,10 +122,11 @@ def step(
     device: Device = "auto",
     threads: Threads = None,
     precision: Annotated[str, typer.Option(help=f"One of {', '.join(step_bench.PRECISIONS)}.")] = "fp32",
+    only: Annotated[str, typer.Option(help='Problems with this in their name, such as "cifarnet".')] = "",
     out: Out = RESULTS,
 ) -> None:
     """A whole training step against PyTorch's modes in the same run."""
-    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say, precision))
+    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say, precision, only))
 
 
 @app.command()
