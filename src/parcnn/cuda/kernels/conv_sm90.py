@@ -82,7 +82,7 @@ def workspace_bytes(
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best first (`conv_sm90_tiles.candidates`)."""
     sizes = _sizes(call)
-    return list(tiles.candidates(sizes, device)) if sizes.classes else []
+    return list(tiles.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
