@@ -37,7 +37,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors = {f"model.{k}": v for k, v in checkpoint.weights.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
     metadata = {"format": FORMAT, "info": json.dumps(checkpoint.info)}
-    blob = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, metadata)
+    blob = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
