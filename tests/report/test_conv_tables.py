@@ -35,7 +35,7 @@ ROWS = [
     row("wgrad", "a", 10.0, "cudnn", 40.0),
     row("fprop", "a", 99.0, "cudnn", 10.0),  # an older row, of a kernel that is gone
     row("fprop", "a", 10.0, "cudnn", 20.0),
-    row("fprop", "b", 10.0, "cudnn", 80.0),
+    row("fprop", "b", 10.0, "cudnn", 80.0, rested_us=8.0, peer_rested_us=24.0),
     row("fprop", "c", 10.0, None, None, bound_us=None),
     row("fused_pool_fwd", "a", 20.0, "torch_eager", 100.0),
     row("fused_pool_fwd", "a", 20.0, "torch_compile", 50.0),
@@ -49,12 +49,12 @@ ROWS = [
 
 def test_layers_by_direction_with_their_means() -> None:
     assert tables.TABLES["conv"](ROWS).lines == [
-        ("fprop", "a", "10.0 µs", "20.0 µs", "2.00×", "512", "50%"),
-        ("fprop", "b", "10.0 µs", "80.0 µs", "8.00×", "512", "50%"),
-        ("fprop", "c", "10.0 µs", "–", "–", "512", "–"),
-        ("fprop", "geometric mean of 2, H200", "", "worst 2.00×", "4.00×", "", ""),
-        ("wgrad", "a", "10.0 µs", "40.0 µs", "4.00×", "512", "50%"),
-        ("wgrad", "geometric mean of 1, H200", "", "worst 4.00×", "4.00×", "", ""),
+        ("fprop", "a", "10.0 µs", "20.0 µs", "2.00×", "–", "512", "50%"),
+        ("fprop", "b", "10.0 µs", "80.0 µs", "8.00×", "3.00×", "512", "50%"),
+        ("fprop", "c", "10.0 µs", "–", "–", "–", "512", "–"),
+        ("fprop", "geometric mean of 2, H200", "", "worst 2.00×", "4.00×", "3.00×", "", ""),
+        ("wgrad", "a", "10.0 µs", "40.0 µs", "4.00×", "–", "512", "50%"),
+        ("wgrad", "geometric mean of 1, H200", "", "worst 4.00×", "4.00×", "–", "", ""),
     ]
 
 

@@ -26,6 +26,9 @@ from parcnn.ops.program import Call
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
 
+# The second measurement: so many single graphs, before each of which the chip rests.
+RESTED_REPEATS, PAUSE_SECONDS = 5, 0.02
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -99,7 +102,8 @@ def run(
     peers: bool = True,
     compiled: Sequence[str] = ("default",),
 ) -> Iterator[list[Row]]:
-    """Rows of each subject as they are measured: one for each peer, or one without.
+    """Rows of each subject as they are measured: one for each peer, or one without. Times are those under load without a
+    pause; `rested_us` and `peer_rested_us` are single graphs after a pause each.
 
     peers: PyTorch in the same run, where it is installed and has the GPU; cuDNN's convolution alone, also where ours does
     more in the same kernel. compiled: modes of torch.compile (`conv_peers.COMPILE_MODES`), the best of which the fused
@@ -108,19 +112,25 @@ def run(
     peers = peers and has_torch_on_gpu()
     machine, roof = Machine.of(executor), Roofline.of(executor.device.name, precision, executor)
     executor.compile(kernel for subject in subjects for call in subject.calls for kernel in executor.kernels(call))
-    ratios: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    ratios: dict[tuple[str, str], list[tuple[float, str, float]]] = {}
     for subject in subjects:
         rows = list(_measure(executor, subject, machine, roof, bench, precision, peers, compiled))
         for row in rows:
             say(_line(subject, row))
             if row.peer and row.peer_p50_us and row.p50_us:
-                ratio = row.peer_p50_us / row.p50_us
-                ratios.setdefault((subject.direction, row.peer), []).append((ratio, subject.problem["shape"]))
+                ratio, after_pause = row.peer_p50_us / row.p50_us, row.extra["peer_rested_us"] / row.extra["rested_us"]
+                found = ratios.setdefault((subject.direction, row.peer), [])
+                found.append((ratio, subject.problem["shape"], after_pause))
         yield rows
     for (direction, peer), found in ratios.items():
-        mean = exp(sum(log(ratio) for ratio, _ in found) / len(found))
-        worst, shape = min(found)
-        say(f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(found)}), worst {worst:.2f}x at {shape}")
+        mean, rested = (
+            exp(sum(map(log, every)) / len(found)) for every in ([f[0] for f in found], [f[2] for f in found])
+        )
+        worst, shape, _ = min(found)
+        say(
+            f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(found)}; {rested:.2f}x after pauses), "
+            f"worst {worst:.2f}x at {shape}"
+        )
 
 
 def _measure(
@@ -139,13 +149,19 @@ def _measure(
     bound = roof.bound_us(flops, nbytes)
     ours = RepeatedCalls(executor, calls)
     theirs = _peers(subject, precision, ours, compiled) if peers and subject.layer else {}
-    timings = time_in_turn([ours.run, *(peer.run for peer in theirs.values())], executor.synchronize)
-    took, *others = [timing.of(ours.count) for timing in timings]
+    runs = [ours.run, *(peer.run for peer in theirs.values())]
+    took, *others = [timing.of(ours.count) for timing in time_in_turn(runs, executor.synchronize)]
+    rested, *others_rested = [
+        timing.of(ours.count).p50_us
+        for timing in time_in_turn(runs, executor.synchronize, RESTED_REPEATS, 0.0, PAUSE_SECONDS)
+    ]
     ours.free()
     kernels = dict.fromkeys(kernel.label for call in calls for kernel in executor.kernels(call))
     choices = [executor.choices(call.op, call.input_specs, call.output_specs)[:1] for call in calls]
     best: dict[str | None, tuple[float | None, str | None, int | None]] = {}
-    for ((key, mode), peer), timing in zip(theirs.items(), others, strict=True):
+    best_rested: dict[str | None, float] = {}
+    for ((key, mode), peer), timing, after_pause in zip(theirs.items(), others, others_rested, strict=True):
+        best_rested[key] = min(after_pause, best_rested.get(key, after_pause))
         if key not in best or timing.p50_us < (best[key][0] or 0):
             best[key] = (timing.p50_us, mode, peer.kept_bytes)
     for name, (peer_us, peer_mode, peer_kept) in (best or {None: (None, None, None)}).items():
@@ -165,6 +181,8 @@ def _measure(
             copy_bytes_per_second=roof.bytes_per_second,
             choice=" + ".join(str(choice) for found in choices for choice in found),
             tuning=executor.tuning_digest,
+            rested_us=rested,
+            peer_rested_us=best_rested.get(name),
             peer_mode=peer_mode,
             kept_bytes=kept_bytes(calls) if subject.direction == "fused_pool_train" else None,
             peer_kept_bytes=peer_kept,
@@ -192,6 +210,7 @@ def _line(subject: Subject, row: Row) -> str:
     against = ""
     if row.peer and row.peer_p50_us and row.p50_us:
         against = f", {row.peer} {row.peer_p50_us:9.1f} us, {row.peer_p50_us / row.p50_us:5.2f}x"
+        against += f" ({row.extra['peer_rested_us'] / row.extra['rested_us']:.2f}x rested)"
     name = f"{subject.direction} {subject.problem['shape']}"
     return (
         f"  {name:<42}{row.p50_us:9.1f} us {row.extra['tflops']:6.1f} TFLOP/s {share}{against}  {row.extra['choice']}"

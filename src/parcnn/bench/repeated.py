@@ -89,11 +89,13 @@ def time_in_turn(
     wait: Callable[[], object],
     repeats: int = 9,
     repeat_seconds: float | None = None,
+    pause_seconds: float = 0.0,
 ) -> list[StepTiming]:
     """Microseconds of a step of each of `runs`, which submit so many steps; `wait` waits for them.
 
     A repeat takes at least `repeat_seconds` (REPEAT_SECONDS), within MOST_STEPS. Their repeats take turns, so that what the
-    clock of the chip does meets all alike.
+    clock of the chip does meets all alike. pause_seconds: the chip rests so long before each repeat: under load without a
+    pause a GPU may have to lower its clock, as many tensor-core products draw more power than its limit.
     """
 
     def seconds(run: Callable[[int], None], steps: int) -> float:
@@ -108,7 +110,13 @@ def time_in_turn(
     for run in runs:
         seconds(run, 2)  # the first launches, then a graph
         steps.append(max(1, min(MOST_STEPS, ceil(least / max(seconds(run, 1), 1e-6)))))
-    times = [[seconds(run, n) / n * 1e6 for run, n in zip(runs, steps, strict=True)] for _ in range(repeats)]
+
+    def rested(run: Callable[[int], None], steps: int) -> float:
+        wait()
+        time.sleep(pause_seconds)
+        return seconds(run, steps)
+
+    times = [[rested(run, n) / n * 1e6 for run, n in zip(runs, steps, strict=True)] for _ in range(repeats)]
     return [StepTiming(*(float(p) for p in np.percentile(of_one, (20, 50, 80)))) for of_one in zip(*times, strict=True)]
 
 
