@@ -193,9 +193,9 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     problem = PROBLEMS["64 channels"]
     op, operands = problem.op("fused"), problem.integers("fused", random_of())
     specs = call_of(op, operands).input_specs
-    assert null.registry.find(op, specs) is conv_sm90
+    assert null.registry.find(op, specs, H200) is conv_sm90
     assert "conv_sm90" in null.kernel_name(op, specs, op.infer(*specs))
-    assert CudaExecutor.null("sm_89").registry.find(op, specs) is conv_mma_fprop
+    assert CudaExecutor.null("sm_89").registry.find(op, specs, H200) is conv_mma_fprop
 
 
 def test_every_variant_is_listed() -> None:

@@ -529,7 +529,7 @@ class CudaExecutor:
                     got=choice,
                     remedy=REMEDY,
                 )
-        return self.registry.find(op, inputs, call.layer), {}
+        return self.registry.find(op, inputs, self.device, call.layer), {}
 
     def _prepare(self, kernel: Kernel, cubin: Cubin, dynamic_shared_bytes: int) -> None:
         """Load the kernel, or raise its dynamic shared memory, which never sinks: older programs rely on it."""

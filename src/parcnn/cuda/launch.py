@@ -127,6 +127,14 @@ class Launcher(Protocol):
 
 
 @runtime_checkable
+class EstimatingLauncher(Launcher, Protocol):
+    """A launcher of a family that others compete with."""
+
+    def cost_us(self, call: Call, device: Device) -> float:
+        """Estimated microseconds of the call by the variant that the family's own rule takes."""
+
+
+@runtime_checkable
 class TunableLauncher(Launcher, Protocol):
     """A launcher with several ways to run a call. Its `workspace_bytes` and `launches` take `variant=`, one of them."""
 

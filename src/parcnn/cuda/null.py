@@ -280,7 +280,7 @@ class NullDriver:
 
     def _check_pointer(self, pointer: Pointer, address: int, bound: BoundLaunch) -> None:
         slot = pointer.slot
-        if slot not in _slots(bound.call):
+        if slot not in _slots(bound.call) and not _is_part(slot, bound.call.workspace):
             raise LaunchError(
                 "a pointer to a tensor that is not the call's", where=bound.where, expected=_slots(bound.call), got=slot
             )
@@ -353,6 +353,16 @@ def _check_limits(bound: BoundLaunch, device: Device) -> None:
 
 def _slots(call: Call) -> tuple[Slot, ...]:
     return (*call.inputs, *call.outputs, *((call.workspace,) if call.workspace else ()))
+
+
+def _is_part(slot: Slot, workspace: Slot | None) -> bool:
+    """Whether a tensor lies in the workspace."""
+    return (
+        workspace is not None
+        and slot.region == workspace.region
+        and workspace.offset <= slot.offset
+        and slot.end <= workspace.end
+    )
 
 
 def _conflict(first: Call, second: Call) -> Slot | None:

@@ -1,4 +1,4 @@
-"""The kernel families, and which of them runs an op: the first, in the order of the list, that says it can."""
+"""The kernel families, and which of them runs an op: the first that says it can, or the fastest by their estimates."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from parcnn.cuda.kernels import (
     conv_mma_dgrad,
     conv_mma_fprop,
     conv_mma_wgrad,
+    conv_padded,
     conv_sm90,
     conv_stem,
     conv_wgrad,
@@ -28,9 +29,10 @@ from parcnn.cuda.kernels import (
     shape,
     update,
 )
-from parcnn.cuda.launch import Kernel, Launcher, TunableLauncher
+from parcnn.cuda.launch import Device, EstimatingLauncher, Kernel, Launcher, TunableLauncher
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import Op, Spec
+from parcnn.ops.program import Call, Slot
 
 
 class Registry:
@@ -60,14 +62,23 @@ class Registry:
         """Whether some launcher runs the op on these operands."""
         return any(launcher.supports(op, inputs) is None for launcher in self._of(op))
 
-    def find(self, op: Op, inputs: tuple[Spec, ...], where: str = "") -> Launcher:
-        """The launcher that runs the op. Raises UnsupportedError with each one's reason."""
-        reasons = []
+    def find(self, op: Op, inputs: tuple[Spec, ...], device: Device, where: str = "") -> Launcher:
+        """The launcher that runs the op on a device. Raises UnsupportedError with each one's reason.
+
+        The first that can; where that one estimates its time, the fastest by their estimates of all that can and do so.
+        """
+        reasons, able = [], []
         for launcher in self._of(op):
             reason = launcher.supports(op, inputs)
-            if reason is None:
+            if reason is not None:
+                reasons.append(reason)
+            elif isinstance(launcher, EstimatingLauncher):
+                able.append(launcher)
+            elif not able:
                 return launcher
-            reasons.append(reason)
+        if able:
+            call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
+            return min(able, key=lambda launcher: launcher.cost_us(call, device)) if len(able) > 1 else able[0]
         raise UnsupportedError(
             f"no kernel runs {op.name} on {', '.join(f'{s.dtype}{s.shape}' for s in inputs)}",
             where=where,
@@ -121,5 +132,5 @@ REGISTRY = Registry(
         feed,
     ],
     Path(__file__).parent,
-    only_on={"sm_90a": [conv_sm90, conv_wgrad_sm90]},
+    only_on={"sm_90a": [conv_sm90, conv_wgrad_sm90, conv_padded]},
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
-from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvGeometry
@@ -142,3 +142,8 @@ def cycles(tile: Tile, blocks: int, steps: float, gathers: float, shared_bytes: 
     alone = 2400 + steps * max(140.0, step) + outputs
     resident = tile.resident(shared_bytes, device)
     return max(ceil(blocks / device.sm_count) * work, ceil(blocks / (device.sm_count * resident)) * alone)
+
+
+def microseconds(cycles: float) -> float:
+    """Of a call of so many cycles, with its start and end."""
+    return 1.5 + 1.07 * cycles / CYCLES_PER_US

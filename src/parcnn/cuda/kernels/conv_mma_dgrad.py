@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad
@@ -63,6 +63,17 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Tiles that can run the call, best estimate first."""
+    costs = _costs(call, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best tile."""
+    return microseconds(min(_costs(call, device).values()))
+
+
+def _costs(call: Call, device: Device) -> dict[Variant, float]:
+    """Estimated cycles of tiles that can run the call."""
     op, sizes = _sizes(call)
     routed, vec_a, vec_b = key = _key(op, sizes)
     classes = op.stride[0] * op.stride[1]
@@ -76,7 +87,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
             costs[tile] = cycles(tile, blocks, tile.steps(taps, sizes.filters), gathers, shared_bytes, device) * (
                 1.2 if routed else 1
             )
-    return sorted(costs, key=costs.__getitem__)
+    return costs
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -60,6 +60,17 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Tiles that can run the call, best estimate first."""
+    costs = _costs(call, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best tile."""
+    return microseconds(min(_costs(call, device).values()))
+
+
+def _costs(call: Call, device: Device) -> dict[Variant, float]:
+    """Estimated cycles of tiles that can run the call."""
     _, sizes = _sizes(call)
     vec = vector(sizes.channels)
     costs = {}
@@ -69,7 +80,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
             gathers = 0 if vec > 1 else (tile.bm + tile.bn) * tile.bk
             costs[tile] = cycles(tile, blocks, _stages(sizes, tile), gathers, shared_bytes, device)
-    return sorted(costs, key=costs.__getitem__)
+    return costs
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
 from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
@@ -74,6 +74,11 @@ def workspace_bytes(
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, each tile with several numbers of splits, best estimate first."""
     return _ranked(*_sizes(call.op, call.inputs[0].spec, call.outputs[0].spec), device)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    return microseconds(min(_costs(*_sizes(call.op, call.inputs[0].spec, call.outputs[0].spec), device).values()))
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -143,6 +148,12 @@ def _problem(sizes: Grouped, chunk: int, n_tiles: int) -> Struct:
 
 
 def _ranked(op: ConvWgrad, sizes: Grouped, device: Device) -> list[Variant]:
+    costs = _costs(op, sizes, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def _costs(op: ConvWgrad, sizes: Grouped, device: Device) -> dict[Variant, float]:
+    """Estimated cycles of each tile with several numbers of splits."""
     routed, vec_a, vec_b = key = _key(op, sizes)
     costs: dict[Variant, float] = {}
     for tile in TILES_OF[key]:
@@ -159,7 +170,7 @@ def _ranked(op: ConvWgrad, sizes: Grouped, device: Device) -> list[Variant]:
             splits = ceil(steps / each)  # none is empty
             estimate = cycles(tile, blocks * splits, each, gathers, shared_bytes, device)
             costs[Variant(tile, splits)] = estimate * (1.2 if routed else 1) + _sum_cycles(op, sizes, splits)
-    return sorted(costs, key=costs.__getitem__)
+    return costs
 
 
 def _sum_cycles(op: ConvWgrad, sizes: Grouped, splits: int) -> float:

@@ -85,6 +85,13 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     return list(tiles.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
 
 
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    sizes = _sizes(call)
+    passes = 3.0 * (isinstance(call.op, ConvDgrad) and call.op.pool is not None) + 3.0 * (not sizes.classes)
+    return passes + (tiles.cost_us(sizes, tiles.candidates(sizes, device)[0], device) if sizes.classes else 0)
+
+
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """The convolution; of dgrad with a stride, one for each four classes of pixels, and a pass over those that no tap
     reaches. Before it, a pass that unpools dy where there is a pool. `variant` forces one of `candidates`."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import MAX_SIDE
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE
 from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
@@ -22,6 +22,7 @@ MAX_RUN = 32  # elements of a filter's row
 LEAST_COLUMNS = 4  # of outputs: fewer would leave most of a unit's 16 columns empty
 WARPS = 8
 RESIDENT = 2  # blocks on an SM
+FILL_CYCLES = 3  # of a word of the image, as an H200 was measured
 UNIT_COLUMNS = 16
 MOST_UNITS_W, MOST_UNITS_H, MOST_CANDIDATES = 8, 16, 6
 # (RUN16, RUN8) by the eights that a run takes; tiles of 8 filters of a forward block, of 16 of a backward one.
@@ -142,6 +143,12 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     return _ranked(call.op, _sizes(call.op, call.input_specs), device)
 
 
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    costs = _costs(call.op, _sizes(call.op, call.input_specs), device)
+    return (6.0 if isinstance(call.op, ConvWgrad) else 3.0) + min(costs.values()) / CYCLES_PER_US
+
+
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """One launch, and for a gradient one that adds partial sums; `variant` forces one of `candidates`."""
     op, sizes = call.op, _sizes(call.op, call.input_specs)
@@ -259,16 +266,21 @@ def _fitting(op: Op, sizes: Sizes, most_bytes: int) -> Iterator[Variant]:
 
 
 def _ranked(op: Op, sizes: Sizes, device: Device) -> list[Variant]:
-    """By estimated clock cycles: a block's products and its filling of shared memory, in rounds over the SMs' blocks."""
+    costs = _costs(op, sizes, device)
+    return sorted(costs, key=costs.__getitem__)[:MOST_CANDIDATES]
+
+
+def _costs(op: Op, sizes: Sizes, device: Device) -> dict[Variant, float]:
+    """Estimated clock cycles: a block's products and its filling of shared memory, in rounds over the SMs' blocks."""
     room = (device.shared_bytes_per_block + 1024) // RESIDENT - 1024
     fitting = list(_fitting(op, sizes, room)) or list(_fitting(op, sizes, device.shared_bytes_per_block))
     filters = _filters(op, sizes.k)
 
     def cycles(variant: Variant) -> float:
         units = variant.units_w * variant.units_h
-        fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) / 4
+        fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) * FILL_CYCLES
         if isinstance(op, ConvWgrad):  # copies run beside products
-            fills += 2 * UNIT_COLUMNS * units * filters / 32
+            fills += 2 * UNIT_COLUMNS * units * filters / 32 + 150 * sizes.patch_rows(variant)
             step = 60 + 8 * filters / 16 * (sizes.runs + 2)
             work = ceil(2 * variant.units_h / _groups(op, sizes)) * (100 + variant.units_w * step)
             tile = 800 + max(fills, work)
@@ -278,7 +290,7 @@ def _ranked(op: Op, sizes: Sizes, device: Device) -> list[Variant]:
         blocks = _tiles(sizes, variant) * ceil(sizes.k / filters)
         return ceil(blocks / (RESIDENT * device.sm_count)) * tile
 
-    return sorted(fitting, key=cycles)[:MOST_CANDIDATES]
+    return {variant: cycles(variant) for variant in fitting}
 
 
 def _problem(op: Op, sizes: Sizes, variant: Variant) -> Struct:
