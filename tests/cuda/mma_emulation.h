@@ -51,6 +51,11 @@ inline void copy_chunk(unsigned to, const unsigned short *source, bool is_live) 
     emulation::copy_async(emulation::at_shared(to, 16), is_live ? source : nullptr, 16);
 }
 inline void copy_cached_chunk(unsigned to, const unsigned short *source, bool is_live) { copy_chunk(to, source, is_live); }
+inline void copy_pair(unsigned to, const unsigned short *source, bool is_live) {
+    emulation::check_aligned(is_live ? source : nullptr, 4);
+    emulation::copy_async(emulation::at_shared(to, 4), is_live ? source : nullptr, 4);
+}
+inline unsigned short load_element(const unsigned short *source, bool is_live) { return is_live ? *source : 0; }
 inline void store_chunk(unsigned to, uint4 v) { memcpy(emulation::at_shared(to, 16), &v, 16); }
 inline void load_matrices(unsigned (&v)[4], unsigned at) { emulation::matrices(v, at, false); }
 inline void load_transposed_matrices(unsigned (&v)[4], unsigned at) { emulation::matrices(v, at, true); }

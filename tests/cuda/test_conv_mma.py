@@ -173,6 +173,7 @@ PROBLEMS = {
     "odd blocks of channels": Problem(2, 7, 9, 72, 136, 3, 3, SAME),
     "many channels": Problem(1, 6, 7, 128, 320, 3, 3, SAME),
     "65 channels": Problem(2, 5, 5, 65, 10, 3, 3, SAME),
+    "66 channels": Problem(2, 6, 5, 66, 10, 3, 3, SAME),
     "65 filters": Problem(2, 5, 4, 24, 65, 3, 3, SAME),
     "primes": Problem(3, 13, 11, 5, 7, 3, 5, (2, 1, 3, 4), (2, 3)),
     "asymmetric": Problem(2, 8, 9, 16, 8, 2, 4, (0, 3, 2, 1)),
@@ -339,7 +340,16 @@ def test_many_splits_add_up(make: MakeExecutor) -> None:
 
 
 # Together they have every key of every family, in several tiles along every side.
-EVERY_VARIANT = ("lenet conv 2", "stem", "odd blocks of channels", "65 channels", "65 filters", "primes", "groups")
+EVERY_VARIANT = (
+    "lenet conv 2",
+    "stem",
+    "odd blocks of channels",
+    "65 channels",
+    "66 channels",
+    "65 filters",
+    "primes",
+    "groups",
+)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90a"])

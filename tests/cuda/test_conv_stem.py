@@ -196,9 +196,9 @@ def every_form() -> Iterator[tuple[int, int, str, str | None]]:
 
 
 def test_the_registry_gives_them_what_they_take() -> None:
-    x, w = Spec((4, 32, 32, 3), "bf16"), Spec((64, 3, 3, 3), "bf16")
+    x, w = Spec((256, 32, 32, 3), "bf16"), Spec((64, 3, 3, 3), "bf16")
     for arch in ("sm_80", "sm_90a", "sm_120"):
-        assert REGISTRY.on(arch).find(ConvFprop(pad=SAME), (x, w)) is conv_stem
+        assert REGISTRY.on(arch).find(ConvFprop(pad=SAME), (x, w), replace(H200, arch=arch)) is conv_stem
 
 
 def test_what_it_refuses() -> None:

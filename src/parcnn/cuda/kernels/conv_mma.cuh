@@ -24,6 +24,18 @@ __device__ __forceinline__ void copy_cached_chunk(u32 to, const u16 *source, boo
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source), "r"(live ? 16 : 0) : "memory");
 }
 
+// The same of two elements, whose address is a multiple of 4.
+__device__ __forceinline__ void copy_pair(u32 to, const u16 *source, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(source), "r"(live ? 4 : 0) : "memory");
+}
+
+// An element, or zero: without a branch, so that many are under way at once.
+__device__ __forceinline__ u16 load_element(const u16 *source, bool live) {
+    u16 v;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }" : "=h"(v) : "l"(source), "r"((int)live));
+    return v;
+}
+
 __device__ __forceinline__ void store_chunk(u32 to, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -201,7 +213,16 @@ __device__ __forceinline__ void reduce(const Tile &tile, typename Tile::Sums &su
     __syncthreads();  // all have read their last fragments, and nothing comes any more: the ring is free
 }
 
-// ---- Operands through registers: channels that come in no multiples of eight, errors that are routed ---------------------
+// ---- Operands through registers: an odd number of channels, errors that are routed ----------------------------------------
+
+// Eight elements as they come, which stay in registers of their own until they are all there.
+struct Elements {
+    u16 of[8];
+
+    __device__ __forceinline__ uint4 vector() const {
+        return make_uint4(of[0] | (u32)of[1] << 16, of[2] | (u32)of[3] << 16, of[4] | (u32)of[5] << 16, of[6] | (u32)of[7] << 16);
+    }
+};
 
 // Eight bf16 of a 16-byte chunk.
 struct Chunk {
@@ -241,19 +262,28 @@ __device__ __forceinline__ u32 winners_of(const u8 *indices, int k, int count) {
 // ---- Epilogue -----------------------------------------------------------------------------------------------------------
 
 // Write a tile of Rows x Columns bf16 from shared memory: row r to place(r), negative where there is none, as many of its
-// columns as `columns`; `whole`: 16 bytes at once, for which places and `columns` are multiples of eight.
+// columns as `columns`; `whole`: 16 bytes at once, for which places and `columns` are multiples of eight. Else neighbouring
+// lanes write neighbouring elements.
 template <int Rows, int Columns, int Threads, class Place>
 __device__ __forceinline__ void write_rows(const char *tile, u16 *out, int columns, bool whole, Place place) {
-    constexpr int Chunks = Columns / 8;
+    constexpr int Chunks = Columns / 8, Lanes = Columns < 32 ? Columns : 32;
+    if (!whole) {
+#pragma unroll 2
+        for (int row = threadIdx.x / Lanes; row < Rows; row += Threads / Lanes) {
+            const int to = place(row);
+            if (to < 0) continue;
+#pragma unroll
+            for (int i = 0; i < Columns; i += Lanes) {
+                const int column = i + threadIdx.x % Lanes;
+                if (column < columns) out[to + column] = *reinterpret_cast<const u16 *>(tile + chunk_offset<Chunks>(row, column / 8) + column % 8 * 2);
+            }
+        }
+        return;
+    }
 #pragma unroll 2
     for (int item = threadIdx.x; item < Rows * Chunks; item += Threads) {
         int row = item / Chunks, chunk = item % Chunks, to = place(row);
         if (to < 0 || chunk * 8 >= columns) continue;
-        const u16 *from = reinterpret_cast<const u16 *>(tile + chunk_offset<Chunks>(row, chunk));
-        u16 *at = out + to + chunk * 8;
-        if (whole)
-            *reinterpret_cast<uint4 *>(at) = *reinterpret_cast<const uint4 *>(from);
-        else
-            for (int e = 0; e < min(8, columns - chunk * 8); ++e) at[e] = from[e];
+        *reinterpret_cast<uint4 *>(out + to + chunk * 8) = *reinterpret_cast<const uint4 *>(tile + chunk_offset<Chunks>(row, chunk));
     }
 }

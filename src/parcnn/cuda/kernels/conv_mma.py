@@ -11,8 +11,9 @@ from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.program import Call
 
-CHUNK = 8  # bf16 that are copied at once
+CHUNK, PAIR = 8, 2  # bf16 that are copied at once
 MAX_GROUPS = 65535  # of a grid's second and third dimension
 _SHARED_PER_SM_BEYOND_BLOCK = 1024  # an SM has that much more than the most that one block may have
 _RESERVED_SHARED_BYTES = 1024
@@ -118,15 +119,36 @@ def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], fi
 
 def vector(channels: int) -> int:
     """How many channels are copied at once, in runs of so many."""
-    return CHUNK if channels % CHUNK == 0 else 1
+    return next(count for count in (CHUNK, PAIR, 1) if channels % count == 0)
 
 
-def cycles(tile: Tile, blocks: int, steps: float, gathers: float, shared_bytes: int, device: Device) -> float:
+def gathers(extent: int, depth: int, vec: int) -> float:
+    """Copies of less than a chunk that bring an operand's part of a stage."""
+    return extent * depth / vec if vec < CHUNK else 0
+
+
+def key(op: ConvGeometry, sizes: Grouped) -> tuple[int, int, int]:
+    """What kernels of gradients are compiled for: (ROUTED, VEC_A of filters, VEC_B of channels)."""
+    vec_a, vec_b = vector(sizes.filters), vector(sizes.channels)
+    if op.pool is None:
+        return 0, vec_a, min(vec_a, vec_b)
+    return (1, CHUNK, CHUNK if vec_b == CHUNK else 1) if vec_a == CHUNK else (1, 1, 1)
+
+
+class Pieces(NamedTuple):
+    """What a tile moves in less than chunks: copies for a stage, whether they wait in registers, rows of results."""
+
+    copies: float = 0
+    in_registers: bool = False
+    odd_results: bool = False
+
+
+def cycles(tile: Tile, blocks: int, steps: float, pieces: Pieces, shared_bytes: int, device: Device) -> float:
     """Estimated clock cycles of `blocks` blocks that each reduce over so many stages: what the choice of a tile rests on.
 
     The larger of what the busiest SM does and of what the rounds of its resident blocks take, each at a block's own pace.
-    `gathers`: elements of a stage that go through registers one by one. The constants are fitted to an H200's times of
-    36 calls of large layers by nine variants each: 13 % off in the mean, and what is taken costs 1 % more than the best.
+    The constants are fitted to an H200's times of 36 calls of large layers by nine variants each: 13 % off in the mean, and
+    what is taken costs 1 % more than the best.
     """
     warp_m, warp_n = tile.bm // tile.warps_m, tile.bn // tile.warps_n
     warps = tile.threads // 32
@@ -136,14 +158,15 @@ def cycles(tile: Tile, blocks: int, steps: float, gathers: float, shared_bytes: 
     fragments = (warp_m // 16) * (warp_n // 8) + warp_m // 16 + warp_n // 16
     issue = warps * (fragments * tile.bk / 16 + (tile.bm + tile.bn) * tile.bk / 8 / tile.threads + 30) / 4
     parts = (products, shared, copies, issue)
-    step = 0.8 * max(parts) + 0.2 * sum(parts) + gathers * 10 / 128
-    outputs = tile.bm * tile.bn * 2 / 11.4
+    step = 0.8 * max(parts) + 0.2 * sum(parts) + pieces.copies * 10 / 128
+    outputs = tile.bm * tile.bn * (4 if pieces.odd_results else 2) / 11.4
     work = 370 + steps * step + outputs
-    alone = 2400 + steps * max(140.0, step) + outputs
+    alone = 2400 + steps * (step + 600 if pieces.in_registers else max(140.0, step)) + outputs
     resident = tile.resident(shared_bytes, device)
     return max(ceil(blocks / device.sm_count) * work, ceil(blocks / (device.sm_count * resident)) * alone)
 
 
-def microseconds(cycles: float) -> float:
-    """Of a call of so many cycles, with its start and end."""
-    return 1.5 + 1.07 * cycles / CYCLES_PER_US
+def microseconds(cycles: float, call: Call) -> float:
+    """Of a call of so many cycles, with its start and end; memory brings about 2400 bytes a cycle."""
+    nbytes = sum(spec.nbytes for spec in (*call.input_specs, *call.output_specs))
+    return 1.5 + 1.07 * max(cycles, nbytes / 2400) / CYCLES_PER_US

@@ -13,13 +13,14 @@
 // ROUTED = 1: dy is the error of the 2x2-pooled output. For max-pooling a pixel before the pool has it where idx names it
 //   the winner, else 0; for average-pooling it has a quarter. Routing happens between the load and shared memory: the
 //   error before the pool is never written.
-// VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 1: elements are gathered through registers.
+// VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 2: by 4 bytes; 1: elements are gathered through
+//   registers.
 //
 // Bytes: dy, w (and idx, saved, addend) are read once from memory, their overlap comes from L1 and L2; dx is written once.
-// Preconditions: pointers aligned to 16 bytes; VEC_A = 8 needs K/groups % 8 == 0, VEC_B = 8 needs C/groups % 8 == 0; every
-// tensor has less than 2^31 elements; image sides and filter spans are below 2^14. dx may be the memory of saved or addend.
+// Preconditions: pointers aligned to 16 bytes; K/groups % VEC_A == C/groups % VEC_B == 0; every tensor has less than
+// 2^31 elements; image sides and filter spans are below 2^14. dx may be the memory of saved or addend.
 //
-// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, ROUTED, VEC_A, VEC_B. VEC_A = 1 needs FLAT = 1.
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, ROUTED, VEC_A, VEC_B. VEC_A < 8 needs FLAT = 1.
 
 #include "conv_mma.cuh"
 
@@ -101,8 +102,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     Tap stage_tap = {0, 0, 0};  // of the stage that is copied next
 #endif
 
-#if ROUTED || VEC_A == 1
+#if ROUTED
     Chunk errors[LOADS_A];
+#elif VEC_A == 1
+    Elements errors[LOADS_A];
 #endif
 #if ROUTED && VEC_A == 8
     u32 winners[LOADS_A];
@@ -141,6 +144,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
             copy_cached_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (row_offset[i] + offset), here);
 #endif
         }
+#elif VEC_A == 2
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int j = t * BK + chunk_a * 8 + e;
+            const Tap tap = tap_of(j);
+            const int dp = -tap.r * g.back_h, dq = -tap.s * g.back_w, offset = (dp * g.q + dq) * g.k + tap.k;
+            const u32 displaced = displacement(dp, dq);
+#pragma unroll
+            for (int i = 0; i < LOADS_A; ++i) {
+                if (BM % STEP_A != 0 && first_a + i * STEP_A >= BM) continue;
+                copy_pair(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a) + 2 * e, dy + (row_offset[i] + offset),
+                          j < depth && in_image(row_place[i], displaced, sides));
+            }
+        }
 #else
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -163,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
                     error = 0;
                 errors[i].put(e, error);
 #else
-                errors[i].put(e, here ? dy[row_offset[i] + (dp * g.q + dq) * g.k + tap.k] : 0);
+                errors[i].of[e] = load_element(dy + (row_offset[i] + (dp * g.q + dq) * g.k + tap.k), here);
 #endif
             }
         }
@@ -183,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     };
 
 #if VEC_B == 1
-    Chunk filters[LOADS_B];
+    Elements filters[LOADS_B];
 #endif
     auto copy_filters = [&](int t, u32 stage) {
 #if !FLAT
@@ -202,9 +219,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
 #endif
 #if VEC_B == 8
             copy_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), w + at, live && chunk_b * 8 < columns);
+#elif VEC_B == 2
+#pragma unroll
+            for (int e = 0; e < 8; e += 2)
+                copy_pair(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b) + 2 * e, w + at + e,
+                          live && chunk_b * 8 + e < columns);
 #else
 #pragma unroll
-            for (int e = 0; e < 8; ++e) filters[i].put(e, live && chunk_b * 8 + e < columns ? w[at + e] : 0);
+            for (int e = 0; e < 8; ++e) filters[i].of[e] = load_element(w + at + e, live && chunk_b * 8 + e < columns);
 #endif
         }
     };
@@ -218,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     };
 
     Tile::Sums sums = {};
+    await_predecessors();
     reduce<STAGES>(
         tile, sums, ring, stages,
         [&](int t, u32 stage) {

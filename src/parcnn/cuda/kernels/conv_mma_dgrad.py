@@ -10,7 +10,18 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
+from parcnn.cuda.kernels.conv_mma import (
+    CHUNK,
+    Grouped,
+    Pieces,
+    Tile,
+    cycles,
+    gathers,
+    key,
+    microseconds,
+    refuse,
+    vector,
+)
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad
@@ -19,6 +30,7 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvDgrad,)
 SOURCE = "conv_mma_dgrad.cu"
 
+_FLAT = (Tile(128, 64, 32, 4, 1, 4, 1), Tile(64, 64, 32, 2, 2, 4, 1), Tile(64, 16, 64, 2, 1, 4, 1))
 _GATHERED, _FEW_GATHERED = Tile(128, 64, 32, 4, 1, 3, 1), Tile(64, 16, 32, 4, 1, 3, 1)
 # (ROUTED, VEC_A, VEC_B): tiles compiled for it, from many pixels and channels down to few. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
@@ -30,11 +42,12 @@ TILES_OF = {
         Tile(128, 64, 64, 4, 1, 3),
         Tile(64, 64, 64, 2, 2, 3),
         Tile(128, 32, 32, 4, 1, 4),
-        Tile(128, 64, 32, 4, 1, 4, 1),
-        Tile(64, 64, 32, 2, 2, 4, 1),
-        Tile(64, 16, 64, 2, 1, 4, 1),
+        *_FLAT,
     ),
+    (0, 8, 2): _FLAT,
+    (0, 2, 2): _FLAT,
     (0, 8, 1): (_GATHERED, _FEW_GATHERED),
+    (0, 2, 1): (_GATHERED, _FEW_GATHERED),
     (0, 1, 1): (_GATHERED, _FEW_GATHERED),
     (1, 8, 8): (Tile(128, 128, 32, 4, 2, 3), Tile(128, 64, 32, 4, 1, 3), Tile(64, 64, 32, 2, 2, 3, 1)),
     (1, 8, 1): (_FEW_GATHERED,),
@@ -69,24 +82,24 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best tile."""
-    return microseconds(min(_costs(call, device).values()))
+    return microseconds(min(_costs(call, device).values()), call)
 
 
 def _costs(call: Call, device: Device) -> dict[Variant, float]:
     """Estimated cycles of tiles that can run the call."""
     op, sizes = _sizes(call)
-    routed, vec_a, vec_b = key = _key(op, sizes)
+    routed, vec_a, vec_b = kind = key(op, sizes)
     classes = op.stride[0] * op.stride[1]
     taps = sizes.conv.r * sizes.conv.s / classes
     costs = {}
-    for tile in TILES_OF[key]:
+    for tile in TILES_OF[kind]:
         shared_bytes = _shared_bytes(tile)
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
-            gathers = (tile.bm * (vec_a == 1) + tile.bn * (vec_b == 1)) * tile.bk
-            costs[tile] = cycles(tile, blocks, tile.steps(taps, sizes.filters), gathers, shared_bytes, device) * (
-                1.2 if routed else 1
-            )
+            copies = gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b)
+            pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK)
+            estimate = cycles(tile, blocks, tile.steps(taps, sizes.filters), pieces, shared_bytes, device)
+            costs[tile] = estimate * (1.2 if routed else 1)
     return costs
 
 
@@ -104,12 +117,12 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         _problem(sizes, tile, rows, n_tiles, op.act),
     )  # fmt: skip
     grid = (ceil(rows / tile.bm) * classes * n_tiles, sizes.groups, 1)
-    return [Launch(_kernel(tile, _key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
+    return [Launch(_kernel(tile, key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield from (_kernel(tile, kind) for kind, tiles in TILES_OF.items() for tile in tiles)
 
 
 def _sizes(call: Call) -> tuple[ConvDgrad, Grouped]:
@@ -119,13 +132,8 @@ def _sizes(call: Call) -> tuple[ConvDgrad, Grouped]:
     return op, Grouped.of(op, call.outputs[0].spec, call.inputs[1].spec)
 
 
-def _key(op: ConvDgrad, sizes: Grouped) -> tuple[int, int, int]:
-    vec_a = vector(sizes.filters)
-    return int(op.pool is not None), vec_a, vector(sizes.channels) if vec_a > 1 else 1
-
-
-def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:
-    flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), key, strict=True))
+def _kernel(tile: Tile, kind: tuple[int, int, int]) -> Kernel:
+    flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), kind, strict=True))
     return Kernel(SOURCE, "conv_mma_dgrad", (*tile.defines, *flags))
 
 

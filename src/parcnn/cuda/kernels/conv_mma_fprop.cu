@@ -9,14 +9,14 @@
 //   wastes nothing where channels are few.
 // POOL = 1: a group of 32 rows is eight windows: rows i, i + 8, i + 16 and i + 24 are a window's pixels, which one thread
 //   holds in its sums. Values are rounded before they are compared.
-// VEC = 8: channels are copied by 16 bytes; VEC = 1: elements are gathered through registers, whatever their number.
+// VEC = 8: channels are copied by 16 bytes; 2: by 4 bytes; 1: elements are gathered through registers, whatever their number.
 //
 // Bytes: x is read once from memory (its overlap and its repetition over N tiles comes from L1 and L2), w once, y and the 2-bit
 // indices are written once.
-// Preconditions: pointers aligned to 16 bytes; VEC = 8 needs C/groups % 8 == 0; every tensor has less than 2^31 elements; image
+// Preconditions: pointers aligned to 16 bytes; VEC needs C/groups % VEC == 0; every tensor has less than 2^31 elements; image
 // sides and filter spans are below 2^14; with a maximum and groups, K/groups % 4 == 0.
 //
-// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, VEC, POOL. VEC = 1 needs FLAT = 1.
+// Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, VEC, POOL. VEC < 8 needs FLAT = 1.
 
 #include "conv_mma.cuh"
 
@@ -118,8 +118,30 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         }
     };
     auto settle = [](u32) {};
+#elif VEC == 2
+    auto copy = [&](int t, u32 stage) {
+#pragma unroll
+        for (int e = 0; e < 8; e += 2) {
+            const int j = t * BK + chunk * 8 + e;
+            const bool live = j < g.depth;
+            const Tap tap = tap_of(j);
+#pragma unroll
+            for (int i = 0; i < LOADS_A; ++i) {
+                if (BM % STEP != 0 && first + i * STEP >= BM) continue;
+                copy_pair(stage + chunk_offset<CHUNKS, STEP>(first, i, chunk) + 2 * e, x + (row_offset[i] + tap.x),
+                          live && in_image(row_place[i], tap.displaced, sides));
+            }
+#pragma unroll
+            for (int i = 0; i < LOADS_B; ++i) {
+                if (BN % STEP != 0 && first + i * STEP >= BN) continue;
+                copy_pair(stage + Tile::BytesA + chunk_offset<CHUNKS, STEP>(first, i, chunk) + 2 * e,
+                          w + (filter0 + i * STEP * g.depth + tap.w), live && first + i * STEP < columns);
+            }
+        }
+    };
+    auto settle = [](u32) {};
 #else
-    Chunk pixels[LOADS_A], weights[LOADS_B];
+    Elements pixels[LOADS_A], weights[LOADS_B];
     auto copy = [&](int t, u32) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
@@ -128,10 +150,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
             const Tap tap = tap_of(j);
 #pragma unroll
             for (int i = 0; i < LOADS_A; ++i)
-                pixels[i].put(e, live && in_image(row_place[i], tap.displaced, sides) ? x[row_offset[i] + tap.x] : 0);
+                pixels[i].of[e] = load_element(x + (row_offset[i] + tap.x), live && in_image(row_place[i], tap.displaced, sides));
 #pragma unroll
             for (int i = 0; i < LOADS_B; ++i)
-                weights[i].put(e, live && first + i * STEP < columns ? w[filter0 + i * STEP * g.depth + tap.w] : 0);
+                weights[i].of[e] = load_element(w + (filter0 + i * STEP * g.depth + tap.w), live && first + i * STEP < columns);
         }
     };
     auto settle = [&](u32 stage) {
@@ -146,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
 #endif
 
     Tile::Sums sums = {};
+    await_predecessors();
     reduce<STAGES>(tile, sums, ring, g.stages, copy, settle, [](u32) {});
 
     if (bias) {

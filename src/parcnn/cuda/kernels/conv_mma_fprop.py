@@ -9,7 +9,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
+from parcnn.cuda.kernels.conv_mma import CHUNK, Grouped, Pieces, Tile, cycles, gathers, microseconds, refuse, vector
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -32,8 +32,12 @@ TILES = (
     Tile(128, 32, 32, 4, 1, 4, 1),
     Tile(64, 16, 64, 2, 1, 4, 1),
 )
-# Channels in no multiples of eight.
-GATHERED_TILES = (Tile(128, 64, 32, 4, 1, 3, 1), Tile(128, 16, 32, 4, 1, 3, 1), Tile(64, 32, 32, 2, 2, 3, 1))
+# By what is copied at once: an even number of channels, an odd one.
+TILES_OF = {
+    8: TILES,
+    2: tuple(tile for tile in TILES if tile.flat),
+    1: (Tile(128, 64, 32, 4, 1, 3, 1), Tile(128, 16, 32, 4, 1, 3, 1), Tile(64, 32, 32, 2, 2, 3, 1)),
+}
 Variant = Tile
 
 
@@ -66,7 +70,7 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best tile."""
-    return microseconds(min(_costs(call, device).values()))
+    return microseconds(min(_costs(call, device).values()), call)
 
 
 def _costs(call: Call, device: Device) -> dict[Variant, float]:
@@ -74,12 +78,12 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     _, sizes = _sizes(call)
     vec = vector(sizes.channels)
     costs = {}
-    for tile in TILES if vec > 1 else GATHERED_TILES:
+    for tile in TILES_OF[vec]:
         shared_bytes = _shared_bytes(tile)
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
-            gathers = 0 if vec > 1 else (tile.bm + tile.bn) * tile.bk
-            costs[tile] = cycles(tile, blocks, _stages(sizes, tile), gathers, shared_bytes, device)
+            pieces = Pieces(gathers(tile.bm + tile.bn, tile.bk, vec), vec == 1, vector(sizes.filters) < CHUNK)
+            costs[tile] = cycles(tile, blocks, _stages(sizes, tile), pieces, shared_bytes, device)
     return costs
 
 
@@ -103,8 +107,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     for pooled in (False, True):
-        yield from (_kernel(tile, 8, pooled) for tile in TILES)
-        yield from (_kernel(tile, 1, pooled) for tile in GATHERED_TILES)
+        yield from (_kernel(tile, vec, pooled) for vec, tiles in TILES_OF.items() for tile in tiles)
 
 
 def _sizes(call: Call) -> tuple[ConvFprop, Grouped]:

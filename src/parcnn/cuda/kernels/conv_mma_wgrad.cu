@@ -10,12 +10,13 @@
 //   [split][dw, then db] of `partial`, which conv_wgrad_sum of conv_wgrad.cu adds.
 // ROUTED = 1: dy is the error of the 2x2-pooled output, routed on its way to shared memory; four neighbouring pixels of the
 //   reduction are a pooling window, so that an error and its index are loaded once.
-// VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 1: elements are gathered through registers.
+// VEC_A (of filters), VEC_B (of channels) = 8: they are copied by 16 bytes; 2: by 4 bytes; 1: elements are gathered through
+//   registers.
 //
 // Bytes: x and dy (and idx) are read once from memory, their repetition over tiles comes from L1 and L2; dw and db are written
 // once, and `splits` times to the workspace and back where there are several.
-// Preconditions: pointers aligned to 16 bytes; VEC_A = 8 needs K/groups % 8 == 0, VEC_B = 8 needs C/groups % 8 == 0; every
-// tensor has less than 2^31 elements; image sides and filter spans are below 2^14; chunk % BK == 0.
+// Preconditions: pointers aligned to 16 bytes; K/groups % VEC_A == C/groups % VEC_B == 0; every tensor has less than
+// 2^31 elements; image sides and filter spans are below 2^14; chunk % BK == 0.
 //
 // Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, ROUTED, VEC_A, VEC_B.
 
@@ -66,23 +67,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const int k = group * g.group_k + m0 + chunk_a * 8;  // of dy
 
     // The columns that this thread copies: displacement of their tap, and of their element.
-    u32 displaced[VEC_B == 8 ? 1 : 8];
-    int offset[VEC_B == 8 ? 1 : 8];
+    u32 displaced[8 / VEC_B];
+    int offset[8 / VEC_B];
     const u32 sides = displacement(g.h, g.w);
 #pragma unroll
     for (int e = 0; e < 8 / VEC_B; ++e) {
-        int j = n0 + chunk_b * 8 + e, c, s;
+        int j = n0 + chunk_b * 8 + e * VEC_B, c, s;
         int r = divide(divide(j < g.depth ? j : 0, g.by_group_c, c), g.by_s, s);
         displaced[e] = j < g.depth ? displacement(r * g.dilation_h, s * g.dilation_w) : no_displacement();
         offset[e] = (r * g.dilation_h * g.w + s * g.dilation_w) * g.c + group * g.group_c + c;
     }
 
-#if ROUTED || VEC_A == 1
+#if ROUTED
     Chunk errors[LOADS_A];
     u32 winners[LOADS_A];
+#elif VEC_A == 1
+    Elements errors[LOADS_A];
 #endif
 #if VEC_B == 1
-    Chunk values[LOADS_B];
+    Elements values[LOADS_B];
 #endif
     auto copy = [&](int t, u32 stage) {
 #pragma unroll
@@ -93,6 +96,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
             const bool live = m < end && chunk_a * 8 < rows_m;
 #if !ROUTED && VEC_A == 8
             copy_chunk(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a), dy + (pixel * g.k + k), live);
+#elif !ROUTED && VEC_A == 2
+#pragma unroll
+            for (int e = 0; e < 8; e += 2)
+                copy_pair(stage + chunk_offset<CHUNKS_A, STEP_A>(first_a, i, chunk_a) + 2 * e, dy + (pixel * g.k + k + e),
+                          live && chunk_a * 8 + e < rows_m);
+#elif !ROUTED
+#pragma unroll
+            for (int e = 0; e < 8; ++e) errors[i].of[e] = load_element(dy + (pixel * g.k + k + e), live && chunk_a * 8 + e < rows_m);
 #else
             errors[i] = Chunk{};
             winners[i] = 0;
@@ -119,10 +130,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
 #if VEC_B == 8
             copy_cached_chunk(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b), x + (pixel.x + offset[0]),
                               in_image((u32)pixel.y, displaced[0], sides));
+#elif VEC_B == 2
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                copy_pair(stage + Tile::BytesA + chunk_offset<CHUNKS_B, STEP_B>(first_b, i, chunk_b) + 4 * e, x + (pixel.x + offset[e]),
+                          in_image((u32)pixel.y, displaced[e], sides));
 #else
 #pragma unroll
-            for (int e = 0; e < 8; ++e)
-                values[i].put(e, in_image((u32)pixel.y, displaced[e], sides) ? x[pixel.x + offset[e]] : 0);
+            for (int e = 0; e < 8; ++e) values[i].of[e] = load_element(x + (pixel.x + offset[e]), in_image((u32)pixel.y, displaced[e], sides));
 #endif
         }
         if (t + 1 >= STAGES) locate(t + 1);  // in the place of the tile before, whose copies have started before the barrier
@@ -133,11 +148,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         for (int i = 0; i < LOADS_A; ++i) {
             int row = first_a + i * STEP_A;
             if (ROWS_A % STEP_A != 0 && row >= ROWS_A) continue;
+#if ROUTED
 #pragma unroll
             for (int position = 0; position < POSITIONS; ++position) {
-                Chunk v = ROUTED ? route(errors[i], winners[i], position, g.pool) : errors[i];
+                Chunk v = route(errors[i], winners[i], position, g.pool);
                 store_chunk(stage + chunk_offset<CHUNKS_A>(row * POSITIONS + position, chunk_a), v.vector());
             }
+#else
+            store_chunk(stage + chunk_offset<CHUNKS_A>(row, chunk_a), errors[i].vector());
+#endif
         }
 #endif
 #if VEC_B == 1
@@ -154,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const int bias_tile0 = min(tile.warp_n * BIAS_TILES, Tile::TilesM - BIAS_TILES);
     Tile::Sums sums = {};
     float bias[BIAS_TILES][4] = {};
+    await_predecessors();
     reduce<STAGES>(tile, sums, ring, tiles, copy, settle, [&](u32 stage) {
         if (!sums_bias) return;
 #pragma unroll

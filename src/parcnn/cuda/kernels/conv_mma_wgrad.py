@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import Grouped, Tile, cycles, microseconds, refuse, vector
+from parcnn.cuda.kernels.conv_mma import Grouped, Pieces, Tile, cycles, gathers, key, microseconds, refuse
 from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
@@ -21,6 +21,7 @@ OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_mma_wgrad.cu"
 MAX_SPLITS = 65535  # of a grid's second dimension
 
+_PAIRS = (Tile(64, 64, 64, 2, 2, 3), Tile(64, 128, 32, 1, 2, 4), Tile(16, 128, 32, 1, 4, 4))
 _GATHERED, _FLAT_GATHERED = Tile(64, 64, 32, 2, 2, 3), Tile(16, 64, 64, 1, 4, 3)
 # (ROUTED, VEC_A, VEC_B): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
@@ -33,7 +34,10 @@ TILES_OF = {
         Tile(64, 64, 64, 2, 2, 3),
         Tile(16, 128, 32, 1, 4, 4),
     ),
+    (0, 8, 2): _PAIRS,
+    (0, 2, 2): _PAIRS,
     (0, 8, 1): (_GATHERED, _FLAT_GATHERED),
+    (0, 2, 1): (_GATHERED, _FLAT_GATHERED),
     (0, 1, 1): (_GATHERED, _FLAT_GATHERED),
     (1, 8, 8): (Tile(128, 128, 32, 2, 4, 3), _GATHERED),
     (1, 8, 1): (_GATHERED,),
@@ -78,7 +82,8 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
-    return microseconds(min(_costs(*_sizes(call.op, call.inputs[0].spec, call.outputs[0].spec), device).values()))
+    costs = _costs(*_sizes(call.op, call.inputs[0].spec, call.outputs[0].spec), device)
+    return microseconds(min(costs.values()), call)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -92,7 +97,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     problem = _problem(sizes, _chunk(sizes, tile, splits), n_tiles)
     args: tuple[Argument, ...] = (x, dy, idx[0] if idx else None, dw, db, partial, problem)
     grid = (ceil(sizes.filters / tile.bm) * n_tiles, splits, sizes.groups)
-    result = [Launch(_kernel(tile, _key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
+    result = [Launch(_kernel(tile, key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
     if splits > 1:
         row_size = _row_size(op, sizes)
         counts = (np.int32(sizes.conv.k * sizes.depth), np.int32(row_size), np.int32(splits))
@@ -102,7 +107,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for conv_wgrad's sum."""
-    yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
+    yield from (_kernel(tile, kind) for kind, tiles in TILES_OF.items() for tile in tiles)
 
 
 def _sizes(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Grouped]:
@@ -111,13 +116,8 @@ def _sizes(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Grouped]:
     return op, Grouped.of(op, x, dw)
 
 
-def _key(op: ConvWgrad, sizes: Grouped) -> tuple[int, int, int]:
-    vec_a = vector(sizes.filters)
-    return int(op.pool is not None), vec_a, vector(sizes.channels) if vec_a > 1 else 1
-
-
-def _kernel(tile: Tile, key: tuple[int, int, int]) -> Kernel:
-    flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), key, strict=True))
+def _kernel(tile: Tile, kind: tuple[int, int, int]) -> Kernel:
+    flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), kind, strict=True))
     return Kernel(SOURCE, "conv_mma_wgrad", (*tile.defines, *flags))
 
 
@@ -154,13 +154,13 @@ def _ranked(op: ConvWgrad, sizes: Grouped, device: Device) -> list[Variant]:
 
 def _costs(op: ConvWgrad, sizes: Grouped, device: Device) -> dict[Variant, float]:
     """Estimated cycles of each tile with several numbers of splits."""
-    routed, vec_a, vec_b = key = _key(op, sizes)
+    routed, vec_a, vec_b = kind = key(op, sizes)
     costs: dict[Variant, float] = {}
-    for tile in TILES_OF[key]:
+    for tile in TILES_OF[kind]:
         shared_bytes = _shared_bytes(tile)
         if shared_bytes > device.shared_bytes_per_block:
             continue
-        gathers = (tile.bm * (vec_a == 1) + tile.bn * (vec_b == 1)) * tile.bk
+        pieces = Pieces(gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b), vec_b == 1)
         blocks = ceil(sizes.filters / tile.bm) * ceil(sizes.depth / tile.bn) * sizes.groups
         steps = max(1, ceil(sizes.conv.rows / tile.bk))
         resident = tile.resident(shared_bytes, device)
@@ -168,7 +168,7 @@ def _costs(op: ConvWgrad, sizes: Grouped, device: Device) -> dict[Variant, float
             wanted = waves * resident * device.sm_count // blocks
             each = ceil(steps / max(1, min(steps, wanted, MAX_SPLITS)))
             splits = ceil(steps / each)  # none is empty
-            estimate = cycles(tile, blocks * splits, each, gathers, shared_bytes, device)
+            estimate = cycles(tile, blocks * splits, each, pieces, shared_bytes, device)
             costs[Variant(tile, splits)] = estimate * (1.2 if routed else 1) + _sum_cycles(op, sizes, splits)
     return costs
 

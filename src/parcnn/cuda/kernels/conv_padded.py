@@ -70,7 +70,7 @@ def cost_us(call: Call, device: Device) -> float:
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """A pass that pads, the convolution, and a pass that crops where a result needs it; `variant` forces one of `candidates`."""
+    """A pass that pads, the convolution, a pass that crops where a result needs it; `variant` forces one of `candidates`."""
     parts = _Parts.of(call, device, variant)
     product = _inner(call.op).launches(parts.call, device, variant)
     return [*_copies(parts.before), *product, *_copies(parts.after)] if product else []
@@ -153,8 +153,6 @@ def _copies(pairs: Sequence[tuple[Slot, Slot]]) -> list[Launch]:
         blocks += ceil(nbytes / (CHUNK_BYTES * THREADS))
     if not copies:
         return []
-    none = Struct(
-        (None, None, np.uint64(0), np.uint64(0), *(np.int32(v) for v in (0, 0, 1, 2**31 - 1)), fast_div(1))
-    )
+    none = Struct((None, None, np.uint64(0), np.uint64(0), *(np.int32(v) for v in (0, 0, 1, 2**31 - 1)), fast_div(1)))
     copies += [none] * (MOST_COPIES - len(copies))
     return [Launch(KERNEL, (blocks, 1, 1), (THREADS, 1, 1), (Struct(tuple(copies)),))]
