@@ -350,16 +350,17 @@ class CudaExecutor:
         return " + ".join(dict.fromkeys(launch.kernel.label for launch in self._launches(call)))
 
     def choices(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> list[Choice]:
-        """Every variant of every family that runs the call; first the one that runs it by the tables or the family's rule.
+        """Every variant of every family that runs the call; first the one that runs it by the tables or by the rules.
 
         Empty where the op has no variants.
         """
         call = _placeless(op, inputs, outputs)
         families = self.registry.tunable(op, inputs)
-        found = [Choice(f, str(v)) for f, launcher in families.items() for v in launcher.candidates(call, self.device)]
-        launcher, tuned = self._choose(call)
+        chosen, tuned = self._choose(call)
+        names = sorted(families, key=lambda name: name != family_name(chosen))  # what runs first, else as they are
+        found = [Choice(name, str(v)) for name in names for v in families[name].candidates(call, self.device)]
         if tuned:
-            found.insert(0, Choice(family_name(launcher), str(tuned["variant"])))
+            found.insert(0, Choice(family_name(chosen), str(tuned["variant"])))
         return list(dict.fromkeys(found))
 
     def kernels(self, call: Call) -> list[Kernel]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from parcnn.cuda.kernels import conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
+from parcnn.cuda.kernels.conv_sm90_tiles import Variant as Sm90Variant
+from parcnn.cuda.kernels.conv_wgrad_sm90 import Variant as WgradVariant
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -27,7 +29,7 @@ MOST_COPIES = 5  # twin of conv_padded.cu's
 UNIT = conv_sm90.CHANNEL_UNIT
 _ALIGNMENT = 256  # of tensors in the workspace
 _PASS_US, _BYTES_PER_US = 2.0, 2.6e6  # of a pass: its start, and what it reads and writes
-Variant = conv_sm90.Variant | conv_wgrad_sm90.Variant
+Variant: TypeAlias = Sm90Variant | WgradVariant
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:

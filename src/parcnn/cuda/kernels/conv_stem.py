@@ -278,7 +278,7 @@ def _costs(op: Op, sizes: Sizes, device: Device) -> dict[Variant, float]:
 
     def cycles(variant: Variant) -> float:
         units = variant.units_w * variant.units_h
-        fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) * FILL_CYCLES
+        fills: float = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) * FILL_CYCLES
         if isinstance(op, ConvWgrad):  # copies run beside products
             fills += 2 * UNIT_COLUMNS * units * filters / 32 + 150 * sizes.patch_rows(variant)
             step = 60 + 8 * filters / 16 * (sizes.runs + 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, gcd, prod
+from math import ceil, gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -142,19 +142,18 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant, to compare with other families.
 
-    `_cycles` ranks variants; TMA's rows take longer where they are short. Fitted to an H200's times of 176 variants: 14 %
+    `_cycles` ranks variants; TMA's rows take longer where they are short. Fitted to an H200's times of 176 variants: 15 %
     off in the mean.
     """
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
     variant = _ranked(conv, op.bias, device)[0]
-    form, (w, h, n) = variant.form, variant.tile
-    x, y, z = _tiles(conv, variant.tile)
-    blocks = prod(_items(conv, form)) * variant.splits
-    tiles = ceil(blocks / device.sm_count) * ceil(x * y * z / variant.splits)
-    result = 1.2 + 0.87 * _cycles(conv, op.bias, variant, device) / CYCLES_PER_US + 0.5 * (variant.rows > 1)
-    result += 3.0 * (conv.pool is not None)
+    form, (w, h, n), taps = variant.form, variant.tile, WINDOW_TAPS if variant.form.window else 1
+    p, q = _outputs(conv)
+    items = ceil(conv.k / form.filters) * ceil(conv.c / form.channels) * ceil(conv.r / taps) * ceil(conv.s / taps)
+    tiles = ceil(items * ceil(q / w) * ceil(p / h) * ceil(conv.n / n) / device.sm_count)
+    result = 1.5 + 0.87 * _cycles(conv, op.bias, variant, device) / CYCLES_PER_US + 3.0 * (conv.pool is not None)
     if conv.c < 64:
-        pixels = (w + WINDOW_TAPS - 1) * (h + WINDOW_TAPS - 1) * n if form.window else w * h * n
+        pixels = (w + taps - 1) * (h + taps - 1) * n
         skipped = conv.stride[0] * conv.stride[1] - 1
         result += (0.0007 + 0.0006 * skipped) * tiles * form.x_chunks * pixels
     if conv.k < 64:
