@@ -261,29 +261,33 @@ __device__ __forceinline__ u32 winners_of(const u8 *indices, int k, int count) {
 
 // ---- Epilogue -----------------------------------------------------------------------------------------------------------
 
-// Write a tile of Rows x Columns bf16 from shared memory: row r to place(r), negative where there is none, as many of its
-// columns as `columns`; `whole`: 16 bytes at once, for which places and `columns` are multiples of eight. Else neighbouring
-// lanes write neighbouring elements.
-template <int Rows, int Columns, int Threads, class Place>
-__device__ __forceinline__ void write_rows(const char *tile, u16 *out, int columns, bool whole, Place place) {
-    constexpr int Chunks = Columns / 8, Lanes = Columns < 32 ? Columns : 32;
-    if (!whole) {
+// Write a tile of Rows x Columns bf16 from shared memory by words: row r to place(r), negative where there is none, as many of
+// its columns as `columns`. Neighbouring lanes write neighbouring words.
+template <class Word, int Rows, int Columns, int Threads, class Place>
+__device__ __forceinline__ void write_words(const char *tile, u16 *out, int columns, Place place) {
+    constexpr int Width = sizeof(Word) / 2, Words = Columns / Width, Lanes = Words < 32 ? Words : 32;
 #pragma unroll 2
-        for (int row = threadIdx.x / Lanes; row < Rows; row += Threads / Lanes) {
-            const int to = place(row);
-            if (to < 0) continue;
+    for (int row = threadIdx.x / Lanes; row < Rows; row += Threads / Lanes) {
+        const int to = place(row);
+        if (to < 0) continue;
 #pragma unroll
-            for (int i = 0; i < Columns; i += Lanes) {
-                const int column = i + threadIdx.x % Lanes;
-                if (column < columns) out[to + column] = *reinterpret_cast<const u16 *>(tile + chunk_offset<Chunks>(row, column / 8) + column % 8 * 2);
-            }
+        for (int i = 0; i < Columns; i += Lanes * Width) {
+            const int column = i + threadIdx.x % Lanes * Width;
+            if (column < columns)
+                *reinterpret_cast<Word *>(out + to + column) =
+                    *reinterpret_cast<const Word *>(tile + chunk_offset<Columns / 8>(row, column / 8) + column % 8 * 2);
         }
-        return;
     }
-#pragma unroll 2
-    for (int item = threadIdx.x; item < Rows * Chunks; item += Threads) {
-        int row = item / Chunks, chunk = item % Chunks, to = place(row);
-        if (to < 0 || chunk * 8 >= columns) continue;
-        *reinterpret_cast<uint4 *>(out + to + chunk * 8) = *reinterpret_cast<const uint4 *>(tile + chunk_offset<Chunks>(row, chunk));
-    }
+}
+
+// The same by the widest words that places and `columns` are multiples of, as `channels` are, and those of a group.
+template <int Rows, int Columns, int Threads, class Place>
+__device__ __forceinline__ void write_rows(const char *tile, u16 *out, int columns, int channels, int of_group, Place place) {
+    const int odd = (channels | of_group) & 7;
+    if (odd == 0)
+        write_words<uint4, Rows, Columns, Threads>(tile, out, columns, place);
+    else if (odd % 2 == 0)
+        write_words<u32, Rows, Columns, Threads>(tile, out, columns, place);
+    else
+        write_words<u16, Rows, Columns, Threads>(tile, out, columns, place);
 }

@@ -305,6 +305,5 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
                 *reinterpret_cast<u32 *>(shared + chunk_offset<CHUNKS_B>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2) =
                     round_pair(Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
     __syncthreads();
-    const bool whole = g.c % 8 == 0 && g.group_c % 8 == 0;
-    write_rows<BM, BN, Tile::Threads>(shared, dx, columns, whole, [&](int row) { return place(m0 + row); });
+    write_rows<BM, BN, Tile::Threads>(shared, dx, columns, g.c, g.group_c, [&](int row) { return place(m0 + row); });
 }

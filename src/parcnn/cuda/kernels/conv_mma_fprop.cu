@@ -187,7 +187,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     // The ring becomes the tile that is written.
     constexpr int OUT_CHUNKS = BN / 8;
     const int k0 = group * g.group_k + n0;
-    const bool whole = g.k % 8 == 0 && g.group_k % 8 == 0;
 #if POOL
     constexpr int WINDOWS = BM / 4;
     char *indices = shared + 2 * WINDOWS * BN;  // [window][four columns]
@@ -226,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     }
     __syncthreads();
     const int window0 = m0 / 4, windows = g.rows / 4 - window0;
-    write_rows<WINDOWS, BN, Tile::Threads>(shared, y, columns, whole,
+    write_rows<WINDOWS, BN, Tile::Threads>(shared, y, columns, g.k, g.group_k,
                                            [&](int row) { return row < windows ? (window0 + row) * g.k + k0 : -1; });
     if (g.pool == POOL_MAX) {
         const int bytes = (g.k + 3) / 4;
@@ -245,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
                 *reinterpret_cast<u32 *>(shared + chunk_offset<OUT_CHUNKS>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2) =
                     round_pair(Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
     __syncthreads();
-    write_rows<BM, BN, Tile::Threads>(shared, y, columns, whole,
+    write_rows<BM, BN, Tile::Threads>(shared, y, columns, g.k, g.group_k,
                                       [&](int row) { return m0 + row < g.rows ? (m0 + row) * g.k + k0 : -1; });
 #endif
 }
