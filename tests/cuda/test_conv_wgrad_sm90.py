@@ -181,7 +181,7 @@ def test_no_split_is_empty_and_blocks_fill_the_device() -> None:
 
 def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     op = ConvWgrad(pad=(1, 1, 1, 1), filter=(3, 3), bias=True)
-    tensors = Spec((4, 8, 8, 64), "bf16"), Spec((4, 8, 8, 64), "bf16")
+    tensors = Spec((200, 8, 8, 64), "bf16"), Spec((200, 8, 8, 64), "bf16")
     assert null.registry.find(op, tensors, H200) is conv_wgrad_sm90
     assert null.registry.find(op, (Spec((4, 8, 8, 64)), Spec((4, 8, 8, 64))), H200) is not conv_wgrad_sm90
     assert CudaExecutor.null("sm_89").registry.find(op, tensors, H200) is conv_mma_wgrad
