@@ -92,6 +92,13 @@ def test_bf16_convolutions_on_hopper(op: Op, inputs: tuple[Spec, ...], taken: An
     assert REGISTRY.on("sm_90a").find(op, inputs, H200) is taken
 
 
+@pytest.mark.parametrize("channels", [7, 8])
+@pytest.mark.parametrize("images", [(0, 6, 6), (2, 2, 2)], ids=["no images", "no outputs"])
+def test_what_has_no_outputs_runs(null: CudaExecutor, images: tuple[int, ...], channels: int) -> None:
+    x, w = bf16(*images, channels), bf16(9, 3, 3, channels)
+    assert null.kernel_name(ConvFprop(), (x, w), ConvFprop().infer(x, w)) == ""
+
+
 def test_the_executor_names_what_is_taken(null: CudaExecutor) -> None:
     x, w = bf16(29, 16, 16, 32), bf16(8, 4, 4, 32)
     op = ConvFprop(pad=(2, 2, 2, 2))

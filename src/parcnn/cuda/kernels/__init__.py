@@ -78,7 +78,9 @@ class Registry:
                 return launcher
         if able:
             call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
-            return min(able, key=lambda launcher: launcher.cost_us(call, device)) if len(able) > 1 else able[0]
+            if len(able) == 1 or not all(spec.size for spec in (*call.input_specs, *call.output_specs)):
+                return able[0]
+            return min(able, key=lambda launcher: launcher.cost_us(call, device))
         raise UnsupportedError(
             f"no kernel runs {op.name} on {', '.join(f'{s.dtype}{s.shape}' for s in inputs)}",
             where=where,

@@ -1,7 +1,7 @@
-"""Launcher of conv_padded.cu: convolutions on Hopper's tensor cores whose channels are no multiples of 8.
+"""Launcher of conv_padded.cu: convolutions on Hopper whose channels are no multiples of 8.
 
-TMA copies rows of 16 bytes, so what has other rows is copied into the workspace with channels of zeros, `conv_sm90` or
-`conv_wgrad_sm90` runs there, and its results lose the surplus channels again: two passes at the speed of memory.
+TMA copies rows of 16 bytes, so what has other rows is copied into the workspace with channels of zeros, another family runs
+there, and its results lose the surplus channels again: two passes at the speed of memory.
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from math import ceil
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels import conv_sm90, conv_wgrad_sm90
+from parcnn.cuda.kernels import conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
-from parcnn.cuda.kernels.conv_sm90_tiles import Variant as Sm90Variant
-from parcnn.cuda.kernels.conv_wgrad_sm90 import Variant as WgradVariant
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -29,7 +27,21 @@ MOST_COPIES = 5  # twin of conv_padded.cu's
 UNIT = conv_sm90.CHANNEL_UNIT
 _ALIGNMENT = 256  # of tensors in the workspace
 _PASS_US, _BYTES_PER_US = 2.0, 2.6e6  # of a pass: its start, and what it reads and writes
-Variant: TypeAlias = Sm90Variant | WgradVariant
+FAMILIES: dict[type[Op], tuple[Any, ...]] = {
+    ConvFprop: (conv_sm90, conv_mma_fprop),
+    ConvDgrad: (conv_sm90, conv_mma_dgrad),
+    ConvWgrad: (conv_wgrad_sm90, conv_mma_wgrad),
+}
+
+
+class Variant(NamedTuple):
+    """The family that runs the padded convolution, and its variant."""
+
+    family: Any
+    variant: Any
+
+    def __str__(self) -> str:
+        return f"{self.family.__name__.rpartition('.')[2]} {self.variant}"
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -41,9 +53,11 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     outputs, padded = op.infer(*inputs), _padded(op, inputs)
     if padded == inputs:
         return "no channels need padding"
-    reason = _inner(op).supports(op, padded)
-    if reason is not None:
-        return reason
+    if not all(spec.size for spec in (*inputs, *outputs)):
+        return "there is nothing to pad"
+    reasons = [family.supports(op, padded) for family in FAMILIES[type(op)]]
+    if None not in reasons:
+        return "; ".join(reason for reason in reasons if reason)
     if max(spec.nbytes // _unit(spec) for spec in (*inputs, *outputs, *padded, *op.infer(*padded))) >= 2**31:
         return "a tensor has 2**31 elements or more"
     return None
@@ -54,28 +68,35 @@ def workspace_bytes(
 ) -> int:
     """The padded tensors, and what the convolution of them needs."""
     call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs))
-    parts = _Parts.of(call, device, variant)
-    return parts.scratch_offset + (parts.call.workspace.spec.nbytes if parts.call.workspace else 0)
+    parts = _Parts.of(call)
+    return parts.end + _scratch_bytes(parts, variant or candidates(call, device)[0], device)
 
 
 def candidates(call: Call, device: Device) -> Sequence[Variant]:
-    """Variants of the padded convolution, best first."""
-    return _inner(call.op).candidates(_Parts.of(call, device).call, device)
+    """Variants of the padded convolution, of the family first whose estimate is the best."""
+    padded = _Parts.of(call).call
+    return [Variant(family, v) for family in _families(padded, device) for v in family.candidates(padded, device)]
 
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
-    parts = _Parts.of(call, device)
+    parts = _Parts.of(call)
     passes = [copies for copies in (parts.before, parts.after) if copies]
     nbytes = sum(a.spec.nbytes + b.spec.nbytes for copies in passes for a, b in copies)
-    return _inner(call.op).cost_us(parts.call, device) + len(passes) * _PASS_US + nbytes / _BYTES_PER_US
+    inner: float = _families(parts.call, device)[0].cost_us(parts.call, device)
+    return inner + len(passes) * _PASS_US + nbytes / _BYTES_PER_US
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """A pass that pads, the convolution, a pass that crops where a result needs it; `variant` forces one of `candidates`."""
-    parts = _Parts.of(call, device, variant)
-    product = _inner(call.op).launches(parts.call, device, variant)
-    return [*_copies(parts.before), *product, *_copies(parts.after)] if product else []
+    parts, whole = _Parts.of(call), call.workspace
+    if whole is None:
+        raise ValueError("a padded convolution needs its workspace")
+    chosen = variant or candidates(call, device)[0]
+    nbytes = _scratch_bytes(parts, chosen, device)
+    scratch = Slot(Spec((nbytes,), "u8"), whole.region, whole.offset + parts.end) if nbytes else None
+    product = chosen.family.launches(replace(parts.call, workspace=scratch), device, chosen.variant)
+    return [*_copies(parts.before), *product, *_copies(parts.after)]
 
 
 def variants() -> Iterable[Kernel]:
@@ -84,15 +105,16 @@ def variants() -> Iterable[Kernel]:
 
 
 class _Parts(NamedTuple):
-    """The convolution of padded tensors, and the copies (from, to) before and after it."""
+    """The convolution of padded tensors, without scratch memory of its own; the copies (from, to) before and after it; where
+    the padded tensors end in the workspace."""
 
     call: Call
     before: list[tuple[Slot, Slot]]
     after: list[tuple[Slot, Slot]]
-    scratch_offset: int  # in the workspace, of the convolution's own
+    end: int
 
     @classmethod
-    def of(cls, call: Call, device: Device, variant: Variant | None = None) -> _Parts:
+    def of(cls, call: Call) -> _Parts:
         op, whole = call.op, call.workspace or Slot(Spec((0,), "u8"), "arena")
         end = 0
 
@@ -107,16 +129,24 @@ class _Parts(NamedTuple):
         specs = _padded(op, call.input_specs)
         inputs = tuple(place(*pair) for pair in zip(call.inputs, specs, strict=True))
         outputs = tuple(place(*pair) for pair in zip(call.outputs, op.infer(*specs), strict=True))
-        nbytes = _inner(op).workspace_bytes(op, specs, op.infer(*specs), device, variant)
-        scratch = Slot(Spec((nbytes,), "u8"), whole.region, whole.offset + end) if nbytes else None
         before = [pair for pair in zip(call.inputs, inputs, strict=True) if pair[0] is not pair[1]]
         after = [pair for pair in zip(outputs, call.outputs, strict=True) if pair[0] is not pair[1]]
-        return cls(replace(call, inputs=inputs, outputs=outputs, workspace=scratch), before, after, end)
+        return cls(replace(call, inputs=inputs, outputs=outputs, workspace=None), before, after, end)
 
 
-def _inner(op: Op) -> Any:
-    """The family that runs the padded convolution."""
-    return conv_wgrad_sm90 if isinstance(op, ConvWgrad) else conv_sm90
+def _families(padded: Call, device: Device) -> list[Any]:
+    """Those that run the padded convolution, the best estimate first."""
+    able = [f for f in FAMILIES[type(padded.op)] if f.supports(padded.op, padded.input_specs) is None]
+    return sorted(able, key=lambda family: family.cost_us(padded, device))
+
+
+def _scratch_bytes(parts: _Parts, variant: Variant, device: Device) -> int:
+    """What the padded convolution needs."""
+    padded = parts.call
+    nbytes: int = variant.family.workspace_bytes(
+        padded.op, padded.input_specs, padded.output_specs, device, variant.variant
+    )
+    return nbytes
 
 
 def _padded(op: Op, inputs: tuple[Spec, ...]) -> tuple[Spec, ...]:
