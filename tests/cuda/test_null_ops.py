@@ -13,6 +13,8 @@ from parcnn.ops.base import Op
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
+from parcnn.ops.matmul import MatMul
+from parcnn.ops.muon import MuonDirection, MuonUpdate
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pointwise import Act, ActDgrad, Add, Cast, Dropout
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
@@ -125,6 +127,11 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (MeanSquaredError(), [f32(33, 7), f32(33, 7)]),
     (SgdUpdate(count=2, momentum=0.9), [f32(4, 4), i32(8), *[f32(5, 3), f32(7)] * 3]),
     (AdamUpdate(count=1), [f32(4, 4), i32(8), *[f32(5, 3)] * 4]),
+    (MatMul(2, transpose_b=True), [f32(5, 7), f32(64, 216), f32(9, 7), f32(64, 216)]),
+    (MatMul(beta=0.5), [bf16(64, 72), bf16(72, 2304), bf16(64, 2304)]),
+    (MuonDirection(2, dtype="bf16"), [*[f32(64, 3, 3, 3), f32(10, 84)] * 2]),
+    (MuonUpdate(2), [f32(4, 4), i32(8), f32(64, 3, 3, 3), f32(10, 84), bf16(32, 64), bf16(16, 88)]),
+    (MuonUpdate(renormalize=True), [f32(4, 4), i32(8), f32(84, 10), f32(16, 88)]),
     (GatherBatch(batch=5, scale=(1.0,) * 3, shift=(0.0,) * 3), [u8(9, 4, 4, 3), i32(9), i32(20), i32(8)]),
     (GatherBatch(batch=5, dtype="bf16", flip=True), [f32(9, 4, 4, 3), f32(9, 2), i32(20), i32(8)]),
     (EndStep(batch=5), [i32(8), f32(4), f32(1), i32(4), i32(1)]),

@@ -17,7 +17,8 @@ from parcnn.nn.functional import Loss
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Call, Program
 from parcnn.optim import SGD
-from parcnn.plan.build import Feed, Optimizer, Plan, build
+from parcnn.plan.build import Feed, Plan, build
+from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
 from parcnn.plan.trace import physical
 from parcnn.plan.variable import Layout, Packing, Variable
@@ -30,7 +31,8 @@ KEY = (0x12345678, 0x9ABCDEF)  # random key of dropout: the masks of a step are 
 def lay_out(model: nn.Module, optimizer: Optimizer | None = None, dtype: str = "f64") -> Layout:
     """The model's variables, and the optimizer's state, in memory."""
     layout = Layout.of(model.named_variables(), dtype)
-    layout.add_state(optimizer.slots if optimizer else 0)
+    if optimizer is not None:
+        layout.add_state(optimizer)
     return layout
 
 

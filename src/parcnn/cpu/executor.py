@@ -11,7 +11,7 @@ from math import sqrt
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from parcnn.cpu import conv, feed, loss, norm, pointwise, pool, shape, update
+from parcnn.cpu import conv, feed, loss, matmul, muon, norm, pointwise, pool, shape, update
 from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
@@ -26,12 +26,13 @@ Arrays = list[np.ndarray]
 # What runs an op: run(op, inputs, outputs, workspace). An output may share memory with an input where op.inplace() says so.
 Run = Callable[..., None]
 
-FAMILIES = (conv, pool, pointwise, norm, shape, loss, update, feed)
+FAMILIES = (conv, pool, pointwise, norm, shape, loss, update, matmul, muon, feed)
 RUN: dict[type[Op], Run] = {op: run for family in FAMILIES for op, run in family.RUN.items()}
 SCRATCH: dict[type[Op], Callable[..., ScratchSize]] = {
-    op: size for family in (conv, pool, norm, update) for op, size in family.SCRATCH.items()
+    op: size for family in (conv, pool, norm, update, matmul, muon) for op, size in family.SCRATCH.items()
 }
-# Bytes a microsecond on one thread, for a call's time.
+TIME_US: dict[type[Op], Callable[..., float]] = dict((*conv.TIME_US.items(), *matmul.TIME_US.items()))
+# Bytes a microsecond on one thread, for the time of calls that BLAS does not compute.
 BYTES_A_US = {
     Op: 4000, BatchNormTrain: 2500, BatchNormDgrad: 2000, BatchNormInferDgrad: 2000, PoolFprop: 500, PoolDgrad: 1000,
     SgdUpdate: 16000, AdamUpdate: 8000,
@@ -203,8 +204,8 @@ class CpuExecutor:
 
     def _workers_for(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """How many threads make the call shortest: the least of time / threads + threads * THREAD_US."""
-        if type(op) in conv.TIME_US:
-            us = conv.TIME_US[type(op)](op, inputs, outputs)
+        if type(op) in TIME_US:
+            us = TIME_US[type(op)](op, inputs, outputs)
         else:
             us = op.bytes(inputs, outputs) / BYTES_A_US.get(type(op), BYTES_A_US[Op])
         return max(1, min(self.threads, int(sqrt(us / THREAD_US))))

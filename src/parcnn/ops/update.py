@@ -1,6 +1,6 @@
 """Optimizer updates, in place, for a group of parameters in one launch (torch.optim's equations).
 
-hyper is a table (steps, 4): learning rate, 1-beta1^t, 1-beta2^t, unused; row state[0] belongs to this step.
+hyper is a table (steps, 4): learning rate, 1-beta1^t, 1-beta2^t, Muon's learning rate; row state[0] belongs to this step.
 """
 
 from __future__ import annotations

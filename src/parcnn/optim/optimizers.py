@@ -1,17 +1,47 @@
-"""SGD, Adam and AdamW with torch.optim's arguments and equations."""
+"""SGD, Adam and AdamW with torch.optim's arguments and equations, and what an optimizer is to a plan."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from parcnn.errors import ArgumentError
-from parcnn.ops.update import AdamUpdate, SgdUpdate
+from parcnn.ops.base import Emit, Value
+from parcnn.ops.update import AdamUpdate, SgdUpdate, Update
+
+
+class OneRule:
+    """Base of optimizers that update every parameter alike, by one op: they are their own rule (`parcnn.plan.optimizer`)."""
+
+    waits = False
+
+    def rules(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Self]:
+        """The same rule for all."""
+        return dict.fromkeys(parameters, self)
+
+    def update(self, count: int) -> Update:
+        """The op that updates `count` parameters."""
+        raise NotImplementedError(type(self).__name__)
+
+    def emit(
+        self,
+        emit: Emit,
+        hyper: Value,
+        state: Value,
+        weights: Sequence[Value],
+        gradients: Sequence[Value],
+        buffers: Sequence[Value],
+        dtype: str,
+    ) -> None:
+        """Append the op that updates `weights`."""
+        emit(self.update(len(weights)), hyper, state, *weights, *gradients, *buffers)
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(OneRule):
     """Stochastic gradient descent (torch.optim.SGD). Raises ArgumentError for values out of range."""
 
     lr: float = 0.01
@@ -42,7 +72,7 @@ class SGD:
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(OneRule):
     """Adam (Kingma & Ba 2015; torch.optim.Adam). Raises ArgumentError for values out of range."""
 
     lr: float = 1e-3

@@ -18,6 +18,7 @@ from parcnn.plan import memory
 from parcnn.plan.autodiff import differentiate
 from parcnn.plan.fuse import fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
+from parcnn.plan.optimizer import Optimizer, Rule
 from parcnn.plan.options import Options
 from parcnn.plan.precision import cast_filters, cast_filters_together
 from parcnn.plan.schedule import schedule
@@ -51,17 +52,6 @@ class LossResult(Protocol):
 
     value: Value  # the scalar that training minimises
     correct: Value | None  # count of right answers, where there is one
-
-
-class Optimizer(Protocol):
-    """What a plan needs of an optimizer (`parcnn.optim`)."""
-
-    @property
-    def slots(self) -> int:
-        """State tensors a parameter."""
-
-    def update(self, count: int) -> Update:
-        """The op that updates `count` parameters."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ def build(
     if options.fuse:
         fuse_forward(graph, executor.can_fuse)
     if mode == "train" and result is not None:
-        _backward(graph, layout, result, optimizer, feed, options)
+        _backward(graph, layout, result, feed, options)
         if not any(isinstance(node.op, Update) for node in graph.nodes):
             raise ArgumentError(
                 "no parameter that leads to the loss is trained",
@@ -200,10 +190,8 @@ def _forward(
     return output, result
 
 
-def _backward(
-    graph: Graph, layout: Layout, result: LossResult, optimizer: Optimizer | None, feed: Feed, options: Options
-) -> None:
-    """Differentiate, and update weights in groups as their gradients come."""
+def _backward(graph: Graph, layout: Layout, result: LossResult, feed: Feed, options: Options) -> None:
+    """Differentiate, and update weights in groups, those of one rule together, as their gradients come."""
     weights = {v: var for v, var in _weights(graph, layout).items() if var.requires_grad}
     thawed = [layout.names[v] for v in weights.values() if v not in layout.state_offsets]
     if thawed:
@@ -217,30 +205,32 @@ def _backward(
     loss = next(node for node in graph.nodes if result.value in node.outputs)
     state = next(v for v, place in graph.places.items() if place[0] == "state")
     hyper = graph.place(Spec((feed.steps, 4), layout.dtype), "hyper", 0, "hyper")
-    waiting: list[tuple[Value, Value]] = []
+    waiting: dict[Rule, list[tuple[Value, Value]]] = {}
 
-    def flush() -> None:
-        if not waiting or optimizer is None:
-            return
-        ws, gs = [w for w, _ in waiting], [g for _, g in waiting]
+    def flush(rule: Rule) -> None:
+        pairs = waiting.pop(rule)
+        ws, gs = [w for w, _ in pairs], [g for _, g in pairs]
         buffers = [
             graph.place(w.spec, "optimizer", layout.state_offsets[weights[w]][i], f"{w.label}.state{i}")
-            for i in range(optimizer.slots)
+            for i in range(rule.slots)
             for w in ws
         ]
         phase, layer = graph.phase, graph.layer
         graph.phase, graph.layer = "update", "optimizer"
-        graph.emit(optimizer.update(len(ws)), hyper, state, *ws, *gs, *buffers)
+        rule.emit(graph.emit, hyper, state, ws, gs, buffers, graph.dtype)
         graph.phase, graph.layer = phase, layer
-        waiting.clear()
 
     def ready(weight: Value, gradient: Value) -> None:
-        waiting.append((weight, gradient))
-        if len(waiting) == MAX_GROUP or sum(g.spec.nbytes for _, g in waiting) > options.update_bytes:
-            flush()
+        rule = layout.rules[weights[weight]]
+        pairs = waiting.setdefault(rule, [])
+        pairs.append((weight, gradient))
+        large = sum(g.spec.nbytes for _, g in pairs) > options.update_bytes
+        if len(pairs) == MAX_GROUP or (large and not rule.waits):
+            flush(rule)
 
     differentiate(graph, loss, set(weights), ready)
-    flush()
+    for rule in list(waiting):
+        flush(rule)
 
 
 def _weights(graph: Graph, layout: Layout) -> dict[Value, Variable]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from parcnn.ops.base import Spec, accumulator
 from parcnn.ops.program import Call, Executor
-from parcnn.plan.build import Feed, Optimizer, Plan, build
+from parcnn.plan.build import Feed, Plan, build
+from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
 from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.plan.trace import Tensor, physical
@@ -71,7 +72,7 @@ def outline(
     """
     layout = Layout.of(model.named_variables(), accumulator(TENSOR_TYPES[precision]))
     if optimizer is not None:
-        layout.add_state(optimizer.slots)
+        layout.add_state(optimizer)
     feed = Feed(
         sample=sample,
         images=Spec((1, *physical(sample)), "u8"),

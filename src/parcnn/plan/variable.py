@@ -13,6 +13,7 @@ import numpy as np
 
 from parcnn.errors import ShapeError
 from parcnn.ops.base import ITEM_BYTES, Spec
+from parcnn.plan.optimizer import Optimizer, Rule
 
 ALIGNMENT = 256  # bytes; every tensor starts at a multiple of it
 
@@ -86,6 +87,7 @@ class Layout:
     names: dict[Variable, str] = field(default_factory=dict)
     packings: dict[Variable, Packing] = field(default_factory=dict)
     weights_bytes: int = 0
+    rules: dict[Variable, Rule] = field(default_factory=dict)
     state_offsets: dict[Variable, tuple[int, ...]] = field(default_factory=dict)
     optimizer_bytes: int = 0
 
@@ -101,15 +103,16 @@ class Layout:
             layout.weights_bytes += align(variable.data.size * ITEM_BYTES[dtype])
         return layout
 
-    def add_state(self, slots: int) -> None:
-        """Reserve `slots` optimizer tensors for each trainable variable."""
-        self.state_offsets, self.optimizer_bytes = {}, 0
-        for variable in self.offsets:
-            if not variable.requires_grad:
-                continue
+    def add_state(self, optimizer: Optimizer) -> None:
+        """Reserve the optimizer's tensors for each trainable variable, and keep the rule that updates it."""
+        self.rules, self.state_offsets, self.optimizer_bytes = {}, {}, 0
+        trained = {name: variable for variable, name in self.names.items() if variable.requires_grad}
+        rules = optimizer.rules({name: variable.shape for name, variable in trained.items()})
+        for name, variable in trained.items():
+            rule = self.rules[variable] = rules[name]
             step = align(variable.data.size * ITEM_BYTES[self.dtype])
-            self.state_offsets[variable] = tuple(self.optimizer_bytes + i * step for i in range(slots))
-            self.optimizer_bytes += slots * step
+            self.state_offsets[variable] = tuple(self.optimizer_bytes + i * step for i in range(rule.slots))
+            self.optimizer_bytes += rule.slots * step
 
     def bind(self, variable: Variable, packing: Packing, layer: str = "") -> Spec:
         """Fix how a variable is packed for its use in `layer`, and give its spec on the device.

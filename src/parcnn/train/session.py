@@ -13,7 +13,8 @@ from parcnn.errors import ArgumentError, CheckpointError
 from parcnn.nn import Module
 from parcnn.ops.base import accumulator
 from parcnn.ops.program import Executor, LoadedProgram, Region
-from parcnn.plan.build import Feed, Optimizer, Plan, build, check_memory
+from parcnn.plan.build import Feed, Plan, build, check_memory
+from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
 from parcnn.plan.precision import TENSOR_TYPES
 from parcnn.plan.variable import Layout, Variable
@@ -51,7 +52,7 @@ class Session:
         self.options, self.dtype = options or Options(), TENSOR_TYPES[precision]
         self.layout = Layout.of(model.named_variables(), accumulator(self.dtype))
         if optimizer is not None:
-            self.layout.add_state(optimizer.slots)
+            self.layout.add_state(optimizer)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
         self.generation = 0  # counts regions that were replaced: programs loaded before are void
         self._regions: dict[str, Region] = {}
