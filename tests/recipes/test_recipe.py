@@ -9,7 +9,7 @@ import pytest
 from parcnn import data, models, recipes
 from parcnn.cpu import CpuExecutor
 from parcnn.errors import ArgumentError, DataError
-from parcnn.optim import SGD, AdamW, CosineLR, StepLR, TriangularLR
+from parcnn.optim import SGD, AdamW, CosineLR, Muon, StepLR, TriangularLR
 
 GOOD = '[model]\nname = "lenet5"\n[data]\nname = "digits"\n'
 
@@ -69,6 +69,10 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ('[optimizer]\nname = "adam"\nbetas = ["a", 1]\n', "optimizer.betas"),
         ('[optimizer]\nwhere = "here"\n', "optimizer.where"),
         ('[schedule]\nname = "step"\nmilestones = ["a"]\n', "schedule.milestones"),
+        ('[optimizer]\nname = "muon"\nexclude = [3]\n', "optimizer.exclude"),
+        ('[optimizer]\nname = "muon"\nexclude = "head"\n', "optimizer.exclude"),
+        ('[optimizer]\nname = "muon"\nothers = "sgd"\n', "optimizer.others"),
+        ('[optimizer]\nname = "muon"\n[optimizer.others]\nname = "sgd"\nbetas = [0.1]\n', "optimizer.others.betas"),
     ],
 )
 def test_a_faulty_key_is_named_with_its_file(tmp_path: Path, extra: str, where: str) -> None:
@@ -114,6 +118,17 @@ def test_by_name() -> None:
     assert recipes.make_optimizer("sgd", {"lr": 0.5, "momentum": 0.9}) == SGD(0.5, momentum=0.9)
     assert recipes.make_schedule("cosine", {"warmup": 0.1}) == CosineLR(warmup=0.1)
     assert recipes.make_schedule("triangular") == TriangularLR()
+
+
+def test_muon_with_another_optimizer_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "muon.toml"
+    path.write_text(
+        GOOD + '[optimizer]\nname = "muon"\nlr = 0.24\nexclude = ["fc3.*"]\nns_steps = 3\n'
+        '[optimizer.others]\nname = "sgd"\nmomentum = 0.85\n'
+    )
+    expected = Muon(0.24, exclude=("fc3.*",), ns_steps=3, others=SGD(momentum=0.85))
+    assert recipes.read(path).optimizer == expected
+    assert recipes.make_optimizer("muon", {"others": {"lr": 1}}).others == AdamW(1)
 
 
 def test_a_seed_gives_the_same_weights() -> None:

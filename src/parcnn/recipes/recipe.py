@@ -3,7 +3,8 @@
     [model]      name
     [data]       name, size (of a folder of images: [height, width]), flip, shift_px
     [train]      epochs, batch, seed, precision, label_smoothing
-    [optimizer]  name ('sgd', 'adam', 'adamw') and the arguments of that optimizer (`parcnn.optim`)
+    [optimizer]  name ('sgd', 'adam', 'adamw', 'muon') and the arguments of that optimizer (`parcnn.optim`); of Muon,
+                 [optimizer.others] is one, too
     [schedule]   name ('constant', 'cosine', 'linear', 'step', 'triangular') and the arguments of that schedule
 
 Only the model's and the data set's name must be given.
@@ -13,21 +14,21 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from parcnn import models, nn
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError, DataError
 from parcnn.nn.init import manual_seed
 from parcnn.ops.program import Executor
-from parcnn.optim import SGD, Adam, AdamW, ConstantLR, CosineLR, LinearLR, Schedule, StepLR, TriangularLR
+from parcnn.optim import SGD, Adam, AdamW, ConstantLR, CosineLR, LinearLR, Muon, Schedule, StepLR, TriangularLR
 from parcnn.plan.options import Options
 from parcnn.train import Augment, Trainer
 
 FOLDER = Path(__file__).parent
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "muon": Muon}
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": ConstantLR,
     "cosine": CosineLR,
@@ -154,15 +155,23 @@ def _make(kinds: Mapping[str, Callable[..., Any]], name: str, where: str, argume
     if not isinstance(name, str) or name not in kinds:
         raise ArgumentError("unknown name", where=f"{where}.name", expected=", ".join(kinds), got=name)
     kind: Any = kinds[name]
-    types = {f.name: type(f.default) for f in fields(kind)}
+    defaults, hints = {f.name: f.default for f in fields(kind)}, get_type_hints(kind)
+    values: dict[str, Any] = {}
     for key, value in arguments.items():
-        if key not in types:
-            raise ArgumentError("unknown key", where=f"{where}.{key}", expected=", ".join(types), got=key)
-        allowed = {float: (int, float), tuple: (list, tuple)}.get(types[key], types[key])
-        _check_type(f"{where}.{key}", value, allowed)
+        full = f"{where}.{key}"
+        if key not in defaults:
+            raise ArgumentError("unknown key", where=full, expected=", ".join(defaults), got=key)
+        if is_dataclass(defaults[key]):  # an optimizer in the optimizer
+            _check_type(full, value, dict)
+            rest = dict(value)
+            values[key] = _make(kinds, rest.pop("name", type(defaults[key]).__name__.lower()), full, rest)
+            continue
+        expected = type(defaults[key])
+        _check_type(full, value, {float: (int, float), tuple: (list, tuple)}.get(expected, expected))
         for item in value if isinstance(value, list | tuple) else ():
-            _check_type(f"{where}.{key}", item, (int, float))
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+            _check_type(full, item, str if get_args(hints[key])[0] is str else (int, float))
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def _check(path: Path, full: str, key: str, value: Any, keys: Mapping[str, Any]) -> None:
