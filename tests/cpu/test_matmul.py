@@ -50,9 +50,15 @@ def test_every_number_of_threads_gives_the_same_bits(random: np.random.Generator
 def test_flops() -> None:
     a, b = Spec((5, 3)), Spec((7, 3))
     assert MatMul(transpose_b=True).flops((a, b), ()) == 2 * 5 * 7 * 3
+    assert MatMul(transpose_b=True, symmetric=True).flops((a, a), ()) == 6 * 5 * 3
 
 
 @pytest.mark.parametrize("shapes", [[(3, 4), (5, 6)], [(3, 4), (4, 5), (3, 4)], [(3, 4)], [(2, 3, 4), (4, 5)]], ids=str)
 def test_operands_that_do_not_fit(shapes: list[tuple[int, ...]]) -> None:
     with pytest.raises(ShapeError, match="mat_mul"):
         MatMul(beta=float(len(shapes) == 3)).infer(*map(Spec, shapes))
+
+
+def test_what_is_symmetric_is_square() -> None:
+    with pytest.raises(ShapeError, match="M = N"):
+        MatMul(symmetric=True).infer(Spec((3, 4)), Spec((4, 5)))

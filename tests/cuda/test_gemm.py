@@ -130,6 +130,30 @@ def test_a_tensor_may_be_several_operands(make: MakeExecutor, dtype: str) -> Non
 
 
 @dtypes
+@transposes
+def test_symmetric_results_are_computed_by_halves(
+    make: MakeExecutor, dtype: str, transpose_a: int, transpose_b: int
+) -> None:
+    """Several tiles along each side, in the emulation of the smallest tile."""
+    if transpose_a == transpose_b:
+        pytest.skip("no matrix times its transpose")
+    sides = [(200, 40), (67, 24), (8, 8)]
+    a = [ternary(k, m) if transpose_a else ternary(m, k) for m, k in sides]
+    c = [ternary(m, m) for m, _ in sides]
+    c = [each + each.T for each in c]
+    op = MatMul(3, bool(transpose_a), bool(transpose_b), 2.0, -1.0, symmetric=True)
+    arrays = [stored(each, dtype) for each in (*a, *a, *c)]
+    tiles = gemm_mma.candidates(call_of(op, [(m, m, k) for m, k in sides]), H200) if dtype == "bf16" else [None]
+    for tile in tiles:
+        executor = make(Forced(gemm_mma, tile) if tile else gemm)
+        if isinstance(executor, runner.EmulationExecutor) and tile and tile.bm > 64:
+            continue
+        results = run_op(executor, op, arrays)
+        for got, true in zip(results, on_cpu(op, [*a, *a, *c]), strict=True):
+            np.testing.assert_array_equal(values_of(got), values_of(stored(true, dtype)), err_msg=str(tile))
+
+
+@dtypes
 def test_not_a_number_and_infinity_pass(make: MakeExecutor, dtype: str) -> None:
     a, b = ternary(9, 16), np.ones((16, 8))
     a[2, 3], a[4, 5], a[6, 1:3] = np.nan, np.inf, (np.inf, -np.inf)

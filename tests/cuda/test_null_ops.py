@@ -128,6 +128,7 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (SgdUpdate(count=2, momentum=0.9), [f32(4, 4), i32(8), *[f32(5, 3), f32(7)] * 3]),
     (AdamUpdate(count=1), [f32(4, 4), i32(8), *[f32(5, 3)] * 4]),
     (MatMul(2, transpose_b=True), [f32(5, 7), f32(64, 216), f32(9, 7), f32(64, 216)]),
+    (MatMul(transpose_b=True, symmetric=True), [bf16(200, 72), bf16(200, 72)]),
     (MatMul(beta=0.5), [bf16(64, 72), bf16(72, 2304), bf16(64, 2304)]),
     (MuonDirection(2, dtype="bf16"), [*[f32(64, 3, 3, 3), f32(10, 84)] * 2]),
     (MuonUpdate(2), [f32(4, 4), i32(8), f32(64, 3, 3, 3), f32(10, 84), bf16(32, 64), bf16(16, 88)]),

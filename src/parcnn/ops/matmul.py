@@ -14,7 +14,8 @@ class MatMul(Op):
     """D_i = alpha * op(A_i) op(B_i) + beta * C_i for i = 0 .. count-1, op(X) being X or its transpose (BLAS's GEMM).
 
     inputs: `count` of A, of B, and where beta is not 0 of C, each a matrix; the same tensor may be several of them. Sizes may
-    differ from product to product. Sums are kept in the accumulator's type and rounded once.
+    differ from product to product. Sums are kept in the accumulator's type and rounded once. `symmetric` promises that every
+    D is (a matrix times its own transpose; C as well), so that one of two halves need be computed.
     """
 
     side_branch: ClassVar[bool] = True  # the optimizer's products; layers are convolutions
@@ -23,6 +24,7 @@ class MatMul(Op):
     transpose_b: bool = False
     alpha: float = 1.0
     beta: float = 0.0
+    symmetric: bool = False
 
     def sizes(self, *inputs: Spec) -> tuple[tuple[int, int, int], ...]:
         """(M, N, K) of each product: D is (M, N), the reduction K long. Raises ShapeError for operands that do not fit."""
@@ -38,11 +40,12 @@ class MatMul(Op):
     def _size(self, a: Spec, b: Spec, c: Spec | None = None) -> tuple[int, int, int]:
         m, k = reversed(a.shape) if self.transpose_a else a.shape
         depth, n = reversed(b.shape) if self.transpose_b else b.shape
-        if depth != k or (c is not None and c.shape != (m, n)):
+        square = m == n or not self.symmetric
+        if depth != k or (c is not None and c.shape != (m, n)) or not square:
             raise ShapeError(
                 "matrices that do not fit together",
                 where=self.name,
-                expected="op(A) (M, K), op(B) (K, N), C (M, N)",
+                expected="op(A) (M, K), op(B) (K, N), C (M, N)" + ", M = N" * self.symmetric,
                 got=[s.shape for s in (a, b, c) if s is not None],
             )
         return m, n, k
@@ -56,4 +59,4 @@ class MatMul(Op):
         return tuple(Spec((m, n), a.dtype) for (m, n, _), a in zip(self.sizes(*inputs), inputs, strict=False))
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return sum(2 * m * n * k for m, n, k in self.sizes(*inputs))
+        return sum((m * (m + 1) if self.symmetric else 2 * m * n) * k for m, n, k in self.sizes(*inputs))

@@ -84,7 +84,7 @@ class Muon:
         """Append the ops that update `weights`. Directions are wide: A is the smaller of X's two Gram matrices."""
         count, (a, b, c) = len(weights), self.ns_coefficients
         x = emit(MuonDirection(count, self.momentum, self.nesterov, self.eps, dtype), *gradients, *buffers)
-        gram = MatMul(count, transpose_b=True)
+        gram = MatMul(count, transpose_b=True, symmetric=True)
         polynomial = replace(gram, alpha=c, beta=b)  # A is symmetric: A Aᵀ = A²
         for _ in range(self.ns_steps):
             grams = emit(gram, *x, *x)

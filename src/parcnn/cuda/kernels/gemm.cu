@@ -56,9 +56,10 @@ template <bool ReductionInner> struct Operand {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant__ Group<float> group, float alpha, float beta) {
+extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant__ Group<float> group, float alpha, float beta, int symmetric) {
     __shared__ Tiles tiles;
-    const Task<float> task = find_task<TILE, TILE>(group);
+    const Task<float> task = find_task<TILE, TILE>(group, symmetric);
+    await_predecessors();
     const int rows = task.m - task.m0, columns = task.n - task.n0;
     const int tm = threadIdx.x / (TILE / 4) * 4, tn = threadIdx.x % (TILE / 4) * 4;
     Operand<!TRANSPOSE_A> a;
@@ -105,6 +106,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 #pragma unroll
             for (int e = 0; e < 4; ++e)
                 if (e < count) task.own.d[at + e] = v.v[e];
+        }
+        if (task.mirror) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                if (e < count) task.own.d[(size_t)(task.n0 + tn + e) * task.n + task.m0 + tm + i] = v.v[e];
         }
     }
 }

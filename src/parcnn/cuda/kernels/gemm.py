@@ -36,7 +36,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
     op, sizes = sizes_of(call.op, call.input_specs)
     vec = 4 if rows_are_multiples(call, 4) else 1
     table, tiles = group(op, call, sizes, TILE, TILE)
-    args = (table, np.float32(op.alpha), np.float32(op.beta))
+    args = (table, np.float32(op.alpha), np.float32(op.beta), np.int32(op.symmetric))
     return [Launch(_kernel(int(op.transpose_a), int(op.transpose_b), vec), (tiles, 1, 1), (THREADS, 1, 1), args)]
 
 
@@ -71,6 +71,12 @@ def rows_are_multiples(call: Call, width: int) -> bool:
     return not any(slot.spec.shape[1] % width for slot in call.inputs[: 2 * count])
 
 
+def tiles_of(op: MatMul, m: int, n: int, tile_m: int, tile_n: int) -> int:
+    """Tiles of a D that are computed."""
+    rows, columns = ceil(m / tile_m), ceil(n / tile_n)
+    return rows * (rows + 1) // 2 if op.symmetric else rows * columns
+
+
 def group(
     op: MatMul, call: Call, sizes: Sequence[tuple[int, int, int]], tile_m: int, tile_n: int
 ) -> tuple[Struct, int]:
@@ -80,7 +86,7 @@ def group(
         own = (*call.inputs[i :: op.count], call.outputs[i]) if i < op.count else ()
         a, b, c, d = own if len(own) == 4 else (*own[:2], None, own[2]) if own else (None,) * 4
         matrices.append(Struct((a, b, c, d)))
-    ends = list(accumulate(ceil(m / tile_m) * ceil(n / tile_n) for m, n, _ in sizes))
+    ends = list(accumulate(tiles_of(op, m, n, tile_m, tile_n) for m, n, _ in sizes))
     rest = MAX_GROUP - op.count
     numbers = [[*(size[side] for size in sizes), *[0] * rest] for side in range(3)]
     numbers.append([*ends, *[2**31 - 1] * rest])

@@ -48,11 +48,12 @@ template <int Outer, int Inner, int Threads> struct Copier {
 };
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
-    gemm_mma(const __grid_constant__ Group<u16> group, float alpha, float beta) {
+    gemm_mma(const __grid_constant__ Group<u16> group, float alpha, float beta, int symmetric) {
     typedef Product<BM, BN, BK, WARPS_M, WARPS_N, TRANSPOSE_A, !TRANSPOSE_B> Tile;
     DYNAMIC_SHARED(char, shared);
     const Tile tile;
-    const Task<u16> task = find_task<BM, BN>(group);
+    const Task<u16> task = find_task<BM, BN>(group, symmetric);
+    await_predecessors();
     const int rows = task.m - task.m0, columns = task.n - task.n0, k = task.k;
 
     Copier<TRANSPOSE_A ? BK : BM, TRANSPOSE_A ? BM : BK, Tile::Threads> a;
@@ -114,6 +115,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
                 } else {
                     to[0] = (u16)two;
                     if (column + 1 < columns) to[1] = (u16)(two >> 16);
+                }
+                if (task.mirror) {
+                    u16 *image = task.own.d + ((long long)(task.n0 + column) * task.n + task.m0 + row);
+                    image[0] = (u16)two;
+                    if (column + 1 < columns) image[task.n] = (u16)(two >> 16);
                 }
             }
 }

@@ -8,7 +8,7 @@ from math import ceil
 import numpy as np
 
 from parcnn.cuda.kernels.conv_mma import Tile, cycles
-from parcnn.cuda.kernels.gemm import TRANSPOSES, group, refuse, rows_are_multiples, sizes_of
+from parcnn.cuda.kernels.gemm import TRANSPOSES, group, refuse, rows_are_multiples, sizes_of, tiles_of
 from parcnn.cuda.launch import Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.matmul import MatMul
@@ -43,10 +43,11 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Tile]:
     """Tiles that can run the call, best estimate first."""
-    _, sizes = sizes_of(call.op, call.input_specs)
+    op, sizes = sizes_of(call.op, call.input_specs)
     width = _width(call)
-    tiles = [tile for tile in TILES_OF[width] if tile.ring_bytes <= device.shared_bytes_per_block]
-    return sorted(tiles, key=lambda tile: _cycles(tile, sizes, width, device))
+    fits = (tile for tile in TILES_OF[width] if tile.ring_bytes <= device.shared_bytes_per_block)
+    tiles = [tile for tile in fits if tile.bm == tile.bn or not op.symmetric]
+    return sorted(tiles, key=lambda tile: _cycles(op, tile, sizes, width, device))
 
 
 def launches(call: Call, device: Device, variant: Tile | None = None) -> list[Launch]:
@@ -54,7 +55,7 @@ def launches(call: Call, device: Device, variant: Tile | None = None) -> list[La
     op, sizes = sizes_of(call.op, call.input_specs)
     tile = variant or candidates(call, device)[0]
     table, tiles = group(op, call, sizes, tile.bm, tile.bn)
-    args = (table, np.float32(op.alpha), np.float32(op.beta))
+    args = (table, np.float32(op.alpha), np.float32(op.beta), np.int32(op.symmetric))
     kernel = _kernel(tile, _width(call), int(op.transpose_a), int(op.transpose_b))
     return [Launch(kernel, (tiles, 1, 1), (tile.threads, 1, 1), args, tile.ring_bytes)]
 
@@ -75,9 +76,9 @@ def _kernel(tile: Tile, width: int, transpose_a: int, transpose_b: int) -> Kerne
     return Kernel(SOURCE, "gemm_mma", (*macros, *flags))
 
 
-def _cycles(tile: Tile, sizes: Sequence[tuple[int, int, int]], width: int, device: Device) -> float:
+def _cycles(op: MatMul, tile: Tile, sizes: Sequence[tuple[int, int, int]], width: int, device: Device) -> float:
     """An estimate, as if all tiles had the longest product's reduction."""
-    blocks = sum(ceil(m / tile.bm) * ceil(n / tile.bn) for m, n, _ in sizes)
+    blocks = sum(tiles_of(op, m, n, tile.bm, tile.bn) for m, n, _ in sizes)
     steps = max(ceil(k / tile.bk) for _, _, k in sizes)
     gathers = (tile.bm + tile.bn) * tile.bk if width == 1 else 0
     return cycles(tile, blocks, max(1, steps), gathers, tile.ring_bytes, device)

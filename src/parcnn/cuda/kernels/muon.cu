@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 muon_momentum(const __grid_constant__ Group group, float *partial, float momentum, int nesterov) {
     __shared__ float scratch[THREADS / 32];
     int first, slot = find_slot(group, first);
+    await_predecessors();
     const Parameter &own = group.parameter[slot];
     const int i = ((int)blockIdx.x - first) * CHUNK + 4 * threadIdx.x, count = group.rows[slot] * group.columns[slot] - i;
     Floats<4> g = load_part(own.other + i, count), buf = load_part(own.tensor + i, count);
@@ -75,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 muon_norm(const __grid_constant__ Group group, float *partial) {
     __shared__ float scratch[THREADS / 32];
     int first, slot = find_slot(group, first);
+    await_predecessors();
     const int i = ((int)blockIdx.x - first) * CHUNK + 4 * threadIdx.x, count = group.rows[slot] * group.columns[slot] - i;
     Floats<4> w = load_part(group.parameter[slot].tensor + i, count);
     float sum = 0.0f;
@@ -90,6 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 muon_direction(const __grid_constant__ Group group, const float *partial, float momentum, int nesterov, float eps) {
     __shared__ float scratch[THREADS / 32];
     int first, slot = find_slot(group, first);
+    await_predecessors();
     const Parameter &own = group.parameter[slot];
     const int rows = group.rows[slot], columns = group.columns[slot];
     const bool tall = rows > columns;
@@ -112,7 +115,9 @@ muon_direction(const __grid_constant__ Group group, const float *partial, float 
 extern "C" __global__ void __launch_bounds__(THREADS)
 muon_update(const __grid_constant__ Group group, const float *hyper, const int *state, const float *partial, float weight_decay) {
     __shared__ float scratch[THREADS / 32];
-    int first, slot = find_slot(group, first), step = state[0];
+    int first, slot = find_slot(group, first);
+    await_predecessors();
+    const int step = state[0];
     const Parameter &own = group.parameter[slot];
     const int rows = group.rows[slot], columns = group.columns[slot];
     const bool tall = rows > columns;
