@@ -14,7 +14,8 @@ class Options:
     inplace: bool = True  # an op may write over an operand that nobody reads later
     parallel: bool = True  # weight gradients and updates run beside the chain of error signals
     graph: bool = True  # a step is captured once and replayed (CUDA graph)
-    # Gradients wait for one common update until they take this much memory; 0 updates each layer at once.
+    # Gradients wait for one common update until they take this much memory; 0 updates each layer at once. Rules whose update
+    # takes as long for one as for many (Muon's) let all of theirs wait.
     update_bytes: int = 1 << 20
     # Streams beside the main one for `parallel`.
     side_streams: int = 2
