@@ -267,6 +267,7 @@ __device__ __forceinline__ Vector product(Vector a, const Vector &b) {
 // partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
 extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS)
 batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
+    await_predecessors();
     __shared__ float4 scratch[3 * MOMENTS_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
@@ -290,6 +291,7 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
+    await_predecessors();
     __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
@@ -329,6 +331,7 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ mean, const float *__restrict__ var, Element *y, Shape shape, float eps, int relu) {
+    await_predecessors();
     Place at = place(shape);
     if (!at.live) return;
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
@@ -379,6 +382,7 @@ __device__ __forceinline__ void wait_for_chunk(int chunk) {
 extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, sizeof(Element) == 2 ? 1 : 0)
 batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         Element *__restrict__ y, Statistics s, Shape shape, int relu) {
+    await_predecessors();
     DYNAMIC_SHARED(Word, shared);
     Place at = place(shape);
     int stride = blockDim.x;
@@ -502,6 +506,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_gradients(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                      const float *__restrict__ mean, const float *__restrict__ rstd, Element *dx, float *__restrict__ dgammas,
                      float *__restrict__ dbetas, Shape shape, float eps, int from_variance, int relu) {
+    await_predecessors();
     __shared__ float4 scratch[2 * SUM_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     Affine a = load_affine(gamma, beta, mean, rstd, at);
@@ -532,6 +537,7 @@ batch_norm_gradients(const Element *dy, const Element *x, const float *__restric
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restrict__ dbetas, float *__restrict__ dgamma,
                          float *__restrict__ dbeta, int partials, int channels) {
+    await_predecessors();
     __shared__ float sums[16][32];
     const float *source = blockIdx.y ? dbetas : dgammas;
     int lane = threadIdx.x & 31, part = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
@@ -553,6 +559,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
                  const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgammas,
                  const float *__restrict__ dbetas, Element *dx, float *__restrict__ dgamma, float *__restrict__ dbeta,
                  int partials, Shape shape, int relu) {
+    await_predecessors();
     __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
     Place at = place(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
@@ -598,6 +605,7 @@ extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                         const float *__restrict__ mean, const float *__restrict__ rstd, Element *dx, float *__restrict__ dgamma,
                         float *__restrict__ dbeta, Shape shape, int relu) {
+    await_predecessors();
     DYNAMIC_SHARED(Word, shared);
     Place at = place(shape);
     int stride = blockDim.x, kept_words = shape.tiles * stride;

@@ -10,12 +10,15 @@ typedef unsigned long long u64;
 
 // ---- The order of kernels ---------------------------------------------------------------------------------------------
 
-// Wait until the kernels that this one comes after are complete and what they wrote can be seen. Every kernel calls it,
-// with all threads that touch global memory and before they do (or before a barrier that they pass first): from sm_90
-// on, a kernel of a graph may start while its predecessor still runs.
+// Wait until the kernels that this one comes after are complete and what they wrote can be seen; then let the next one's
+// blocks take their places, where they wait in their turn. From sm_90 on a kernel of a graph may so start while its
+// predecessor still runs. Every kernel calls it, with all threads that touch global memory and before they do (or before a
+// barrier that they pass first). What it reads and others write is not `__restrict__` if the compiler moves the load above
+// the wait, as it may: a kernel whose code does so starts when its predecessors are complete.
 __device__ __forceinline__ void await_predecessors() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -70,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const int chunk_b = threadIdx.x % CHUNKS_B * VEC_C, first_b = threadIdx.x / CHUNKS_B;
     const bool live_b = n0 + chunk_b < g.c;
 
+    await_predecessors();
     const int tiles = (depth + BK - 1) / BK;
 #if ROUTED
     float routed[LOADS_A][VEC_K];

@@ -39,6 +39,7 @@ extern "C" __global__ void __launch_bounds__(512)
     const int c0 = blockIdx.y * d.channels;
 
     for (int e = threadIdx.x; e < d.weights_size; e += blockDim.x) weights[e] = 0.0f;
+    await_predecessors();
     __syncthreads();
     for (int e = threadIdx.x; e < g.k * d.group_size; e += blockDim.x) {
         int tap_c, c, s;

@@ -15,6 +15,7 @@ struct Pixels {
 
 extern "C" __global__ void __launch_bounds__(256)
     conv_dgrad_unreached(const uint4 *addend, const uint4 *saved, uint4 *dx, int count, int act, Pixels g) {
+    await_predecessors();
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     int chunk, w, h, rest_h, rest_w;

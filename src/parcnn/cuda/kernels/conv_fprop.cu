@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
         row_hw[i] = m < g.rows ? pack_hw(h, left) : ROW_DEAD;
     }
 
+    await_predecessors();
     const int tiles = (g.taps_c + BK - 1) / BK;
     auto copy_tile = [&](int tile) {
         if (tile < tiles) {
@@ -165,6 +166,7 @@ struct DirectTile {
 extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
     conv_fprop_direct(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
                       u8 *__restrict__ idx, Conv g, DirectTile t) {
+    await_predecessors();
     DYNAMIC_SHARED(float, shared);
     float *weights = shared;                                    // [group of the block][tap and channel][KT]
     float *patch = shared + blockDim.y * g.taps_c * KT;         // [image][channel][patch_h][patch_w]

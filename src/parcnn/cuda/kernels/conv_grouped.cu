@@ -114,6 +114,7 @@ __device__ __forceinline__ int column_of(int j) { return j * (BN / TN) + threadI
 extern "C" __global__ void __launch_bounds__(THREADS)
     conv_grouped_fprop(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias,
                        float *__restrict__ y, Grouped g) {
+    await_predecessors();
     const int group = blockIdx.z, depth = g.r * g.s * g.group_c;
     __shared__ Tiles tiles;
     int n0;
@@ -153,6 +154,7 @@ __device__ __forceinline__ float error_at(const float *dy, const Spot &pixel, co
 extern "C" __global__ void __launch_bounds__(THREADS)
     conv_grouped_dgrad(const float *__restrict__ dy, const float *__restrict__ w, const float *saved, const float *addend, float *dx,
                        Grouped g) {
+    await_predecessors();
     const int group = blockIdx.z, depth = g.r * g.s * g.group_k, taps = g.r * g.s;
     __shared__ Tiles tiles;
     int n0;
@@ -183,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     conv_grouped_wgrad(const float *__restrict__ x, const float *__restrict__ dy, float *__restrict__ dw, float *__restrict__ db,
                        float *__restrict__ partial, Grouped g, int run_pixels) {
+    await_predecessors();
     const int group = blockIdx.z, elements = g.r * g.s * g.group_c, run = blockIdx.y;
     __shared__ Tiles tiles;
     int n0;

@@ -63,6 +63,7 @@ __device__ __forceinline__ void write_pixels(const u32 *staging, u16 *y, int k, 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     conv_stem_fprop(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
                     u8 *__restrict__ idx, Problem g) {
+    await_predecessors();
     DYNAMIC_SHARED(u32, shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4;
     const int first_k = blockIdx.y * TILES * 8;

@@ -102,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(256, 2)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.0f;
 
+    await_predecessors();
     auto copy = [&](int tile, u32 *stage) {
         if (tile < g.tiles) {
             const Origin at = origin_of(g, tile);

@@ -12,6 +12,7 @@ struct Divisors {
 
 extern "C" __global__ void __launch_bounds__(256)
     conv_unpool(const uint4 *__restrict__ dy, const unsigned short *__restrict__ idx, uint4 *__restrict__ out, int count, Divisors d) {
+    await_predecessors();
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     int chunk, q;

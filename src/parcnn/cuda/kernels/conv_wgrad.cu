@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const int dh = r * g.dilation_h, dx = s * g.dilation_w, offset = (dh * g.w + dx) * g.c + c;
     const bool live_a = k < g.k, live_b = n0 + chunk_b < g.taps_c;
 
+    await_predecessors();
 #if ROUTED
     float error[LOADS_A][VEC_K];
     u32 winners[LOADS_A];
@@ -191,6 +192,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 extern "C" __global__ void __launch_bounds__(32 * PARTS)
     conv_wgrad_sum(const float *__restrict__ partial, float *__restrict__ dw, float *__restrict__ db, int dw_size, int row_size,
                    int splits) {
+    await_predecessors();
     __shared__ float sums[PARTS][32];
     const int e = blockIdx.x * 32 + threadIdx.x, each = (splits + PARTS - 1) / PARTS;
     const int first = threadIdx.y * each, last = min(splits, first + each);

@@ -61,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(512)
     const bool sums_bias = db && blockIdx.z == 0 && bias_part < bias_parts;
     float acc[KG][FLOATS] = {}, bias_sum = 0.0f;
 
+    await_predecessors();
     for (int n0 = blockIdx.x * d.images; n0 < d.batch; n0 += gridDim.x * d.images) {
         const int windows = min(d.images, d.batch - n0) * d.windows;
         __syncthreads();

@@ -79,8 +79,9 @@ __device__ __forceinline__ Floats<VEC> load_moved(const IMAGE *source, const Ima
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, const int *__restrict__ order,
-             const int *__restrict__ state, ELEMENT *__restrict__ x, u32 *__restrict__ batch_targets, Image image,
+             const int *state, ELEMENT *__restrict__ x, u32 *__restrict__ batch_targets, Image image,
              int target_words, int flip, int shift_px, const __grid_constant__ Normalise normalise) {
+    await_predecessors();
     // Lanes ask for entries of different channels: an argument's bank would serve them one after the other.
     __shared__ float scales[MAX_ENTRIES], shifts[MAX_ENTRIES];
     __shared__ Move shared_move;
@@ -130,7 +131,8 @@ gather_batch(const IMAGE *__restrict__ images, const u32 *__restrict__ targets, 
 #elif defined(WORD)
 // n words in all, `row` of them a sample.
 extern "C" __global__ void __launch_bounds__(THREADS)
-write_output(const WORD *__restrict__ y, const int *__restrict__ state, WORD *__restrict__ out, long long n, int row) {
+write_output(const WORD *__restrict__ y, const int *state, WORD *__restrict__ out, long long n, int row) {
+    await_predecessors();
     WORD *target = out + (size_t)state[2] * row;
     long long first = (long long)blockIdx.x * (GROUPS * THREADS) + threadIdx.x;
 #pragma unroll
@@ -143,6 +145,7 @@ write_output(const WORD *__restrict__ y, const int *__restrict__ state, WORD *__
 // Null logs are not kept.
 extern "C" __global__ void end_step(int *state, float *losses, const float *loss, int *corrects, const int *correct, int batch,
                                     int train) {
+    await_predecessors();
     // Every load before the first store: they then wait for memory together, not one after the other.
     int step = state[0], train_step = state[1], first = state[2];
     float value = losses ? *loss : 0.0f;

@@ -48,6 +48,7 @@ __device__ __forceinline__ void sum_block(float &total, int &hits) {
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)
 cross_entropy(const ELEMENT *logits, const int *__restrict__ labels, float *loss, int *correct, ELEMENT *dlogits, int rows,
               int classes, int lanes_log2, float smoothing) {
+    await_predecessors();
     int lanes = 1 << lanes_log2, lane = threadIdx.x & (lanes - 1), turn_classes = KEPT << lanes_log2;
     int rows_a_turn = gridDim.x * (blockDim.x >> lanes_log2);
     int row = blockIdx.x * (blockDim.x >> lanes_log2) + (threadIdx.x >> lanes_log2);
@@ -137,6 +138,7 @@ cross_entropy(const ELEMENT *logits, const int *__restrict__ labels, float *loss
 #elif defined(ELEMENT)
 extern "C" __global__ void __launch_bounds__(THREADS)
 mean_squared_error(const ELEMENT *pred, const float *__restrict__ target, float *loss, ELEMENT *dpred, long long n) {
+    await_predecessors();
     float total = 0.0f, scale = 2.0f / (float)n;
     int none = 0;
     long long step = 4LL * gridDim.x * blockDim.x;
@@ -157,6 +159,7 @@ mean_squared_error(const ELEMENT *pred, const float *__restrict__ target, float 
 // One block. corrects null: there is nothing to count.
 extern "C" __global__ void __launch_bounds__(THREADS)
 sum_partials(const float *losses, const int *corrects, float *loss, int *correct, int partials, float divisor) {
+    await_predecessors();
     float total = 0.0f;
     int hits = 0;
     for (int i = threadIdx.x; i < partials; i += blockDim.x) {

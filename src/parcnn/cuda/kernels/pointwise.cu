@@ -40,6 +40,7 @@ __device__ __forceinline__ void map(const ELEMENT *a, const ELEMENT *b, ELEMENT 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) act(const ELEMENT *a, ELEMENT *y, long long n) {
+    await_predecessors();
     map<false>(a, nullptr, y, n, [](long long, Vector va, Vector) {
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) va.v[e] = activate<ACT>(va.v[e]);
@@ -49,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) act(const ELEMENT *a, ELEM
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 act_dgrad(const ELEMENT *dy, const ELEMENT *saved, ELEMENT *dx, long long n) {
+    await_predecessors();
     map<true>(dy, saved, dx, n, [](long long, Vector va, Vector vb) {
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) va.v[e] = activation_dgrad<ACT>(va.v[e], vb.v[e]);
@@ -57,6 +59,7 @@ act_dgrad(const ELEMENT *dy, const ELEMENT *saved, ELEMENT *dx, long long n) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) add(const ELEMENT *a, const ELEMENT *b, ELEMENT *y, long long n) {
+    await_predecessors();
     map<true>(a, b, y, n, [](long long, Vector va, Vector vb) {
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) va.v[e] = activate<ACT>(va.v[e] + vb.v[e]);
@@ -68,6 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) add(const ELEMENT *a, cons
 // threshold = p * 2^32 is up to 2^32 and so does not fit into 32 bits.
 extern "C" __global__ void __launch_bounds__(THREADS)
 dropout(const ELEMENT *a, const int *state, ELEMENT *y, long long n, long long threshold, float scale, u32 stream) {
+    await_predecessors();
     u32 step = (u32)state[1];
     uint2 key = make_uint2((u32)state[3], (u32)state[4]);
     map<false>(a, nullptr, y, n, [=](long long i, Vector va, Vector) {
@@ -98,6 +102,7 @@ struct Group {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) cast(const __grid_constant__ Group group) {
+    await_predecessors();
     int block = blockIdx.x, slot = 0;
 #pragma unroll
     for (int half = MAX_GROUP / 2; half > 0; half /= 2)

@@ -177,6 +177,7 @@ __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &w
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
            FastDiv by_vectors, FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
+    await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int vector, q, p;
@@ -190,6 +191,7 @@ pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__rest
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
                   FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
+    await_predecessors();
     __shared__ float values[VEC][THREADS];
     __shared__ int positions[VEC][KIND == MAX ? THREADS : 1];
     int lanes = 1 << lanes_log2, parts = blockDim.x >> lanes_log2;
@@ -250,6 +252,7 @@ __device__ __forceinline__ int tap_at(int i, int o, const Axis &a) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
            FastDiv by_vectors, FastDiv by_width, FastDiv by_height, const __grid_constant__ Window window) {
+    await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int vector, x, y;
@@ -286,6 +289,7 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
 extern "C" __global__ void __launch_bounds__(THREADS)
 pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
                  FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
+    await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int vector, q, y, r;

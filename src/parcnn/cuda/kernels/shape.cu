@@ -20,6 +20,7 @@
 extern "C" __global__ void __launch_bounds__(THREADS)
 copy_channels(const WORD *__restrict__ x, WORD *__restrict__ y, int count, FastDiv by_channels, int x_stride, int x_start,
               int y_stride, int y_start) {
+    await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int c, row = divide(i, by_channels, c);
@@ -43,6 +44,7 @@ __device__ __forceinline__ u32 column_word(const Row (&in)[SIDE], int col, int a
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose_squares(const BITS *__restrict__ x, BITS *__restrict__ y, int tiles, int rows, int cols, FastDiv by_col_tiles,
                   FastDiv by_row_tiles) {
+    await_predecessors();
     int lane = threadIdx.x % 32, tile = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (tile >= tiles) return;
     int col_tile, row_tile, image = divide(divide(tile, by_col_tiles, col_tile), by_row_tiles, row_tile);
@@ -66,6 +68,7 @@ transpose_squares(const BITS *__restrict__ x, BITS *__restrict__ y, int tiles, i
 // grid: (images, tiles along rows, tiles along columns)
 extern "C" __global__ void __launch_bounds__(THREADS)
 transpose(const BITS *__restrict__ x, BITS *__restrict__ y, int rows, int cols, FastDiv tile_rows, FastDiv tile_cols) {
+    await_predecessors();
     __shared__ BITS tile[TILE_ELEMENTS];
     size_t image = (size_t)blockIdx.x * rows * cols;
     int row0 = blockIdx.y * tile_rows.d, col0 = blockIdx.z * tile_cols.d;

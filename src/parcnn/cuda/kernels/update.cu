@@ -62,6 +62,7 @@ template <int BUFFERS> __device__ __forceinline__ void store_elements(const Elem
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 sgd(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay) {
+    await_predecessors();
     int step = state[0];
     Elements<0> own = load_elements<0>(group);
     float lr = hyper[4 * (size_t)step];
@@ -73,6 +74,7 @@ sgd(const __grid_constant__ Group group, const float *hyper, const int *state, f
 extern "C" __global__ void __launch_bounds__(THREADS)
 sgd_momentum(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay, float momentum,
              float one_less_dampening, int nesterov) {
+    await_predecessors();
     int step = state[0];
     bool first = state[1] == 0;
     Elements<1> own = load_elements<1>(group);
@@ -89,6 +91,7 @@ sgd_momentum(const __grid_constant__ Group group, const float *hyper, const int 
 extern "C" __global__ void __launch_bounds__(THREADS)
 adam(const __grid_constant__ Group group, const float *hyper, const int *state, float weight_decay, int decoupled,
      float one_less_beta1, float beta2, float one_less_beta2, float eps) {
+    await_predecessors();
     int step = state[0];
     Elements<2> own = load_elements<2>(group);
     const float *row = hyper + 4 * (size_t)step;
