@@ -35,6 +35,24 @@ extern "C" __global__ void write_log(int *state, float *log, const float *x, int
     state[0] = row + 1;
 }
 
+// y[i] = x[(i + shift) % n] * 1664525 + i, and the other elements of y as they are: blocks read what other blocks wrote
+extern "C" __global__ void __launch_bounds__(256) mix(unsigned *y, const unsigned *x, int count, int n, int shift) {
+    launch_dependents();
+    await_predecessors();
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < count) y[i] = x[(i + shift) % n] * 1664525u + i;
+}
+
+// y = nanoseconds at the start, after the wait and, `spin_ns` later, at the end
+extern "C" __global__ void stamp(unsigned *y, unsigned spin_ns) {
+    launch_dependents();
+    unsigned long long start = nanoseconds();
+    await_predecessors();
+    unsigned long long waited = nanoseconds(), end = waited;
+    while (end - waited < spin_ns) end = nanoseconds();
+    y[0] = (unsigned)start, y[1] = (unsigned)waited, y[2] = (unsigned)end;
+}
+
 extern "C" __global__ void no_parameters() {}
 
 extern "C" __global__ void fault() { *(volatile float *)8 = 1.f; }

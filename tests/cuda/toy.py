@@ -17,6 +17,7 @@ from parcnn.ops.program import Call
 SOURCE = "toy.cu"
 FOLDER = Path(__file__).parent
 BLOCK = 256
+ENTRIES = ("scale_add", "slow_increment", "write_log", "mix", "stamp", "no_parameters", "fault")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,27 @@ class WriteLog(Op):
 
 
 @dataclass(frozen=True)
+class Mix(Op):
+    """y[i] = x[(i + shift) % n] * 1664525 + i in `count` elements of 32 bits. It waits for what comes before it itself."""
+
+    count: int
+    shift: int = 0
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return (Spec((self.count,), "u32"),)
+
+
+@dataclass(frozen=True)
+class Stamp(Op):
+    """Three times, in ns: of the start, of the end of the wait for the input, and `spin_ns` later."""
+
+    spin_ns: int = 0
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return (Spec((3,), "u32"),)
+
+
+@dataclass(frozen=True)
 class Custom(Op):
     """Launches whatever it is told to."""
 
@@ -88,15 +110,20 @@ def launches(call: Call, device: Device) -> list[Launch]:
     if isinstance(op, WriteLog):
         state, log, x = call.inputs
         return [Launch(kernel("write_log"), (1, 1, 1), (1, 1, 1), (state, log, x, np.int32(log.spec.size)))]
+    if isinstance(op, Mix):
+        args = (call.outputs[0], first, np.int32(op.count), np.int32(n), np.int32(op.shift))
+        return [Launch(kernel("mix"), (-(-op.count // BLOCK), 1, 1), block, args)]
+    if isinstance(op, Stamp):
+        return [Launch(kernel("stamp"), (1, 1, 1), (1, 1, 1), (call.outputs[0], np.uint32(op.spin_ns)))]
     assert isinstance(op, Custom)
     return list(op.launches)
 
 
 def variants() -> Iterable[Kernel]:
-    return [kernel(entry) for entry in ("scale_add", "slow_increment", "write_log", "no_parameters", "fault")]
+    return [kernel(entry) for entry in ENTRIES]
 
 
-OPS = (ScaleAdd, SlowIncrement, WriteLog, Custom)
+OPS = (ScaleAdd, SlowIncrement, WriteLog, Mix, Stamp, Custom)
 LAUNCHER = SimpleNamespace(
     OPS=OPS, supports=supports, workspace_bytes=workspace_bytes, launches=launches, variants=variants
 )

@@ -17,6 +17,18 @@ from parcnn.errors import DeviceError
 _SIZED = 4
 _REGCOUNT, _FRAME_SIZE = 0x2F, 0x11  # of `.nv.info`: symbol, value
 _PARAM_CBANK, _KPARAM_INFO, _KPARAM_INFO_V2, _MAX_THREADS, _REQNTID = 0x0A, 0x17, 0x45, 0x05, 0x10
+# Instructions have 16 bytes; of their 12 bits of opcode the low 9 say the operation, the others its form.
+_INSTRUCTION, _OPCODE, _OPERATION = "<H14x", 0xFFF, 0x1FF
+_ACQBULK = 0x82E  # griddepcontrol.wait
+_GLOBAL_ACCESSES = {
+    0x180,  # LD
+    0x181,  # LDG
+    0x185,  # ST
+    0x186,  # STG
+    0x1AE,  # LDGSTS
+    0x1B4,  # UTMALDG
+    0x1B5,  # UTMASTG
+}
 _RESERVED_SHARED_BYTES = 1024  # Hopper and later keep so much of every block's shared memory for the system
 
 
@@ -39,6 +51,7 @@ class KernelInfo:
     static_shared_bytes: int
     frame_bytes: int  # stack per thread: registers that spilled, and local arrays that are indexed at run time
     max_threads: int | None  # of a block, where the source says so (__launch_bounds__)
+    awaits_predecessors: bool  # by griddepcontrol.wait (sm_90 and later), above all that touches global memory
 
 
 def parse(cubin: bytes) -> dict[str, KernelInfo]:
@@ -92,8 +105,19 @@ def _parse(cubin: bytes) -> dict[str, KernelInfo]:
             static_shared_bytes=max(0, shared.nbytes - reserved) if shared else 0,
             frame_bytes=frames.get(name, 0),
             max_threads=max_threads,
+            awaits_predecessors=_waits_first(sections[f".text.{name}"].data),
         )
     return kernels
+
+
+def _waits_first(code: bytes) -> bool:
+    """Whether a wait for the predecessors comes before the first access to global memory, in the order of the code."""
+    for (word,) in struct.iter_unpack(_INSTRUCTION, code):
+        if word & _OPCODE == _ACQBULK:
+            return True
+        if word & _OPERATION in _GLOBAL_ACCESSES:
+            return False
+    return False
 
 
 def _sections(cubin: bytes) -> dict[str, _Section]:

@@ -23,13 +23,17 @@ SHARED_BYTES_WITHOUT_OPT_IN = 48 * 1024
 
 @dataclass(frozen=True)
 class BoundLaunch:
-    """A launch with its kernel loaded and its addresses resolved, on behalf of `call`, the program's `position`-th."""
+    """A launch with its kernel loaded and its addresses resolved, on behalf of `call`, the program's `position`-th.
+
+    With `starts_early` it may start, in a graph, before the one kernel that it comes after is complete: it waits itself.
+    """
 
     function: Any
     launch: Launch
     arguments: Arguments
     call: Call
     position: int
+    starts_early: bool = False
 
     @property
     def where(self) -> str:

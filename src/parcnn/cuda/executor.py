@@ -285,9 +285,10 @@ class CudaExecutor:
 
     `memory_limit` (bytes) bounds what all regions take together. `cache` is the folder of compiled kernels. `tuning` says
     which variants of kernels run; by default what ships for the GPU, and the user's own table before it. Assign another
-    one only between programs: a plan's scratch memory is that of the variants it was made for. `driver` and `registry`
-    are for tests. Raises DeviceError where GPU, driver, PyCUDA or NVRTC lack, each with its remedy, and TuningError for a
-    damaged table. Belongs to the main thread (see `parcnn.cuda.runtime`).
+    one only between programs: a plan's scratch memory is that of the variants it was made for. `overlap`: kernels of a
+    graph start while those before them end, where they wait for them themselves (`KernelInfo.awaits_predecessors`).
+    `driver` and `registry` are for tests. Raises DeviceError where GPU, driver, PyCUDA or NVRTC lack, each with its
+    remedy, and TuningError for a damaged table. Belongs to the main thread (see `parcnn.cuda.runtime`).
     """
 
     name = "cuda"
@@ -301,10 +302,12 @@ class CudaExecutor:
         registry: Registry | None = None,
         cache: Path | None = None,
         tuning: Tuning | None = None,
+        overlap: bool = True,
     ) -> None:
         self.driver: Driver = driver if driver is not None else PycudaDriver(device)
         self.device = self.driver.device
         self.memory_limit = memory_limit
+        self.overlap = overlap
         self.allocated_bytes = 0
         self.registry = (registry if registry is not None else REGISTRY).on(self.device.arch)
         self.tuning = tuning if tuning is not None else Tuning.of(self.device, user_folder())
@@ -482,7 +485,8 @@ class CudaExecutor:
             info = cubins[launch.kernel].kernels[launch.kernel.entry]
             where = f"{call.layer or call.op.name}: {launch.kernel.label}"
             arguments = pack(launch.args, info.parameters, address, self.driver.tensor_map, where)
-            return BoundLaunch(self._functions[launch.kernel][0], launch, arguments, call, position)
+            starts_early = self.overlap and info.awaits_predecessors
+            return BoundLaunch(self._functions[launch.kernel][0], launch, arguments, call, position, starts_early)
 
         bound = [
             [bind(i, call, launch) for launch in of_call]

@@ -40,9 +40,13 @@ _STEP_START = 1  # the bit of everything before the step
 
 @dataclass
 class Counters:
-    """What was done. Launches inside a graph count each time that the graph is launched."""
+    """What was done. Launches inside a graph count each time that the graph is launched.
+
+    `early_starts`: kernels of captured graphs that may start before their predecessor is complete.
+    """
 
     launches: int = 0
+    early_starts: int = 0
     graph_launches: int = 0
     captures: int = 0
     copies_in: int = 0
@@ -266,6 +270,10 @@ class NullDriver:
         self._check_arguments(bound)
         self._check_order(bound, stream, self._step)
         self.counters.launches += 1
+        if bound.starts_early:
+            if not bound.function.info.awaits_predecessors:
+                raise LaunchError("starts early, and does not wait for what comes before it", where=bound.where)
+            self.counters.early_starts += self._capturing
 
     def _check_arguments(self, bound: BoundLaunch) -> None:
         """Size of the block, and every pointer inside the tensor that the plan gave to this call."""

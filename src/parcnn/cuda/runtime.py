@@ -85,6 +85,7 @@ class PycudaDriver:
         except ImportError as fault:
             raise bindings_missing(fault) from fault
         self._cuda, self._bindings = cuda, bindings
+        self._capturing = False
         try:
             cuda.init()
             gpu = cuda.Device(index)
@@ -188,6 +189,8 @@ class PycudaDriver:
 
     def launch(self, bound: BoundLaunch, stream: Any) -> None:
         launch, data = bound.launch, bound.arguments.data
+        if self._capturing and bound.starts_early:
+            self._start_early(stream)
         try:
             bound.function.prepared_async_call(
                 launch.grid, launch.block, stream, *((data,) if data else ()), shared_size=launch.shared_bytes
@@ -201,17 +204,35 @@ class PycudaDriver:
         self._check(
             bindings.cuStreamBeginCapture(stream.handle, bindings.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
         )
+        self._capturing = True
         try:
             submit()
         except BaseException:
             bindings.cuStreamEndCapture(stream.handle)  # leaves the stream usable; what was recorded is void
             raise
+        finally:
+            self._capturing = False
         graph = self._check(bindings.cuStreamEndCapture(stream.handle))
         try:
             executable = self._check(bindings.cuGraphInstantiate(graph, 0))
         finally:
             bindings.cuGraphDestroy(graph)
         return _Graph(executable, bindings.cuGraphExecDestroy)
+
+    def _start_early(self, stream: Any) -> None:
+        """Where the stream's next node comes after one kernel alone: let it start while that one ends.
+
+        "Programmatic dependent launch" of the CUDA C++ Programming Guide. A kernel that waits is complete only after its
+        own predecessors, so that its successors need not wait for those.
+        """
+        bindings = self._bindings
+        _, _, _, nodes, _, count = self._check(bindings.cuStreamGetCaptureInfo(stream.handle))
+        if count == 1:
+            edge = bindings.CUgraphEdgeData()
+            edge.from_port = bindings.CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC
+            edge.type = bindings.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC.value
+            replace = bindings.CUstreamUpdateCaptureDependencies_flags.CU_STREAM_SET_CAPTURE_DEPENDENCIES.value
+            self._check(bindings.cuStreamUpdateCaptureDependencies(stream.handle, nodes, [edge], 1, replace))
 
     def launch_graph(self, graph: _Graph, stream: Any) -> None:
         self._check(self._bindings.cuGraphLaunch(graph.executable, stream.handle))
@@ -221,7 +242,7 @@ class PycudaDriver:
         status, *values = result
         if status.value:
             raise DeviceError(f"CUDA graph: {status.name}", where=self.device.name)
-        return values[0] if values else None
+        return values[0] if len(values) == 1 else values
 
 
 def _enter_primary_context(gpu: Any, index: int) -> None:
