@@ -10,15 +10,17 @@ typedef unsigned long long u64;
 
 // ---- The order of kernels ---------------------------------------------------------------------------------------------
 
-// Wait until the kernels that this one comes after are complete and what they wrote can be seen; then let the next one's
-// blocks take their places, where they wait in their turn. From sm_90 on a kernel of a graph may so start while its
-// predecessor still runs. Every kernel calls it, with all threads that touch global memory and before they do (or before a
-// barrier that they pass first). What it reads and others write is not `__restrict__` if the compiler moves the load above
-// the wait, as it may: a kernel whose code does so starts when its predecessors are complete.
+// Wait until the kernels that this one comes after are complete and what they wrote can be seen: from sm_90 on a kernel of
+// a graph starts while its predecessor ends. Every kernel calls it, with all threads that touch global memory and before
+// they do (or before a barrier that they pass first). A compiler may move loads through `const __restrict__` above the
+// wait; a kernel whose code does so starts later (`awaits_predecessors` in cubin.py).
+//
+// No kernel lets the next one in early (griddepcontrol.launch_dependents): its blocks then fill places beside those that
+// still run, unevenly, and stand in the way of other streams. Measured on an H200: chains of small kernels gain 10 to 30 %,
+// training steps lose up to 23 %.
 __device__ __forceinline__ void await_predecessors() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
