@@ -1,8 +1,8 @@
-"""Depthwise 3x3 layers of MobileNets, every candidate of the kernels, beside cuDNN and a copy of as many bytes.
+"""Depthwise 3x3 layers of MobileNets, every candidate of the kernels that run them, beside cuDNN and a copy of as many bytes.
 
 bf16. Calls out of a plan, many in a CUDA graph, on several sets of tensors that take turns; so do cuDNN's (PyTorch,
-channels_last, cudnn.benchmark, where it is installed) and the copies (`parcnn.bench.repeated`). `*` marks the variant that the
-launcher's rule takes; the share is that of a large copy's bytes a second.
+channels_last, cudnn.benchmark, where it is installed) and the copies (`parcnn.bench.repeated`). `*` marks the variant that runs
+by default; the share is that of a large copy's bytes a second.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.roofline import Roofline
 from parcnn.bench.rows import Row, append
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import Registry, conv_depthwise, conv_depthwise_wgrad
+from parcnn.cuda.kernels import Registry
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.ops.base import Spec
 from parcnn.ops.pointwise import Act
 from parcnn.ops.program import Call, Slot
-
-FAMILIES = {"fprop": conv_depthwise, "dgrad": conv_depthwise, "wgrad": conv_depthwise_wgrad}
 
 
 def copy_of(nbytes: int) -> Call:
@@ -43,13 +41,14 @@ def measure(
     for layer in layers:
         for direction in CONV:
             (call,) = plans.calls(layer, direction)
-            nbytes, family = least_bytes(call), FAMILIES[direction]
-            found = family.candidates(call, executor.device)[: None if every else 1]
-            sizes = (call.input_specs, call.output_specs, executor.device)
-            ours = RepeatedCalls(executor, [call], max(family.workspace_bytes(call.op, *sizes, v) for v in found))
+            nbytes, families = least_bytes(call), usual.tunable(call.op, call.input_specs).values()
+            forced = [Forced(f, variant) for f in families for variant in f.candidates(call, executor.device)]
+            forced = forced[: None if every else 1]
+            sizes = (call.op, call.input_specs, call.output_specs, executor.device)
+            ours = RepeatedCalls(executor, [call], max(family.workspace_bytes(*sizes) for family in forced))
             runs = []
-            for variant in found:
-                executor.registry = Registry([Forced(family, variant)], usual.folder)
+            for family in forced:
+                executor.registry = Registry([family], usual.folder)
                 runs.append(ours.load())
             executor.registry = usual
             copies = RepeatedCalls(executor, [copy_of(nbytes)])
@@ -61,21 +60,21 @@ def measure(
             copied, *rest = timings
             copy_us = copied.of(copies.count).p50_us
             peer_us = rest.pop(0).of(ours.count).p50_us if peers else None
-            took = {variant: timing.of(ours.count) for variant, timing in zip(found, rest, strict=True)}
+            took = {family: timing.of(ours.count) for family, timing in zip(forced, rest, strict=True)}
             against = f", cuDNN {peer_us:.1f} us" if peer_us else ""
             at_rate = f"at a large copy's rate {nbytes / large * 1e6:.1f} us"
             say(f"{direction} {layer.shape}: a copy {copy_us:.1f} us, {at_rate}{against}")
             rows = []
-            for variant in sorted(found, key=lambda v: took[v].p50_us):
-                p50_us, mark = took[variant].p50_us, "*" if variant == found[0] else " "
+            for family in sorted(forced, key=lambda f: took[f].p50_us):
+                variant, p50_us, mark = str(family.variant), took[family].p50_us, "*" if family is forced[0] else " "
                 ratio = f"{peer_us / p50_us:7.2f}x cuDNN" if peer_us else ""
                 share = nbytes / p50_us * 1e6 / large
-                say(f"  {mark} {variant!s:24}{p50_us:9.1f} us{share:7.0%} of a copy{ratio}")
+                say(f"  {mark} {variant:48}{p50_us:9.1f} us{share:7.0%} of a copy{ratio}")
                 problem = {"direction": direction, "shape": layer.shape, "groups": layer.groups}
                 rows.append(
                     machine.row(
-                        "kernels depthwise", problem, str(variant), took[variant], bytes_moved=nbytes, copy_share=share,
-                        copy_p50_us=copy_us, chosen=variant == found[0], peer="cudnn" if peers else None, peer_p50_us=peer_us,
+                        "kernels depthwise", problem, variant, took[family], bytes_moved=nbytes, copy_share=share,
+                        copy_p50_us=copy_us, chosen=family is forced[0], peer="cudnn" if peers else None, peer_p50_us=peer_us,
                     )
                 )  # fmt: skip
             yield rows

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 import parcnn.cuda.kernels
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Launcher, Pointer, Struct
-from parcnn.ops.base import Op, Spec
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Launcher, Pointer, Struct, TensorMap
+from parcnn.cuda.tensormap import ALIGNMENT, NBYTES, check
+from parcnn.ops.base import ITEM_BYTES, Op, Spec
 from parcnn.ops.program import Call, Program, Slot
 
 KERNELS = Path(parcnn.cuda.kernels.__file__).parent
@@ -109,7 +110,7 @@ def named_slots(args: Iterable[Argument]) -> Iterable[Slot]:
     for arg in args:
         if isinstance(arg, Struct):
             yield from named_slots(arg.fields)
-        elif isinstance(arg, Pointer):
+        elif isinstance(arg, Pointer | TensorMap):
             yield arg.slot
         elif isinstance(arg, Slot):
             yield arg
@@ -126,6 +127,8 @@ def pack(args: Iterable[Argument], memory: Guarded, data: bytearray) -> int:
             raw = bytes(inner)
         elif isinstance(arg, np.generic):
             raw, own = arg.tobytes(), arg.nbytes
+        elif isinstance(arg, TensorMap):
+            raw, own = tensor_map(arg, memory.address(arg.slot)), ALIGNMENT
         else:
             pointer = Pointer(arg) if isinstance(arg, Slot) else arg
             address = memory.address(pointer.slot) + pointer.offset if pointer else 0
@@ -133,6 +136,17 @@ def pack(args: Iterable[Argument], memory: Guarded, data: bytearray) -> int:
         data.extend(bytes(-len(data) % own) + raw)
         alignment = max(alignment, own)
     return alignment
+
+
+def tensor_map(arg: TensorMap, address: int) -> bytes:
+    """What sm90_emulation.h reads: address, rank; then for each dimension extent, stride in bytes, box."""
+    check(arg, address, "emulation")
+    if arg.swizzle or set(arg.element_strides) > {1}:
+        raise EmulationError(f"the emulation knows neither swizzles nor strides of a box: {arg}")
+    strides = (ITEM_BYTES[arg.dtype], *arg.strides_bytes)
+    words = [address + arg.offset, len(arg.dims)]
+    words += [word for dimension in zip(arg.dims, strides, arg.box, strict=True) for word in dimension]
+    return np.array(words, np.uint64).tobytes().ljust(NBYTES, b"\0")
 
 
 def run_launch(

@@ -10,6 +10,7 @@ from parcnn.cuda.kernels import (
     batch_norm,
     conv_depthwise,
     conv_depthwise_any,
+    conv_depthwise_sm90,
     conv_depthwise_wgrad,
     conv_dgrad,
     conv_fprop,
@@ -140,5 +141,5 @@ REGISTRY = Registry(
         feed,
     ],
     Path(__file__).parent,
-    only_on={"sm_90a": [conv_sm90, conv_wgrad_sm90, conv_padded]},
+    only_on={"sm_90a": [conv_depthwise_sm90, conv_sm90, conv_wgrad_sm90, conv_padded]},
 )

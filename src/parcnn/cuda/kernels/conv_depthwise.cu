@@ -23,18 +23,7 @@ template <bool Mirror> struct Filter {
     float tap[TAPS][VEC];
 
     __device__ __forceinline__ Filter(const ELEMENT *w, int channel, float *, const Depthwise &g) {
-        // VEC filters are TAPS vectors, one after the other. A thread without channels reads the last ones'.
-        const ELEMENT *first = w + min(channel, g.c - VEC) * TAPS;
-#pragma unroll
-        for (int i = 0; i < TAPS; ++i) {
-            Floats<VEC> part = load<VEC>(first + i * VEC);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-                constexpr int last = TAPS - 1;
-                int t = (i * VEC + e) % TAPS;
-                tap[Mirror ? last - t : t][(i * VEC + e) / TAPS] = part.v[e];
-            }
-        }
+        filter_taps<Mirror>(w + min(channel, g.c - VEC) * TAPS, tap);  // a thread without channels reads the last ones'
     }
 
     __device__ __forceinline__ Floats<VEC> at(int t) const {
@@ -214,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_fprop(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
                          ELEMENT *__restrict__ y, Depthwise g) {
     DYNAMIC_SHARED(float, shared);
+    await_predecessors();
     int slice;
     const int item = quotient(blockIdx.x, g.by_slices) * blockDim.y + threadIdx.y;
     divide(blockIdx.x, g.by_slices, slice);
@@ -240,6 +230,7 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     conv_depthwise_dgrad(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const ELEMENT *saved, const ELEMENT *addend,
                          ELEMENT *dx, Depthwise g) {
     DYNAMIC_SHARED(float, shared);
+    await_predecessors();
     int slice;
     const int item = quotient(blockIdx.x, g.by_slices) * blockDim.y + threadIdx.y;
     divide(blockIdx.x, g.by_slices, slice);
@@ -250,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     const u32 mask = columns_inside<COLUMNS>(spot.column, g.q);
     int row = spot.row;
     long long at = (((long long)spot.image * g.p + row) * g.q + spot.column) * g.c + spot.channel;
-    auto finish = [&](float (&sums)[COLUMNS][VEC]) {
+    auto finish = [&](float (&sums)[COLUMNS][VEC], bool fused) {
         const u32 here = STRIDE == 1 || (u32)row < (u32)g.p ? mask : 0;
 #pragma unroll
         for (int q = 0; q < COLUMNS; ++q) {
@@ -259,12 +250,12 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
             Floats<VEC> out;
 #pragma unroll
             for (int e = 0; e < VEC; ++e) out.v[e] = sums[q][e];
-            if (addend) {
+            if (fused && addend) {
                 const Floats<VEC> other = load<VEC>(addend + own);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) out.v[e] += other.v[e];
             }
-            if (g.act) {
+            if (fused && g.act) {
                 const Floats<VEC> kept = load<VEC>(saved + own);
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) out.v[e] = activation_dgrad_of(out.v[e], kept.v[e], g.act);
@@ -273,9 +264,18 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
         }
         ++row, at += g.q * g.c;
     };
+    // What is fused makes the code of a row several times as long: a walk of its own does without.
+    auto fused = [&](float (&sums)[COLUMNS][VEC]) { finish(sums, true); };
+    auto plain = [&](float (&sums)[COLUMNS][VEC]) { finish(sums, false); };
 #if STRIDE == 1
-    correlate<1, true>(dy, filter, spot, g, splat<VEC>(0.0f), finish);
+    if (addend || g.act)
+        correlate<1, true>(dy, filter, spot, g, splat<VEC>(0.0f), fused);
+    else
+        correlate<1, true>(dy, filter, spot, g, splat<VEC>(0.0f), plain);
 #else
-    spread(dy, filter, spot, g, finish);
+    if (addend || g.act)
+        spread(dy, filter, spot, g, fused);
+    else
+        spread(dy, filter, spot, g, plain);
 #endif
 }

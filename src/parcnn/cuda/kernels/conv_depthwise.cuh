@@ -71,3 +71,17 @@ template <int Count> __device__ __forceinline__ void widen_pixels(const Pixels<C
         for (int e = 0; e < VEC; ++e) v[j][e] = wide.v[e];
     }
 }
+
+// tap[t][e]: of channel e's filter, the VEC filters from `w` on; taps in reverse order where Mirror.
+template <bool Mirror> __device__ __forceinline__ void filter_taps(const ELEMENT *w, float (&tap)[TAPS][VEC]) {
+    // VEC filters are TAPS vectors, one after the other.
+#pragma unroll
+    for (int i = 0; i < TAPS; ++i) {
+        const Floats<VEC> part = load<VEC>(w + i * VEC);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            const int t = (i * VEC + e) % TAPS;
+            tap[Mirror ? TAPS - 1 - t : t][(i * VEC + e) / TAPS] = part.v[e];
+        }
+    }
+}

@@ -59,6 +59,7 @@ extern "C" __global__ void __launch_bounds__(256)
     conv_depthwise_any_fprop(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
                              ELEMENT *__restrict__ y, Problem g) {
     DYNAMIC_SHARED(float, memory);
+    await_predecessors();
     int slice;
     const int block = divide(blockIdx.x, g.by_slices, slice), blocks = gridDim.x / g.by_slices.d;
     const int width = blockDim.x * VEC, own = threadIdx.x * VEC, k = slice * width + own;
@@ -100,6 +101,7 @@ extern "C" __global__ void __launch_bounds__(256)
     conv_depthwise_any_dgrad(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const ELEMENT *saved,
                              const ELEMENT *addend, ELEMENT *dx, Problem g) {
     DYNAMIC_SHARED(float, memory);
+    await_predecessors();
     int slice;
     const int block = divide(blockIdx.x, g.by_slices, slice), blocks = gridDim.x / g.by_slices.d;
     const int width = blockDim.x * VEC, own = threadIdx.x * VEC, c = slice * width + own;
@@ -143,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(256)
     conv_depthwise_any_wgrad(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy, float *__restrict__ dw,
                              float *__restrict__ db, float *__restrict__ partial, Problem g, FastDiv by_chunks) {
     DYNAMIC_SHARED(float, memory);  // [tap][pixel of the block][filter of the slice]
+    await_predecessors();
     int slice, chunk;
     const int run = divide(divide(blockIdx.x, g.by_slices, slice), by_chunks, chunk);
     const int runs = gridDim.x / (g.by_slices.d * by_chunks.d);

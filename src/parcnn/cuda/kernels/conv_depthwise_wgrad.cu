@@ -16,6 +16,7 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
     // After so many rows each row of dy is in its own registers again: nothing moves. (Of 7x7 filters the code would be too long.)
     constexpr int Period = FILTER <= 5 ? BEHIND + 1 : 1;
     DYNAMIC_SHARED(float, shared);  // [tap of a row][item][channel of the slice]
+    await_predecessors();
     int slice;
     const int run = divide(blockIdx.x, g.by_slices, slice), channel = (slice * blockDim.x + threadIdx.x) * VEC;
     const int x_step = g.w * g.c, dy_step = g.q * g.c;

@@ -12,6 +12,7 @@ struct alignas(64) TensorMap {
     u64 words[16];
 };
 
+#ifndef HOST_EMULATION
 __device__ __forceinline__ u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
@@ -45,6 +46,8 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+#endif
+
 // A place in a ring of stages, and the parity of the phase in which it is filled.
 struct Ring {
     int stage = 0;
@@ -58,6 +61,7 @@ struct Ring {
     }
 };
 
+#ifndef HOST_EMULATION
 // ---- Tensor copies ---------------------------------------------------------------------------------------------------
 // Coordinates start at the innermost dimension. What lies outside of the tensor is zero when read, and not written.
 
@@ -162,3 +166,4 @@ __device__ __forceinline__ u32 beats_bf16x2(u32 v, u32 best) {
     asm("set.eq.u32.bf16x2 %0, %1, %1;" : "=r"(is_number) : "r"(best));
     return not_less_or_equal & is_number;
 }
+#endif

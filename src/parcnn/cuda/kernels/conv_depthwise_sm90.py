@@ -1,0 +1,270 @@
+"""Launcher of conv_depthwise_sm90.cu and conv_depthwise_sm90_wgrad.cu: depthwise 3x3 convolutions in bf16 on Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.kernels.conv_depthwise import refuse
+from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
+from parcnn.ops.program import Call, Slot
+
+OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad, ConvWgrad)
+SOURCE, WGRAD_SOURCE = "conv_depthwise_sm90.cu", "conv_depthwise_sm90_wgrad.cu"
+SIDE = 3
+MOST_BLOCK_THREADS, MOST_STAGES, MOST_CANDIDATES = 384, 16, 12
+MOST_BOX = 256  # elements of a tensor copy along a dimension
+SHARED_BYTES = 220 << 10  # of a multiprocessor, for rings
+RING_BYTES = 96 << 10  # of all blocks of a multiprocessor: what is under way hides the latency of memory
+STATIC_BYTES = 2048  # of a block: barriers, what thread 0 fetches, what the system keeps
+
+
+class Form(NamedTuple):
+    """What a thread owns (channels, columns), and threads on a multiprocessor."""
+
+    vec: int
+    columns: int
+    threads: int
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        return (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
+
+
+FORMS = (Form(4, 7, 384), Form(4, 4, 512), Form(2, 7, 512), Form(2, 7, 640))
+WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk over images (N,H,W,C) that gives outputs (N,P,Q,C), or meets them (wgrad: dy).
+
+    Of dgrad, the images are dy and the outputs dx.
+    """
+
+    n: int
+    h: int
+    w: int
+    c: int
+    p: int
+    q: int
+    top: int
+    left: int
+    wgrad: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A thread's form; a block's channel vectors, pieces of a row and images; its ring's stages; blocks on a multiprocessor."""
+
+    form: Form
+    lanes: int
+    pieces: int
+    images: int
+    stages: int
+    resident: int
+
+    def __str__(self) -> str:
+        vec, columns, threads = self.form
+        tile = f"{self.lanes * vec}x{self.pieces * columns}x{self.images}"
+        return f"{tile} by {vec}x{columns} of {threads}, {self.stages} stages x{self.resident}"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A walk cut for a variant: slices of the channels and of the columns, rows in all, blocks that share them; a stage."""
+
+    slices: int
+    units: int
+    count: int
+    parts: int
+    x_bytes: int
+    dy_at: int
+    dy_bytes: int
+    stage_bytes: int
+
+    @property
+    def runs(self) -> int:
+        """Blocks that add up a filter gradient of the same channels."""
+        return self.parts * self.units // self.slices
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if isinstance(op, ConvFprop):
+        image, filters, others = inputs[0], inputs[1], op.infer(*inputs)[:1]
+        if op.act not in (None, "relu"):
+            return f"{op.act} is not fused to a depthwise convolution"
+        if op.bias and inputs[2].dtype != "f32":
+            return f"the bias must be f32, not {inputs[2].dtype}"
+    elif isinstance(op, ConvDgrad):
+        image, filters, others = op.infer(*inputs)[0], inputs[1], inputs[:1]
+        if op.act or op.add:
+            return "the input gradient is fused with nothing"
+    elif isinstance(op, ConvWgrad):
+        image, filters, others = inputs[0], Spec(op.infer(*inputs)[0].shape, inputs[0].dtype), inputs[1:2]
+    else:
+        return f"{op.name} is no convolution"
+    if filters.dtype != "bf16" or filters.shape[1] != SIDE or op.stride != (1, 1):
+        return f"only 3x3 filters of stride 1 in bf16, not {filters.shape[1]}, stride {op.stride} in {filters.dtype}"
+    if image.shape[3] % 8:
+        return f"channels must be a multiple of 8, not {image.shape[3]}"
+    if max(op.pad) >= SIDE:
+        return f"padding must be less than the filter's side, not {op.pad}"
+    return refuse(op, image, filters, others)
+
+
+def workspace_bytes(
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+) -> int:
+    """The blocks' sums, of a filter gradient by several."""
+    if not isinstance(op, ConvWgrad):
+        return 0
+    walk = _walk(op, inputs, outputs)
+    runs = cut(walk, variant or _ranked(walk, device)[0], device).runs
+    return 4 * runs * sum(spec.size for spec in outputs) if runs > 1 else 0
+
+
+def candidates(call: Call, device: Device) -> list[Variant]:
+    """Variants that differ, best estimate first."""
+    return _ranked(_walk(call.op, call.input_specs, call.output_specs), device)
+
+
+def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
+    """One launch, and one more that adds the blocks' filter gradients; `variant` forces one of `candidates`."""
+    op, walk = call.op, _walk(call.op, call.input_specs, call.output_specs)
+    chosen = variant or _ranked(walk, device)[0]
+    own = cut(walk, chosen, device)
+    seen = chosen.pieces * chosen.form.columns + SIDE - 1
+    image = _map(call.inputs[0], chosen, seen)
+    numbers = (
+        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, own.count, own.parts, chosen.stages,
+        own.stage_bytes, own.x_bytes, own.dy_at, own.dy_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
+    )  # fmt: skip
+    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
+    grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
+    shared_bytes = _shared_bytes(walk, chosen.form, block, own.stage_bytes, chosen.stages)
+    args: tuple[Argument, ...]
+    if isinstance(op, ConvFprop):
+        args = (image, call.inputs[1], call.inputs[2] if op.bias else None, call.outputs[0], argument)
+        return [Launch(_kernel("conv_depthwise_sm90_fprop", chosen.form), grid, block, args, shared_bytes)]
+    if isinstance(op, ConvDgrad):
+        args = (image, call.inputs[1], call.outputs[0], argument)
+        return [Launch(_kernel("conv_depthwise_sm90_dgrad", chosen.form), grid, block, args, shared_bytes)]
+    dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
+    partial = call.workspace if own.runs > 1 else None
+    args = (image, _map(call.inputs[1], chosen, seen - SIDE + 1), dw, db, partial, argument)
+    result = [Launch(_kernel("conv_depthwise_sm90_wgrad", chosen.form), grid, block, args, shared_bytes)]
+    if own.runs > 1:
+        row_size = sum(spec.size for spec in call.output_specs)
+        sizes = (np.int32(dw.spec.size), np.int32(row_size), np.int32(own.runs))
+        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+    return result
+
+
+def variants() -> Iterable[Kernel]:
+    """Every kernel that `launches` may name but conv_wgrad's own that adds partial sums."""
+    for form in FORMS:
+        yield _kernel("conv_depthwise_sm90_fprop", form)
+        yield _kernel("conv_depthwise_sm90_dgrad", form)
+    for form in WGRAD_FORMS:
+        yield _kernel("conv_depthwise_sm90_wgrad", form)
+
+
+def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
+    """How the walk is shared among blocks."""
+    form, width = variant.form, variant.pieces * variant.form.columns
+    slices = ceil(walk.c // form.vec / variant.lanes)
+    units = slices * ceil(walk.q / width)
+    count = ceil(walk.n / variant.images) * walk.p
+    parts = max(1, min(count, variant.resident * device.sm_count // units))
+    pixel_bytes = 2 * variant.lanes * form.vec * variant.images
+    x_bytes, dy_bytes = pixel_bytes * (width + SIDE - 1), pixel_bytes * width if walk.wgrad else 0
+    dy_at = ceil(x_bytes / 128) * 128
+    return Cut(slices, units, count, parts, x_bytes, dy_at, dy_bytes, dy_at + ceil(dy_bytes / 128) * 128)
+
+
+def _ranked(walk: Walk, device: Device) -> list[Variant]:
+    found = sorted(_all(walk, device), key=lambda variant: _cost(walk, variant, device))
+    return found[:MOST_CANDIDATES]
+
+
+def _all(walk: Walk, device: Device) -> Iterator[Variant]:
+    for form in WGRAD_FORMS if walk.wgrad else FORMS:
+        vectors, pieces = walk.c // form.vec, ceil(walk.q / form.columns)
+        for slices in range(1, vectors + 1):
+            lanes = ceil(vectors / slices)
+            if lanes * form.vec > MOST_BOX or lanes * form.vec % 8 or ceil(vectors / lanes) != slices:
+                continue
+            if slices > 1 and lanes * form.vec < 32:
+                break
+            for tiles in range(1, pieces + 1):
+                of_row = ceil(pieces / tiles)
+                if of_row * form.columns + SIDE - 1 > MOST_BOX or ceil(pieces / of_row) != tiles:
+                    continue
+                for images in (1, 2, 3, 4, 6, 8):
+                    variant = _with_ring(walk, form, lanes, of_row, images, device)
+                    if variant and images <= walk.n:
+                        yield variant
+
+
+def _with_ring(walk: Walk, form: Form, lanes: int, pieces: int, images: int, device: Device) -> Variant | None:
+    """The variant with as many stages as keep enough under way; None where the block is too large or far too small."""
+    threads = ceil(lanes * pieces * images / 32) * 32
+    if threads > min(MOST_BLOCK_THREADS, form.threads) or (threads < 96 and images * 2 <= min(8, walk.n)):
+        return None
+    resident = form.threads // threads
+    stage_bytes = cut(walk, Variant(form, lanes, pieces, images, 2, resident), device).stage_bytes
+    stages = max(3, min(MOST_STAGES, round(RING_BYTES / (resident * stage_bytes))))
+    block = (lanes, pieces, images)
+    while resident and resident * (_shared_bytes(walk, form, block, stage_bytes, stages) + STATIC_BYTES) > SHARED_BYTES:
+        resident -= 1
+    return Variant(form, lanes, pieces, images, stages, resident) if resident else None
+
+
+def _cost(walk: Walk, variant: Variant, device: Device) -> float:
+    """Cycles of a multiprocessor: what is issued, and what is moved."""
+    form, own = variant.form, cut(walk, variant, device)
+    threads = ceil(variant.lanes * variant.pieces * variant.images / 32) * 32
+    issued = (13 * form.vec * form.columns + 80) * threads / 128
+    rows = own.count / own.parts + 1.5 * (SIDE - 1)
+    blocks = ceil(own.parts * own.units / device.sm_count)
+    moved = variant.resident * (own.x_bytes + own.dy_bytes) / 8
+    return rows * (blocks * issued + 0.5 * blocks * moved / variant.resident)
+
+
+def _shared_bytes(walk: Walk, form: Form, block: tuple[int, int, int], stage_bytes: int, stages: int) -> int:
+    """The ring; wgrad's sums of a filter's row, of each thread, take its place at the end."""
+    lanes, pieces, images = block
+    return max(stages * stage_bytes, 4 * SIDE * form.vec * lanes * pieces * images if walk.wgrad else 0)
+
+
+def _map(image: Slot, variant: Variant, columns: int) -> TensorMap:
+    """A row of the block's channels and columns."""
+    n, h, w, c = image.spec.shape
+    box = (variant.lanes * variant.form.vec, columns, 1, variant.images)
+    return TensorMap(image, (c, w, h, n), (2 * c, 2 * w * c, 2 * h * w * c), box)
+
+
+def _walk(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> Walk:
+    if not isinstance(op, ConvGeometry):
+        raise TypeError(f"{op.name} is no convolution")
+    wgrad = isinstance(op, ConvWgrad)
+    (n, h, w, c), (_, p, q, _) = inputs[0].shape, (inputs[1] if wgrad else outputs[0]).shape
+    top, left = op.pad[:2]
+    if isinstance(op, ConvDgrad):
+        top, left = SIDE - 1 - top, SIDE - 1 - left
+    return Walk(n, h, w, c, p, q, top, left, wgrad)
+
+
+def _kernel(entry: str, form: Form) -> Kernel:
+    source = WGRAD_SOURCE if entry.endswith("wgrad") else SOURCE
+    return Kernel(source, entry, (("ELEMENT", "bf16"), ("FILTER", SIDE), ("STRIDE", 1), *form.defines))
