@@ -54,6 +54,12 @@ WHOLE = [(256, 112, 112, 32), (256, 56, 56, 96), (256, 28, 28, 144), (256, 14, 1
 WHOLE += [(1, 224, 224, 8), (32, 130, 50, 1000), (2**19, 1, 1, 8)]
 
 
+@pytest.fixture(autouse=True)
+def small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small images are refused because others are faster: here they are taken."""
+    monkeypatch.setattr(conv_depthwise_sm90, "LEAST_PIXELS", 0)
+
+
 def specs(kind: str, n: int, h: int, w: int, c: int) -> Call:
     image, filters = Spec((n, h, w, c), "bf16"), Spec((c, 3, 3, 1), "bf16")
     op, inputs = {
@@ -86,6 +92,23 @@ def test_blocks_fit_and_every_row_has_one(kind: str, shape: tuple[int, int, int,
         assert own.count * images >= shape[0] * shape[1]
         assert own.units * lanes * variant.form.vec * pieces * variant.form.columns >= shape[2] * shape[3]
         assert launch.grid == (own.parts * own.units, 1, 1)
+
+
+def test_small_images_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conv_depthwise_sm90, "LEAST_PIXELS", 64)
+    for kind, refused in (("fprop", True), ("dgrad", True), ("wgrad", False)):
+        call = specs(kind, 256, 7, 7, 512)
+        assert ("64 pixels" in (conv_depthwise_sm90.supports(call.op, call.input_specs) or "")) == refused
+
+
+def test_what_is_measured_comes_first() -> None:
+    for (p, q, c, wgrad), variant in conv_depthwise_sm90.MEASURED.items():
+        call = specs("wgrad" if wgrad else "fprop", 256, p, q, c)
+        found = conv_depthwise_sm90.candidates(call, H200)
+        assert found[0] == variant
+        assert len(set(found)) == len(found)
+        few = specs("wgrad" if wgrad else "fprop", 1, p, q, c)
+        assert conv_depthwise_sm90.candidates(few, H200)[0].images == 1
 
 
 def test_what_it_refuses() -> None:

@@ -39,8 +39,12 @@ class Form(NamedTuple):
         return (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
 
 
-FORMS = (Form(4, 7, 384), Form(4, 4, 512), Form(2, 7, 512), Form(2, 7, 640))
+FORMS = (Form(4, 7, 384), Form(4, 4, 512), Form(2, 7, 512))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
+# Forward and input gradients of fewer pixels an image are over before a ring pays: `conv_depthwise` was faster on an H200.
+LEAST_PIXELS = 64
+# A slice's run of channels below which the lines that blocks write are theirs in parts only.
+SHORT_RUN = 48
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,20 @@ class Variant:
         vec, columns, threads = self.form
         tile = f"{self.lanes * vec}x{self.pieces * columns}x{self.images}"
         return f"{tile} by {vec}x{columns} of {threads}, {self.stages} stages x{self.resident}"
+
+
+# What was the fastest on an H200, by rows, columns and channels of the outputs, and whether it is a filter gradient.
+MEASURED = {
+    (112, 112, 32, False): Variant(FORMS[1], 8, 28, 1, 7, 2),
+    (56, 56, 96, False): Variant(FORMS[0], 12, 8, 4, 4, 1),
+    (28, 28, 144, False): Variant(FORMS[2], 24, 4, 4, 9, 1),
+    (14, 14, 384, False): Variant(FORMS[2], 96, 2, 2, 8, 1),
+    (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 16, 2, 3, 1),
+    (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
+    (28, 28, 144, True): Variant(WGRAD_FORMS[3], 24, 4, 4, 4, 1),
+    (14, 14, 384, True): Variant(WGRAD_FORMS[3], 96, 2, 2, 4, 1),
+    (7, 7, 512, True): Variant(WGRAD_FORMS[3], 64, 1, 3, 4, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -117,6 +135,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"only 3x3 filters of stride 1 in bf16, not {filters.shape[1]}, stride {op.stride} in {filters.dtype}"
     if image.shape[3] % 8:
         return f"channels must be a multiple of 8, not {image.shape[3]}"
+    if not isinstance(op, ConvWgrad) and others[0].shape[1] * others[0].shape[2] < LEAST_PIXELS:
+        return f"an image of fewer than {LEAST_PIXELS} pixels is faster without a ring"
     if max(op.pad) >= SIDE:
         return f"padding must be less than the filter's side, not {op.pad}"
     return refuse(op, image, filters, others)
@@ -193,8 +213,11 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
 
 
 def _ranked(walk: Walk, device: Device) -> list[Variant]:
+    """What was measured, if it fits, then by estimated cost."""
+    known = MEASURED.get((walk.p, walk.q, walk.c, walk.wgrad))
+    first = [known] if known and known.images <= walk.n else []
     found = sorted(_all(walk, device), key=lambda variant: _cost(walk, variant, device))
-    return found[:MOST_CANDIDATES]
+    return [*first, *(variant for variant in found if variant not in first)][:MOST_CANDIDATES]
 
 
 def _all(walk: Walk, device: Device) -> Iterator[Variant]:
@@ -231,14 +254,16 @@ def _with_ring(walk: Walk, form: Form, lanes: int, pieces: int, images: int, dev
 
 
 def _cost(walk: Walk, variant: Variant, device: Device) -> float:
-    """Cycles of a multiprocessor: what is issued, and what is moved."""
+    """Cycles of a multiprocessor: what is issued, few warps leaving cycles empty, and what is moved; few blocks are better."""
     form, own = variant.form, cut(walk, variant, device)
-    threads = ceil(variant.lanes * variant.pieces * variant.images / 32) * 32
-    issued = (13 * form.vec * form.columns + 80) * threads / 128
-    rows = own.count / own.parts + 1.5 * (SIDE - 1)
+    warps = ceil(variant.lanes * variant.pieces * variant.images / 32)
     blocks = ceil(own.parts * own.units / device.sm_count)
-    moved = variant.resident * (own.x_bytes + own.dy_bytes) / 8
-    return rows * (blocks * issued + 0.5 * blocks * moved / variant.resident)
+    issued = (13 * form.vec * form.columns + 80) * warps / 4
+    busy = 1.0 if walk.wgrad else min(1.0, (5 + warps * min(variant.resident, blocks)) / 21)
+    moved = (own.x_bytes + own.dy_bytes) / 16
+    if not walk.wgrad and own.slices > 1 and variant.lanes * form.vec < SHORT_RUN:
+        moved *= 2
+    return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued / busy + moved) * (1 + 0.02 * blocks)
 
 
 def _shared_bytes(walk: Walk, form: Form, block: tuple[int, int, int], stage_bytes: int, stages: int) -> int:
