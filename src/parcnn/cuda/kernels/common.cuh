@@ -278,6 +278,11 @@ template <int V> __device__ __forceinline__ void store(bf16 *p, const Floats<V> 
         p->bits = (u16)round_bf16x2(r.v[0], 0.0f);
 }
 
+// What a store of v keeps of it.
+template <class Element> __device__ __forceinline__ float rounded(float v) {
+    return sizeof(Element) == sizeof(float) ? v : low_bf16(round_bf16x2(v, 0.0f));
+}
+
 template <int V> __device__ __forceinline__ Floats<V> splat(float value) {
     Floats<V> r;
 #pragma unroll

@@ -57,6 +57,12 @@ template <int Vec> __device__ __forceinline__ void copy_async(float *shared, con
         copy_async4(shared, source, live);
 }
 
+// Copy an element to shared memory, as a float, or zero. A float comes beside the arithmetic.
+__device__ __forceinline__ void copy_element(float *shared, const float *source, bool live) { copy_async4(shared, source, live); }
+__device__ __forceinline__ void copy_element(float *shared, const bf16 *source, bool live) {
+    *shared = live ? load<1>(source).v[0] : 0.0f;
+}
+
 __device__ __forceinline__ float at(float4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // Channels n .. n+3 of a row of k channels; `whole`: k is a multiple of 4, so that 16 bytes go at once.

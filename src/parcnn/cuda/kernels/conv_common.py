@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import act_code, fast_div
+from parcnn.cuda.kernels.common import ELEMENTS, act_code, fast_div, refuse_dtype
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvGeometry
@@ -18,6 +18,8 @@ from parcnn.ops.program import Call
 POOL_CODES = {None: 0, "max": 1, "avg": 2}
 MAX_SIDE = 2**14
 CYCLES_PER_US = 1755.0  # of an H200 at work
+MOST_FILTERS = 16  # of the direct kernels in bf16: more fill the tiles of tensor cores
+SMALLEST_GPU = Device("any GPU", "sm_80", 1, shared_bytes_per_block=101376)  # what each that bf16 runs on has
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,14 @@ class Forced:
 def unsupported(
     op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
 ) -> str | None:
-    """Why the fp32 kernels cannot run a convolution of these tensors of floats; None where they can."""
+    """Why the kernels of tiles and of few channels cannot run a convolution of these tensors; None where they can."""
+    if reason := refuse_dtype(*tensors, among=tuple(ELEMENTS)):
+        return reason
     for spec in tensors:
-        if spec.dtype != "f32":
-            return f"the fp32 convolution kernels take f32 operands, not {spec.dtype}"
         if spec.size >= 2**31:
             return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"
     if op.groups != 1:
-        return f"the fp32 convolution kernels have one group, not {op.groups}"
+        return f"these convolution kernels have one group, not {op.groups}"
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
         return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"

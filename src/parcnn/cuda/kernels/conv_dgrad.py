@@ -9,8 +9,16 @@ from typing import cast
 import numpy as np
 
 from parcnn.cuda.kernels import conv_dgrad_direct
-from parcnn.cuda.kernels.common import fast_div
-from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.kernels.common import ELEMENTS, fast_div
+from parcnn.cuda.kernels.conv_common import (
+    CYCLES_PER_US,
+    MOST_FILTERS,
+    SMALLEST_GPU,
+    Conv,
+    Tile,
+    tile_cycles,
+    unsupported,
+)
 from parcnn.cuda.kernels.conv_dgrad_direct import DIRECTS, Direct
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
@@ -48,7 +56,14 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the derivative of {op.act} does not follow from its output"
     _, r, s, _ = inputs[1].shape
     floats = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
-    return unsupported(op, (*cast("list[Spec]", floats), *op.infer(*inputs)), op.image, (r, s))
+    (dx,) = op.infer(*inputs)
+    reason = unsupported(op, (*cast("list[Spec]", floats), dx), op.image, (r, s))
+    if reason or dx.dtype == "f32":
+        return reason
+    conv = Conv.of(op, dx, inputs[1])
+    if conv.k <= MOST_FILTERS and conv_dgrad_direct.fitting(conv, SMALLEST_GPU):
+        return None
+    return f"in {dx.dtype} these kernels run only what is direct: few channels and filters behind a max-pool, stride 1"
 
 
 def workspace_bytes(
@@ -60,6 +75,17 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best estimate first."""
+    costs = _cycles(call, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    return 4 + 1.1 * min(_cycles(call, device).values()) / CYCLES_PER_US
+
+
+def _cycles(call: Call, device: Device) -> dict[Variant, float]:
+    """Estimated clock cycles of the variants that can run the call."""
     op, conv = _conv(call)
     routed, vec_k, vec_c = key = _key(op, conv)
     classes = op.stride[0] * op.stride[1]
@@ -68,13 +94,12 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     pixels = conv.n * conv.h * conv.w
 
     costs: dict[Variant, float] = {
-        tile: tile_cycles(tile, tile.blocks(pixels, conv.c), depth, copies, device.sm_count) for tile in TILES_OF[key]
+        tile: tile_cycles(tile, tile.blocks(pixels, conv.c), depth, copies, device.sm_count)
+        for tile in (TILES_OF[key] if call.inputs[0].spec.dtype == "f32" else ())
     }
-    for direct in DIRECTS:
-        cut = conv_dgrad_direct.plan(conv, direct, device)
-        if cut:
-            costs[direct] = conv_dgrad_direct.cycles(conv, direct, cut, device)
-    return sorted(costs, key=costs.__getitem__)
+    for direct, cut in conv_dgrad_direct.fitting(conv, device).items():
+        costs[direct] = conv_dgrad_direct.cycles(conv, direct, cut, device)
+    return costs
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -90,7 +115,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     )  # fmt: skip
     chosen = variant or candidates(call, device)[0]
     if isinstance(chosen, Direct):
-        return [conv_dgrad_direct.launch(conv, chosen, device, args)]
+        return [conv_dgrad_direct.launch(conv, chosen, call.inputs[0].spec.dtype, device, args)]
     grid = (ceil(rows / chosen.bm), ceil(conv.c / chosen.bn), conv.stride[0] * conv.stride[1])
     shared_bytes = 4 * chosen.stages * (chosen.bm * (chosen.bk + 4) + chosen.bk * (chosen.bn + 4))
     return [Launch(_kernel(chosen, _key(op, conv)), grid, (chosen.threads, 1, 1), (*args, argument), shared_bytes)]
@@ -99,7 +124,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
-    yield from (direct.kernel for direct in DIRECTS)
+    yield from (direct.kernel(dtype) for direct in DIRECTS for dtype in ELEMENTS)
 
 
 def _conv(call: Call) -> tuple[ConvDgrad, Conv]:

@@ -29,8 +29,8 @@ struct DirectDgrad {
 };
 
 extern "C" __global__ void __launch_bounds__(512)
-    conv_dgrad_direct(const float *__restrict__ dy, const float *__restrict__ w, const u8 *__restrict__ idx, const float *saved,
-                      const float *addend, float *dx, Conv g, DirectDgrad d) {
+    conv_dgrad_direct(const ELEMENT *__restrict__ dy, const ELEMENT *__restrict__ w, const u8 *__restrict__ idx,
+                      const ELEMENT *saved, const ELEMENT *addend, ELEMENT *dx, Conv g, DirectDgrad d) {
     DYNAMIC_SHARED(float, shared);
     float *winners = shared;                                  // [window][filter]: error, and where its weights start
     float *reach = winners + 2 * d.windows * d.filters;       // [window][32 FLOATS]
@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(512)
         int k = divide(e, d.by_group_size, tap_c);
         int tap = divide(tap_c, d.by_channels, c), r = divide(tap, g.by_s, s);
         if (c0 + c < g.c)
-            weights[k * d.filter_size + d.lead + r * d.row + s * d.channels + c] = w[(k * g.r * g.s + tap) * g.c + c0 + c];
+            weights[k * d.filter_size + d.lead + r * d.row + s * d.channels + c] =
+                load<1>(w + (k * g.r * g.s + tap) * g.c + c0 + c).v[0];
     }
 
     for (int n = blockIdx.x; n < d.images; n += gridDim.x) {
@@ -55,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(512)
             float error = 0.0f;
             int from = k * d.filter_size + d.lead;
             if (k < g.k) {
-                error = dy[window * g.k + k];
+                error = load<1>(dy + window * g.k + k).v[0];
                 int winner = idx[window * ((g.k + 3) / 4) + k / 4] >> 2 * (k % 4) & 3;
                 from -= (winner >> 1) * d.row + (winner & 1) * d.channels;
             }
@@ -96,9 +97,9 @@ extern "C" __global__ void __launch_bounds__(512)
                 for (int q = q_first; q <= q_last; ++q) sum += from[q * (32 * FLOATS - 2 * d.channels)];
             }
             int at = ((n * g.h + h) * g.w + left) * g.c + c0 + c;
-            if (addend) sum += addend[at];
-            if (saved) sum = activation_dgrad_of(sum, saved[at], g.act);
-            dx[at] = sum;
+            if (addend) sum += load<1>(addend + at).v[0];
+            if (saved) sum = activation_dgrad_of(sum, load<1>(saved + at).v[0], g.act);
+            store<1>(dx + at, {sum});
         }
     }
 }

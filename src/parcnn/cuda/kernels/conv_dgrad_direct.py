@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div
+from parcnn.cuda.kernels.common import ELEMENTS, fast_div
 from parcnn.cuda.kernels.conv_common import Conv
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 
@@ -23,9 +23,9 @@ class Direct(NamedTuple):
 
     t: int
 
-    @property
-    def kernel(self) -> Kernel:
-        return Kernel(SOURCE, "conv_dgrad_direct", (("FLOATS", self.t),))
+    def kernel(self, dtype: str) -> Kernel:
+        """For tensors of type `dtype`."""
+        return Kernel(SOURCE, "conv_dgrad_direct", (("FLOATS", self.t), ("ELEMENT", ELEMENTS[dtype])))
 
     def __str__(self) -> str:
         return f"direct {self.t}"
@@ -73,6 +73,12 @@ def plan(conv: Conv, direct: Direct, device: Device) -> Plan | None:
     return Plan(runs, groups, warps, filters, argument, shared_bytes)
 
 
+def fitting(conv: Conv, device: Device) -> dict[Direct, Plan]:
+    """The variants that run a problem, and how they cut it."""
+    plans = {direct: plan(conv, direct, device) for direct in DIRECTS}
+    return {direct: cut for direct, cut in plans.items() if cut}
+
+
 def cycles(conv: Conv, direct: Direct, cut: Plan, device: Device) -> float:
     """Estimated clock cycles, comparable with `tile_cycles`: reads of shared memory, 32 floats a cycle."""
     windows, images = conv.p * conv.q, ceil(conv.n / cut.runs)
@@ -82,10 +88,10 @@ def cycles(conv: Conv, direct: Direct, cut: Plan, device: Device) -> float:
     return max(alone, blocks * images * image)
 
 
-def launch(conv: Conv, direct: Direct, device: Device, args: Sequence[Argument]) -> Launch:
-    """The launch; `args` are the tensors and the convolution. Raises ValueError where the variant does not fit."""
+def launch(conv: Conv, direct: Direct, dtype: str, device: Device, args: Sequence[Argument]) -> Launch:
+    """The launch; `args`: the tensors, of type `dtype`, and the convolution. ValueError where the variant does not fit."""
     cut = plan(conv, direct, device)
     if cut is None:
         raise ValueError(f"variant {direct} cannot run {conv}")
     grid, block = (cut.runs, cut.groups, 1), (32 * cut.warps, 1, 1)
-    return Launch(direct.kernel, grid, block, (*args, cut.argument), cut.shared_bytes)
+    return Launch(direct.kernel(dtype), grid, block, (*args, cut.argument), cut.shared_bytes)

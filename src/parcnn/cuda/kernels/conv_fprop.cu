@@ -164,8 +164,8 @@ struct DirectTile {
 };
 
 extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
-    conv_fprop_direct(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
-                      u8 *__restrict__ idx, Conv g, DirectTile t) {
+    conv_fprop_direct(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ w, const float *__restrict__ bias,
+                      ELEMENT *__restrict__ y, u8 *__restrict__ idx, Conv g, DirectTile t) {
     await_predecessors();
     DYNAMIC_SHARED(float, shared);
     float *weights = shared;                                    // [group of the block][tap and channel][KT]
@@ -177,14 +177,15 @@ extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
 
     for (int e = thread; e < (int)blockDim.y * KT * g.taps_c; e += threads) {
         int j, k = divide(e, t.by_taps_c, j);
-        weights[(k / KT * g.taps_c + j) * KT + k % KT] = k0 + k < g.k ? w[(k0 + k) * g.taps_c + j] : 0.0f;
+        weights[(k / KT * g.taps_c + j) * KT + k % KT] = k0 + k < g.k ? load<1>(w + (k0 + k) * g.taps_c + j).v[0] : 0.0f;
     }
     for (int e = thread; e < t.images * t.patch_h * t.patch_w * g.c; e += threads) {
         int c, pw, ph;
         int image = divide(divide(divide(e, g.by_c, c), t.by_patch_w, pw), t.by_patch_h, ph);
         int h = 2 * p0 + ph - g.pad_h, left = 2 * q0 + pw - g.pad_w, n = image0 + image;
         bool live = n < t.batch && (u32)h < (u32)g.h && (u32)left < (u32)g.w;
-        patch[((image * g.c + c) * t.patch_h + ph) * t.patch_w + pw] = live ? x[((n * g.h + h) * g.w + left) * g.c + c] : 0.0f;
+        patch[((image * g.c + c) * t.patch_h + ph) * t.patch_w + pw] =
+            live ? load<1>(x + ((n * g.h + h) * g.w + left) * g.c + c).v[0] : 0.0f;
     }
     __syncthreads();
 
@@ -235,17 +236,36 @@ extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
     }
     activate_all(acc, g.act);
     const int pixel = (n * g.p + p) * g.q + q;
-    u32 byte = 0;
+    ELEMENT *out = y + pixel * g.k + k;
+    constexpr int RUN = KT % 4 ? 2 : 4;
+    const bool whole = g.k % RUN == 0;
+    u32 bits[KT] = {};
 #pragma unroll
-    for (int e = 0; e < KT; ++e) {
-        if (k + e >= g.k) break;
-        u32 bits = 0;
-        y[pixel * g.k + k + e] = pool_window(acc[0][e], acc[1][e], acc[2][e], acc[3][e], g.pool, bits);
-        byte |= bits << e % 4 * 2;
-        if (e % 4 == 3 || k + e == g.k - 1) {
-            if (g.pool == POOL_MAX) idx[pixel * ((g.k + 3) / 4) + (k + e) / 4] = (u8)byte;
-            byte = 0;
+    for (int first = 0; first < KT; first += RUN) {
+        Floats<RUN> run;
+#pragma unroll
+        for (int e = 0; e < RUN; ++e) {
+            float window[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                window[i] = g.pool == POOL_MAX ? rounded<ELEMENT>(acc[i][first + e]) : acc[i][first + e];
+            run.v[e] = pool_window(window[0], window[1], window[2], window[3], g.pool, bits[first + e]);
         }
+        if (whole) {
+            if (k + first < g.k) store<RUN>(out + first, run);
+            continue;
+        }
+#pragma unroll
+        for (int e = 0; e < RUN; ++e)
+            if (k + first + e < g.k) store<1>(out + first + e, {run.v[e]});
+    }
+    if (g.pool != POOL_MAX) return;
+#pragma unroll
+    for (int first = 0; first < KT; first += 4) {
+        u32 byte = 0;
+#pragma unroll
+        for (int e = first; e < first + 4 && e < KT; ++e) byte |= k + e < g.k ? bits[e] << 2 * (e - first) : 0;
+        if (k + first < g.k) idx[pixel * ((g.k + 3) / 4) + (k + first) / 4] = (u8)byte;
     }
 }
 

@@ -8,8 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div
-from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.kernels.common import ELEMENTS, fast_div
+from parcnn.cuda.kernels.conv_common import (
+    CYCLES_PER_US,
+    MOST_FILTERS,
+    SMALLEST_GPU,
+    Conv,
+    Tile,
+    tile_cycles,
+    unsupported,
+)
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -43,7 +51,7 @@ class Direct(NamedTuple):
 
 
 Variant = Tile | Direct
-DIRECTS = (Direct(6), Direct(8))
+DIRECTS = (Direct(4), Direct(6), Direct(8))
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -51,7 +59,13 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if not isinstance(op, ConvFprop):
         return f"{op.name} is not a forward convolution"
     x, w = inputs[:2]
-    return unsupported(op, (*inputs, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
+    reason = unsupported(op, (x, w, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
+    if reason or x.dtype == "f32":
+        return reason
+    conv = Conv.of(op, x, w)
+    if conv.k <= MOST_FILTERS and _fitting(conv, SMALLEST_GPU):
+        return None
+    return f"in {x.dtype} these kernels run only what is direct: few channels and filters behind a pool, stride 1"
 
 
 def workspace_bytes(
@@ -62,7 +76,18 @@ def workspace_bytes(
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
-    """Variants that can run the call, best estimate first.
+    """Variants that can run the call, best estimate first."""
+    costs = _cycles(call, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    return 2 + 0.8 * min(_cycles(call, device).values()) / CYCLES_PER_US
+
+
+def _cycles(call: Call, device: Device) -> dict[Variant, float]:
+    """Of the variants that can run the call.
 
     A tile's estimate is `tile_cycles`; the direct kernel's, fitted to the same times, is its arithmetic, its fill of
     shared memory and its scattered stores, or what a block needs alone.
@@ -70,21 +95,20 @@ def candidates(call: Call, device: Device) -> list[Variant]:
     _, conv = _conv(call)
     vector = conv.c % 4 == 0
     copies = 0.25 if vector else 1.0
-    costs: dict[Variant, float] = {
-        tile: tile_cycles(tile, tile.blocks(conv.rows, conv.k), conv.taps_c, copies, device.sm_count)
-        for tile in (TILES if vector else SCALAR_TILES)
-    }
-    for direct in DIRECTS:
-        plan = _direct_plan(conv, direct, device)
-        if plan:
-            warps = plan.block_x * plan.block_y / 32
-            filters_taps = direct.kt * conv.taps_c
-            work = 1.1 * warps * filters_taps + 1.3 * plan.shared_bytes / 4 + 40 * warps * direct.kt
-            alone = 700 + 18.5 * filters_taps
-            rounds = plan.grid_x * plan.grid_y / device.sm_count
-            resident = max(1, int(32 / warps))
-            costs[direct] = max(ceil(rounds) * work, ceil(rounds / resident) * alone)
-    return sorted(costs, key=costs.__getitem__)
+    costs: dict[Variant, float] = {}
+    if call.inputs[0].spec.dtype == "f32":
+        for tile in TILES if vector else SCALAR_TILES:
+            blocks = tile.blocks(conv.rows, conv.k)
+            costs[tile] = tile_cycles(tile, blocks, conv.taps_c, copies, device.sm_count)
+    for direct, plan in _fitting(conv, device).items():
+        warps = plan.block_x * plan.block_y / 32
+        filters_taps = direct.kt * conv.taps_c
+        work = 1.1 * warps * filters_taps + 1.3 * plan.shared_bytes / 4 + 40 * warps * direct.kt
+        alone = 700 + 18.5 * filters_taps
+        rounds = plan.grid_x * plan.grid_y / device.sm_count
+        resident = max(1, int(32 / warps))
+        costs[direct] = max(ceil(rounds) * work, ceil(rounds / resident) * alone)
+    return costs
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -97,11 +121,11 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     args: tuple[Argument, ...] = (x, w, rest[0] if op.bias else None, call.outputs[0], idx, conv.argument(op.act))
     chosen = variant or candidates(call, device)[0]
     if isinstance(chosen, Direct):
-        plan = _direct_plan(conv, chosen, device)
+        plan = _fitting(conv, device).get(chosen)
         if plan is None:
             raise ValueError(f"variant {chosen} cannot run {op}")
         grid, block = (plan.grid_x, plan.grid_y, 1), (plan.block_x, plan.block_y, 1)
-        return [Launch(_direct_kernel(chosen), grid, block, (*args, plan.argument), plan.shared_bytes)]
+        return [Launch(_direct_kernel(chosen, x.spec.dtype), grid, block, (*args, plan.argument), plan.shared_bytes)]
     grid = (ceil(conv.rows / chosen.bm), ceil(conv.k / chosen.bn), 1)
     shared_bytes = 4 * chosen.stages * (chosen.bm + chosen.bn) * (chosen.bk + 4)
     return [Launch(_tile_kernel(chosen, 4 if conv.c % 4 == 0 else 1), grid, (chosen.threads, 1, 1), args, shared_bytes)]
@@ -111,7 +135,7 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     yield from (_tile_kernel(tile, 4) for tile in TILES)
     yield from (_tile_kernel(tile, 1) for tile in SCALAR_TILES)
-    yield from (_direct_kernel(direct) for direct in DIRECTS)
+    yield from (_direct_kernel(direct, dtype) for direct in DIRECTS for dtype in ELEMENTS)
 
 
 def _conv(call: Call) -> tuple[ConvFprop, Conv]:
@@ -125,8 +149,8 @@ def _tile_kernel(tile: Tile, vec: int) -> Kernel:
     return Kernel(SOURCE, "conv_fprop", (*tile.defines, ("VEC", vec)))
 
 
-def _direct_kernel(direct: Direct) -> Kernel:
-    return Kernel(SOURCE, "conv_fprop_direct", (("KT", direct.kt),))
+def _direct_kernel(direct: Direct, dtype: str) -> Kernel:
+    return Kernel(SOURCE, "conv_fprop_direct", (("KT", direct.kt), ("ELEMENT", ELEMENTS[dtype])))
 
 
 class _DirectPlan(NamedTuple):
@@ -138,6 +162,12 @@ class _DirectPlan(NamedTuple):
     argument: Struct
 
 
+def _fitting(conv: Conv, device: Device) -> dict[Direct, _DirectPlan]:
+    """The direct kernels that run the problem, and how."""
+    plans = {direct: _direct_plan(conv, direct, device) for direct in DIRECTS}
+    return {direct: plan for direct, plan in plans.items() if plan}
+
+
 def _direct_plan(conv: Conv, direct: Direct, device: Device) -> _DirectPlan | None:
     """How the direct kernel cuts the problem; None where it does not fit.
 
@@ -146,6 +176,8 @@ def _direct_plan(conv: Conv, direct: Direct, device: Device) -> _DirectPlan | No
     """
     plain = conv.pool is not None and conv.stride == (1, 1) and conv.dilation == (1, 1)
     if not plain or conv.c > DIRECT_CHANNELS or (direct.kt % 4 and conv.k > direct.kt):
+        return None
+    if direct.kt == 4 and conv.k <= 8:  # a thread has room for all, which read x once then
         return None
     width = min(conv.q, 32)
     tiles_h = ceil(conv.p / max(1, 128 // width))

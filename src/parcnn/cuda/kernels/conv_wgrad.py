@@ -9,7 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels import conv_wgrad_direct
-from parcnn.cuda.kernels.conv_common import Conv, Tile, tile_cycles, unsupported
+from parcnn.cuda.kernels.common import ELEMENTS
+from parcnn.cuda.kernels.conv_common import (
+    CYCLES_PER_US,
+    MOST_FILTERS,
+    SMALLEST_GPU,
+    Conv,
+    Tile,
+    tile_cycles,
+    unsupported,
+)
 from parcnn.cuda.kernels.conv_wgrad_direct import DIRECTS, Direct
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
@@ -59,8 +68,15 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None where the kernels run the op on these operands, else the reason why not."""
     if not isinstance(op, ConvWgrad):
         return f"{op.name} is not a convolution's filter gradient"
-    x = inputs[0]
-    return unsupported(op, (*inputs[:2], *op.infer(*inputs)), (x.shape[1], x.shape[2]), op.filter)
+    x, dy = inputs[:2]
+    dw = op.infer(*inputs)[0]
+    reason = unsupported(op, (x, dy), (x.shape[1], x.shape[2]), op.filter)
+    if reason or x.dtype == "f32":
+        return reason
+    conv = Conv.of(op, x, dw)
+    if conv.k <= MOST_FILTERS and conv_wgrad_direct.fitting(conv, SMALLEST_GPU):
+        return None
+    return f"in {x.dtype} these kernels run only what is direct: few channels and filters behind a max-pool, stride 1"
 
 
 def workspace_bytes(
@@ -68,26 +84,34 @@ def workspace_bytes(
 ) -> int:
     """The splits' partial sums; nothing where there is one split."""
     op, conv = _conv(op, inputs[0], outputs[0])
-    splits = (variant or _ranked(op, conv, device)[0]).splits
+    splits = (variant or _ranked(op, conv, inputs[0].dtype, device)[0]).splits
     return 4 * splits * _row_size(op, conv) if splits > 1 else 0
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, each tile with several numbers of splits, best estimate first."""
-    return _ranked(*_conv(call.op, call.inputs[0].spec, call.outputs[0].spec), device)
+    x = call.inputs[0].spec
+    return _ranked(*_conv(call.op, x, call.outputs[0].spec), x.dtype, device)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    x = call.inputs[0].spec
+    costs = _cycles(*_conv(call.op, x, call.outputs[0].spec), x.dtype, device)
+    return 2 + min(costs.values()) / CYCLES_PER_US
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
-    form, splits = variant or _ranked(op, conv, device)[0]
     x, dy = call.inputs[:2]
+    form, splits = variant or _ranked(op, conv, x.spec.dtype, device)[0]
     idx = call.inputs[2] if op.pool == "max" else None
     dw, db = call.outputs[0], call.outputs[1] if op.bias else None
     partial = call.workspace if splits > 1 else None
     args: tuple[Argument, ...] = (x, dy, idx, dw, db, partial, conv.argument())
     if isinstance(form, Direct):
-        result = [conv_wgrad_direct.launch(conv, form, device, args)]
+        result = [conv_wgrad_direct.launch(conv, form, x.spec.dtype, device, args)]
     else:
         chunk = np.int32(_chunk(conv, form, splits))
         grid = (ceil(conv.k / form.bm), ceil(conv.taps_c / form.bn), splits)
@@ -103,7 +127,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     yield from (_kernel(tile, key) for key, tiles in TILES_OF.items() for tile in tiles)
-    yield from (direct.kernel for direct in DIRECTS)
+    yield from (direct.kernel(dtype) for direct in DIRECTS for dtype in ELEMENTS)
     yield SUM_KERNEL
 
 
@@ -132,10 +156,16 @@ def _chunk(conv: Conv, tile: Tile, splits: int) -> int:
     return max(1, ceil(conv.rows / tile.bk / splits)) * tile.bk
 
 
-def _ranked(op: ConvWgrad, conv: Conv, device: Device) -> list[Variant]:
+def _ranked(op: ConvWgrad, conv: Conv, dtype: str, device: Device) -> list[Variant]:
+    costs = _cycles(op, conv, dtype, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def _cycles(op: ConvWgrad, conv: Conv, dtype: str, device: Device) -> dict[Variant, float]:
+    """Estimated clock cycles of the variants that can run the problem."""
     _, vec_k, vec_c = key = _key(op, conv)
     costs: dict[Variant, float] = {}
-    for tile in TILES_OF[key]:
+    for tile in TILES_OF[key] if dtype == "f32" else ():
         dy_copies, x_copies = tile.bm * (0.25 if vec_k == 4 else 1.0), tile.bn * (0.25 if vec_c == 4 else SCALAR_X_COPY)
         copies = (dy_copies + x_copies) / (tile.bm + tile.bn)
         blocks = tile.blocks(conv.k, conv.taps_c)
@@ -146,12 +176,10 @@ def _ranked(op: ConvWgrad, conv: Conv, device: Device) -> list[Variant]:
             cycles = tile_cycles(tile, blocks * splits, each * tile.bk, copies, device.sm_count, RESIDENT_THREADS)
             costs[Variant(tile, splits)] = cycles + _sum_cycles(op, conv, splits)
         costs[Variant(tile, 1)] = tile_cycles(tile, blocks, steps * tile.bk, copies, device.sm_count, RESIDENT_THREADS)
-    for direct in DIRECTS:
-        cut = conv_wgrad_direct.plan(conv, direct, device)
-        if cut:
-            cycles = conv_wgrad_direct.cycles(conv, direct, cut, device)
-            costs[Variant(direct, cut.runs)] = cycles + _sum_cycles(op, conv, cut.runs)
-    return sorted(costs, key=costs.__getitem__)
+    for direct, cut in conv_wgrad_direct.fitting(conv, device).items():
+        cycles = conv_wgrad_direct.cycles(conv, direct, cut, device)
+        costs[Variant(direct, cut.runs)] = cycles + _sum_cycles(op, conv, cut.runs)
+    return costs
 
 
 def _sum_cycles(op: ConvWgrad, conv: Conv, splits: int) -> float:

@@ -21,7 +21,7 @@ struct DirectWgrad {
     int filters, groups, parts;          // filters of a block, KG * groups; warps that share a filter's windows
     int patch_h, patch_row;              // rows of x that windows reach, and floats of one
     int pitch, image_size;               // floats from row to row, and from image to image
-    FastDiv by_filters, by_windows, by_patch_h;
+    FastDiv by_filters, by_windows, by_patch_h, by_patch_row;
 };
 
 // Addresses in shared memory as the hardware counts them. The loop adds two numbers for each read; of pointers nvcc adds
@@ -39,12 +39,12 @@ __device__ __forceinline__ float read_shared(u32 address) {
 #endif
 
 extern "C" __global__ void __launch_bounds__(512)
-    conv_wgrad_direct(const float *__restrict__ x, const float *__restrict__ dy, const u8 *__restrict__ idx,
+    conv_wgrad_direct(const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx,
                       float *__restrict__ dw, float *__restrict__ db, float *__restrict__ partial, Conv g, DirectWgrad d) {
     DYNAMIC_SHARED(float, shared);
     float *winners = shared;                                           // [window][filter]: error, and where its x starts
     float *patch = winners + 2 * d.images * d.windows * d.filters;     // [image][patch_h][pitch]
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int group = warp % d.groups, part = warp / d.groups;
     const int k0 = blockIdx.y * d.filters, j0 = blockIdx.z * 32 * FLOATS;
 
@@ -65,17 +65,14 @@ extern "C" __global__ void __launch_bounds__(512)
     for (int n0 = blockIdx.x * d.images; n0 < d.batch; n0 += gridDim.x * d.images) {
         const int windows = min(d.images, d.batch - n0) * d.windows;
         __syncthreads();
-        for (int row = warp; row < d.images * d.patch_h; row += warps) {
-            int h, image = divide(row, d.by_patch_h, h), n = n0 + image;
-            float *to = patch + image * d.image_size + h * d.pitch;
-            h -= g.pad_h;
-            const float *from = x + (n * g.h + h) * g.w * g.c;
-            bool live = n < d.batch && (u32)h < (u32)g.h;
-            for (int e = lane; e < d.patch_row; e += 32) {
-                int at = e - g.pad_w * g.c;
-                bool here = live && (u32)at < (u32)(g.w * g.c);
-                copy_async4(to + e, here ? from + at : x, here);
-            }
+#pragma unroll 4
+        for (int e = threadIdx.x; e < d.images * d.patch_h * d.patch_row; e += blockDim.x) {
+            int column, h;
+            int image = divide(divide(e, d.by_patch_row, column), d.by_patch_h, h), n = n0 + image;
+            float *to = patch + image * d.image_size + h * d.pitch + column;
+            h -= g.pad_h, column -= g.pad_w * g.c;
+            bool live = n < d.batch && (u32)h < (u32)g.h && (u32)column < (u32)(g.w * g.c);
+            copy_element(to, live ? x + (n * g.h + h) * g.w * g.c + column : x, live);
         }
         copy_async_commit();
         for (int e = threadIdx.x; e < windows * d.filters; e += blockDim.x) {
@@ -85,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(512)
             int from = image * d.image_size + 2 * p * d.pitch + 2 * q * g.c;
             if (k0 + k < g.k) {
                 int at = n0 * d.windows + window;
-                error = dy[at * g.k + k0 + k];
+                error = load<1>(dy + at * g.k + k0 + k).v[0];
                 int winner = idx[at * ((g.k + 3) / 4) + (k0 + k) / 4] >> 2 * ((k0 + k) % 4) & 3;
                 from += (winner >> 1) * d.pitch + (winner & 1) * g.c;
             }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parcnn.cuda.kernels.common import fast_div
+from parcnn.cuda.kernels.common import ELEMENTS, fast_div
 from parcnn.cuda.kernels.conv_common import Conv
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 
@@ -25,9 +25,10 @@ class Direct(NamedTuple):
     kg: int
     t: int
 
-    @property
-    def kernel(self) -> Kernel:
-        return Kernel(SOURCE, "conv_wgrad_direct", (("KG", self.kg), ("FLOATS", self.t)))
+    def kernel(self, dtype: str) -> Kernel:
+        """For tensors of type `dtype`."""
+        macros = (("KG", self.kg), ("FLOATS", self.t), ("ELEMENT", ELEMENTS[dtype]))
+        return Kernel(SOURCE, "conv_wgrad_direct", macros)
 
     def __str__(self) -> str:
         return f"direct {self.kg}x{self.t}"
@@ -83,26 +84,33 @@ def plan(conv: Conv, direct: Direct, device: Device) -> Plan | None:
     groups = ceil(all_groups / blocks_k)
     filters, parts = groups * direct.kg, MOST_WARPS // groups
     numbers = (conv.n, images, windows, filters, groups, parts, patch_h, patch_row, pitch, image_size)
-    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in (filters, windows, patch_h))))
+    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in (filters, windows, patch_h, patch_row))))
     blocks_j = ceil(conv.taps_c / (32 * direct.t))
     return Plan(runs, blocks_k, blocks_j, groups, parts, images, argument, shared_bytes(groups))
 
 
+def fitting(conv: Conv, device: Device) -> dict[Direct, Plan]:
+    """The variants that run a problem, and how they cut it."""
+    plans = {direct: plan(conv, direct, device) for direct in DIRECTS}
+    return {direct: cut for direct, cut in plans.items() if cut}
+
+
 def cycles(conv: Conv, direct: Direct, cut: Plan, device: Device) -> float:
-    """Estimated clock cycles, comparable with `tile_cycles`: reads of shared memory, 32 floats a cycle."""
+    """Estimated clock cycles, comparable with `tile_cycles`: reads of shared memory, 25 floats a cycle, and the fills between
+    them that four blocks on an SM do at once."""
     filters = cut.groups * direct.kg
     windows, rounds = cut.images * conv.p * conv.q, ceil(conv.n / cut.images / cut.runs)
     chunk = windows * filters * (direct.t + 1) + 2 * cut.images * conv.h * conv.w * conv.c / 32
     blocks = ceil(cut.runs * cut.blocks_k * cut.blocks_j / device.sm_count)
     turn = direct.kg * (4 * direct.t + 6)
     alone = 3000 + rounds * (1500 + ceil(windows / cut.parts) * turn) + cut.parts * direct.kg * direct.t * 8
-    return max(alone, blocks * rounds * chunk)
+    return max(alone, rounds * (1.3 * blocks * chunk + 2000 * ceil(blocks / 4)))
 
 
-def launch(conv: Conv, direct: Direct, device: Device, args: Sequence[Argument]) -> Launch:
-    """The launch; `args` are the tensors and the convolution. Raises ValueError where the variant does not fit."""
+def launch(conv: Conv, direct: Direct, dtype: str, device: Device, args: Sequence[Argument]) -> Launch:
+    """The launch; `args`: the tensors, of type `dtype`, and the convolution. ValueError where the variant does not fit."""
     cut = plan(conv, direct, device)
     if cut is None:
         raise ValueError(f"variant {direct} cannot run {conv}")
     grid, block = (cut.runs, cut.blocks_k, cut.blocks_j), (32 * cut.warps, 1, 1)
-    return Launch(direct.kernel, grid, block, (*args, cut.argument), cut.shared_bytes)
+    return Launch(direct.kernel(dtype), grid, block, (*args, cut.argument), cut.shared_bytes)
