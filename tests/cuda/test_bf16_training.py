@@ -14,6 +14,7 @@ from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError
+from parcnn.plan.optimizer import Optimizer
 from parcnn.train import Trainer
 
 
@@ -106,6 +107,30 @@ def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tu
         losses[precision] = run.fit(noise(64 * 4, shape), 1).losses
     # Eight bits of mantissa in some ten layers; a wrong gradient or a wrong layer moves the loss by far more.
     np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "optimizer", [optim.SGD(0.05), optim.SGD(0.05, momentum=0.9), optim.AdamW(1e-2), optim.Muon(0.02)], ids=repr
+)
+def test_convolutions_read_the_weights_as_they_are_now(cuda: CudaExecutor, optimizer: Optimizer) -> None:
+    """After steps of training, with a frozen layer, and after the host wrote weights: as a trainer that starts from them."""
+    some = noise(16 * 3 + 5, (3, 32, 32))
+    images = np.random.default_rng(1).standard_normal((40, 3, 32, 32), np.float32)  # floats: nobody normalises them
+    model = mixed()
+    dict(model.named_modules())["left"].requires_grad_(False)
+    run = Trainer(model, optimizer, device=cuda, precision="bf16", batch_size=16)
+    seen = []
+    for _ in range(2):
+        run.fit(some, 1)
+        state = run.model.state_dict()
+        seen.append((state, run.predict(images)))
+        fresh = Trainer(mixed(), optimizer, device=cuda, precision="bf16", batch_size=16)
+        fresh.model.load_state_dict(state)
+        np.testing.assert_array_equal(fresh.predict(images), seen[-1][1])
+    assert (seen[0][1] != seen[1][1]).any()
+    run.model.load_state_dict(seen[0][0])
+    np.testing.assert_array_equal(run.predict(images), seen[0][1])
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ from parcnn.ops.base import Spec
 from parcnn.ops.muon import MuonDirection, MuonUpdate, direction_shape, is_tall, matrix_of
 from parcnn.ops.program import Executor
 from parcnn.ops.update import MAX_GROUP
-from tests.cuda.bf16 import from_bits, stored
+from tests.cuda.bf16 import from_bits, stored, to_bits
 from tests.cuda.compare import check, executors, normal, on_cpu, random_fixture  # noqa: F401
 from tests.op_runner import run_op
 
@@ -80,6 +80,22 @@ def test_updates(
         (x.T if is_tall(Spec(shape)) else x)[:rows, :columns] = normal(random, rows, columns)
         directions.append(stored(x, dtype))
     check(executor, MuonUpdate(count=len(shapes), **attributes), [hyper, STATE, *weights, *directions])
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_copies_are_the_new_weights_rounded(executor: Executor, random: np.random.Generator, renormalize: bool) -> None:
+    """Of the weights that have one; the weights have the bits that they have without copies."""
+    shapes = GROUPS["blocks"]
+    hyper = random.uniform(0.01, 0.9, (5, 4)).astype(np.float32)
+    directions = [stored(normal(random, *direction_shape(Spec(shape))), "bf16") for shape in shapes]
+    arrays = [hyper, STATE, *(normal(random, *shape) for shape in shapes), *directions]
+    op = MuonUpdate(count=len(shapes), renormalize=renormalize)
+    plain = run_op(executor, op, arrays)
+    *copies, first, second, third = run_op(executor, replace(op, copies=(0, 2)), arrays)
+    for weight, expected in zip((first, second, third), plain, strict=True):
+        np.testing.assert_array_equal(weight, expected)
+    for copy, weight in zip(copies, (first, third), strict=True):
+        np.testing.assert_array_equal(copy, to_bits(weight))
 
 
 def test_weights_of_zero_stay_finite(executor: Executor, random: np.random.Generator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from parcnn.cuda.kernels import update
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Executor
-from parcnn.ops.update import MAX_GROUP, AdamUpdate, SgdUpdate
+from parcnn.ops.update import MAX_GROUP, AdamUpdate, SgdUpdate, Update
+from tests.cuda.bf16 import to_bits
 from tests.cuda.compare import check, executors, normal, random_fixture  # noqa: F401
+from tests.op_runner import run_op
 
 executor = executors(update)
 
@@ -78,6 +81,22 @@ def test_adam_from_zero(executor: Executor, random: np.random.Generator) -> None
     g[::3] = 0
     results = check(executor, AdamUpdate(), [hyper(random), FIRST, w, g, np.zeros_like(w), np.zeros_like(w)])
     assert all(np.isfinite(r).all() for r in results)
+
+
+@pytest.mark.parametrize("shapes", [GROUPS["LeNet's first layers"], GROUPS["blocks"]], ids=["LeNet", "blocks"])
+@pytest.mark.parametrize("op", [SgdUpdate(), SgdUpdate(momentum=0.9), AdamUpdate()], ids=repr)
+def test_copies_are_the_new_weights_rounded(
+    executor: Executor, random: np.random.Generator, shapes: list[tuple[int, ...]], op: Update
+) -> None:
+    """Of the parameters that have one; the weights have the bits that they have without copies."""
+    tensors = [np.abs(normal(random, *shape)) for _ in range(2 + op.slots) for shape in shapes]
+    arrays = [hyper(random), STATE, *tensors]
+    op = replace(op, count=len(shapes))
+    plain = run_op(executor, op, arrays)
+    *copies, last = run_op(executor, replace(op, copies=(0, 2)), arrays)[: 2 + len(shapes)]
+    np.testing.assert_array_equal(last, plain[len(shapes) - 1])
+    for copy, weight in zip(copies, (plain[0], plain[2]), strict=False):
+        np.testing.assert_array_equal(copy, to_bits(weight))
 
 
 def test_refuses() -> None:

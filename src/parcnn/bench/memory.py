@@ -18,7 +18,7 @@ from parcnn.bench.programs import BoundPlan
 from parcnn.bench.rows import Row
 from parcnn.errors import DeviceError, OutOfMemoryError
 from parcnn.nn.init import manual_seed
-from parcnn.ops.program import Executor
+from parcnn.ops.program import PERSISTENT, Executor
 from parcnn.optim import SGD
 from parcnn.plan.build import Plan
 from parcnn.plan.describe import outline
@@ -73,7 +73,7 @@ def verify(executor: Executor, plan: Plan, model: nn.Module, cap_bytes: int) -> 
     try:
         bound.step()
         loss = bound.step()
-        counted = sum(bound.regions[name].nbytes for name in ("weights", "optimizer", "arena"))
+        counted = sum(bound.regions[name].nbytes for name in ("arena", *PERSISTENT) if name in bound.regions)
         feeds = sum(region.nbytes for region in bound.regions.values()) - counted
         held = getattr(executor, "allocated_bytes", counted + feeds) - feeds
         if not (counted == held == plan.peak_bytes <= cap_bytes) or not math.isfinite(loss):

@@ -13,13 +13,16 @@ import numpy as np
 
 from parcnn.ops.base import Op, Spec
 
+PERSISTENT = ("weights", "copies", "optimizer")  # regions that outlive a step, of a model
+
 
 @dataclass(frozen=True)
 class Slot:
     """A tensor's place: `offset` bytes into the memory that is bound to `region` when the program is loaded.
 
-    Regions: 'arena' (transient); 'weights' (with running statistics) and 'optimizer' (its state), both persistent; and the
-    feeds 'state', 'hyper', 'images', 'targets', 'order', 'losses', 'corrects', 'out' (`parcnn.ops.feed`).
+    Regions: 'arena' (transient); persistent 'weights' (with running statistics), 'copies' (of filters, in bf16) and
+    'optimizer' (its state); and the feeds 'state', 'hyper', 'images', 'targets', 'order', 'losses', 'corrects', 'out'
+    (`parcnn.ops.feed`).
     """
 
     spec: Spec

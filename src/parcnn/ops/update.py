@@ -5,7 +5,7 @@ hyper is a table (steps, 4): learning rate, 1-beta1^t, 1-beta2^t, Muon's learnin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from parcnn.ops.base import Op, Spec
@@ -15,13 +15,15 @@ MAX_GROUP = 24  # parameters in one update: what fits into a kernel's argument b
 
 @dataclass(frozen=True)
 class Update(Op):
-    """inputs: hyper (steps,4), state (8), then `count` weights, `count` gradients, and `count` of each buffer."""
+    """inputs: hyper (steps,4), state (8), then `count` weights, `count` gradients, and `count` of each buffer; outputs: the
+    new weights of `copies`, rounded to bf16."""
 
     side_branch: ClassVar[bool] = True
     count: int = 1
+    copies: tuple[int, ...] = field(default=(), kw_only=True)  # positions among the weights, ascending
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
-        return ()
+        return tuple(Spec(inputs[2 + i].shape, "bf16") for i in self.copies)
 
     @property
     def overwritten(self) -> tuple[int, ...]:
@@ -33,7 +35,8 @@ class Update(Op):
         raise NotImplementedError
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return sum(s.nbytes for s in inputs[2:]) + sum(inputs[i].nbytes for i in self.overwritten)
+        written = (*outputs, *(inputs[i] for i in self.overwritten))
+        return sum(s.nbytes for s in (*inputs[2:], *written))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from parcnn.plan.fuse import fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Optimizer, Rule
 from parcnn.plan.options import Options
-from parcnn.plan.precision import cast_filters, cast_filters_together
+from parcnn.plan.precision import cast_filters, keep_copies
 from parcnn.plan.schedule import schedule
 from parcnn.plan.trace import Tensor, Trace, input_tensor
 from parcnn.plan.variable import Layout, Variable
@@ -75,8 +75,9 @@ class Plan:
 
     @property
     def persistent_bytes(self) -> int:
-        """Weights and running statistics, and in training the optimizer's state."""
-        return self.layout.weights_bytes + (self.layout.optimizer_bytes if self.mode == "train" else 0)
+        """Weights and running statistics, filters' copies in another type, and in training the optimizer's state."""
+        copies = self.program.region_bytes.get("copies", 0)
+        return self.layout.weights_bytes + copies + (self.layout.optimizer_bytes if self.mode == "train" else 0)
 
     @property
     def peak_bytes(self) -> int:
@@ -125,12 +126,12 @@ def build(
             )
     _end_step(graph, batch, feed, result)
     graph.drop_dead()
-    cast_filters_together(graph)
     if mode == "train":
         if options.fuse:
             fuse_backward(graph, executor.can_fuse)
         _save_memory_of_large_layers(graph, options)
-    program, alive, largest = _program(graph, executor, options, f"{type(model).__name__} {mode} {batch}")
+    keep_copies(graph, layout)
+    program, alive, largest = _program(graph, layout, executor, options, f"{type(model).__name__} {mode} {batch}")
     return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive, largest)
 
 
@@ -267,7 +268,7 @@ def _end_step(graph: Graph, batch: int, feed: Feed, result: LossResult | None) -
 
 
 def _program(
-    graph: Graph, executor: Executor, options: Options, name: str
+    graph: Graph, layout: Layout, executor: Executor, options: Options, name: str
 ) -> tuple[Program, tuple[int, ...], tuple[str, int]]:
     """Place every value and turn nodes into calls; also the bytes alive during each, and the largest tensor at the peak."""
     root = _roots(graph)
@@ -295,6 +296,8 @@ def _program(
     for call in scheduled:
         for s in (*call.inputs, *call.outputs):
             sizes[s.region] = max(sizes.get(s.region, 0), s.end)
+    if "copies" in sizes:  # the same for all plans
+        sizes["copies"] = layout.copies_bytes(graph.dtype)
     streams = 1 + max((c.stream for c in scheduled), default=0)
     alive = memory.live_bytes(blocks, len(calls))
     peak = max(range(len(calls)), key=alive.__getitem__)
@@ -322,6 +325,8 @@ def _blocks(
     own_scratch: list[memory.Block | None] = []
     for i, node in enumerate(nodes):
         for o, value in enumerate(node.outputs):
+            if value in graph.places:
+                continue
             last = max(i, last_read.get(value, i))
             victim = _victim(graph, node, o, i, root, home) if options.inplace else None
             if victim is not None:
@@ -347,7 +352,7 @@ def _victim(
     home: dict[Value, memory.Block],
 ) -> memory.Block | None:
     """The block of an operand that this output may overwrite: one that nobody reads later, or elsewhere in this call."""
-    taken = {home[v] for v in node.outputs[:output]}
+    taken = {home[v] for v in node.outputs[:output] if v in home}
     origins = [root[v] for v in node.inputs]
     allowed = {i for o, i in node.op.inplace() if o == output}
     for i in sorted(allowed):

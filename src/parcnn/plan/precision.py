@@ -1,17 +1,22 @@
 """Which type the tensors of each precision have, and where a plan in bf16 goes from one type to another.
 
 Weights, statistics and the optimizer's state stay in the accumulator's type (f32 for bf16; `parcnn.ops.base.accumulator`).
-Convolutions in bf16 read copies of their filters, made once a step, all in one launch. (Micikevicius et al., "Mixed
-Precision Training", ICLR 2018; bf16 has the exponents of f32, so no loss scale is needed.)
+Convolutions in bf16 read copies of their filters, which whatever writes a filter writes too: the update, and the host.
+(Micikevicius et al., "Mixed Precision Training", ICLR 2018; bf16 has the exponents of f32, so no loss scale is needed.)
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
 from parcnn.ops.base import Value
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.pointwise import Cast
-from parcnn.ops.update import MAX_GROUP
+from parcnn.ops.update import Update
 from parcnn.plan.graph import Graph, Node
+from parcnn.plan.variable import Layout
 
 TENSOR_TYPES = {"fp32": "f32", "fp64": "f64", "bf16": "bf16"}
 
@@ -31,13 +36,30 @@ def cast_filters(graph: Graph) -> None:
     graph.nodes = nodes
 
 
-def cast_filters_together(graph: Graph) -> None:
-    """Make the casts of filters one node a group, at the front. Called after differentiation: each filter's gradient is
-    complete, and its update may run, as soon as its own convolution's backward has."""
-    casts = [node for node in graph.nodes if isinstance(node.op, Cast) and node.inputs[0] in graph.places]
-    groups = []
-    for first in range(0, len(casts), MAX_GROUP):
-        group = casts[first : first + MAX_GROUP]
-        inputs, outputs = ([v for node in group for v in getattr(node, side)] for side in ("inputs", "outputs"))
-        groups.append(Node(group[0].op, tuple(inputs), tuple(outputs), "filters", "feed"))
-    graph.nodes = groups + [node for node in graph.nodes if node not in casts]
+def keep_copies(graph: Graph, layout: Layout) -> None:
+    """Put what the casts of filters make into the region 'copies', where it outlives the step: updates write it with their
+    weights, and no step casts. Called last: the gradients of casts lead to the weights, and fusing looks at who makes a
+    value."""
+    copies: dict[Value, Value] = {}
+    nodes = []
+    for node in graph.nodes:
+        region, offset = graph.places.get(node.inputs[0], ("", 0)) if isinstance(node.op, Cast) else ("", 0)
+        if region != "weights":
+            nodes.append(node)
+            continue
+        (w,), (copy,) = node.inputs, node.outputs
+        copies[w] = copy
+        graph.places[copy] = "copies", layout.copy_offset(offset, copy.dtype)
+    graph.nodes = nodes
+    for node in nodes:
+        if isinstance(node.op, Update):
+            weights = node.inputs[2 : 2 + node.op.count]
+            node.op = replace(node.op, copies=tuple(i for i, w in enumerate(weights) if w in copies))
+            node.outputs = tuple(copies[w] for w in weights if w in copies)
+
+
+def bf16_bits(values: np.ndarray) -> np.ndarray:
+    """float32 values as the bit patterns of bf16, rounded to the nearest, ties to even, as the device rounds."""
+    words = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (words + (0x7FFF + (words >> 16 & 1))) >> 16
+    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)

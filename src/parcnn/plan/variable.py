@@ -103,6 +103,14 @@ class Layout:
             layout.weights_bytes += align(variable.data.size * ITEM_BYTES[dtype])
         return layout
 
+    def copy_offset(self, offset: int, dtype: str) -> int:
+        """Where in the region 'copies' a copy lies, in type `dtype`, of the weight at `offset`."""
+        return offset * ITEM_BYTES[dtype] // ITEM_BYTES[self.dtype]
+
+    def copies_bytes(self, dtype: str) -> int:
+        """Size of the region 'copies' for plans whose tensors have type `dtype`; 0 where the weights serve."""
+        return self.copy_offset(self.weights_bytes, dtype) if dtype != self.dtype else 0
+
     def add_state(self, optimizer: Optimizer) -> None:
         """Reserve the optimizer's tensors for each trainable variable, and keep the rule that updates it."""
         self.rules, self.state_offsets, self.optimizer_bytes = {}, {}, 0

@@ -16,7 +16,7 @@ from parcnn.ops.program import Executor, LoadedProgram, Region
 from parcnn.plan.build import Feed, Plan, build, check_memory
 from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
-from parcnn.plan.precision import TENSOR_TYPES
+from parcnn.plan.precision import TENSOR_TYPES, bf16_bits
 from parcnn.plan.variable import Layout, Variable
 
 # Plans take some 100 kB each, and every number of images that is predicted has its own.
@@ -95,6 +95,8 @@ class Session:
                 held = sum(r.nbytes for r in self._regions.values())
                 check_memory(plan, free + held, partial(self._rebatch, plan))
         self._need("weights", self.layout.weights_bytes)
+        if copies := self.layout.copies_bytes(self.dtype):
+            self._need("copies", copies)
         if any(plan.mode == "train" for plan in plans.values()):
             self._need("optimizer", self.layout.optimizer_bytes)
         self._need("arena", max(plan.arena_bytes for plan in plans.values()))
@@ -130,7 +132,10 @@ class Session:
             if packing is None:  # forward() does not use it
                 continue
             dtype = np.float64 if self.layout.dtype == "f64" else np.float32
-            self._regions["weights"].write(packing.pack(variable.data).astype(dtype), offset)
+            packed = packing.pack(variable.data).astype(dtype)
+            self._regions["weights"].write(packed, offset)
+            if "copies" in self._regions and packing.logical:
+                self._regions["copies"].write(bf16_bits(packed), self.layout.copy_offset(offset, self.dtype))
             self._versions[variable] = variable.version
 
     def pull(self) -> None:

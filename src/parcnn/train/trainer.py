@@ -22,7 +22,7 @@ from parcnn.errors import ArgumentError, CheckpointError, DataError, LabelError,
 from parcnn.nn import CrossEntropyLoss, Module
 from parcnn.ops.base import Spec
 from parcnn.ops.philox import permutation
-from parcnn.ops.program import Executor, Region
+from parcnn.ops.program import PERSISTENT, Executor, Region
 from parcnn.optim import SGD, ConstantLR, Schedule
 from parcnn.plan.build import Feed, Plan
 from parcnn.plan.options import Options
@@ -431,7 +431,7 @@ class Trainer:
         """A pass with its programs bound to memory; `regions` gains what feeds the steps and is not there yet."""
         for plan in plans.values():
             for name, nbytes in plan.program.region_bytes.items():
-                if name not in ("arena", "weights", "optimizer", "images", "targets") and name not in regions:
+                if name not in ("arena", *PERSISTENT, "images", "targets") and name not in regions:
                     regions[name] = self.executor.region(name, nbytes)
         loaded = [self.session.load(plans, {**regions, **bank}) for bank in data.banks]
         programs = {name: [bank[name] for bank in loaded] for name in plans}

@@ -4,11 +4,11 @@
 //   muon_direction  x = u / (sqrt(sum of the weight's partial) + eps)
 //   muon_norm       partial[block] = sum of squares of w
 //   muon_update     w *= keep, and where there are partial sums keep *= sqrt(rows) / |w|;  w -= rate*factor * x, where
-//                   rate = hyper[4*state[0] + 3] and keep = 1 - rate*weight_decay
+//                   rate = hyper[4*state[0] + 3] and keep = 1 - rate*weight_decay;  copy = w in bf16, where there is one
 //
 // Parallel over elements of the weight (muon_direction: of x): a block of 256 threads does 1024 of one weight, a thread 4.
 // Bytes: muon_momentum reads g and buf, writes buf; muon_direction reads both again and writes x; muon_norm reads w;
-//   muon_update reads w and x, writes w. Of a transpose, neighbours lie a row apart.
+//   muon_update reads w and x, writes w and its copy. Of a transpose, neighbours lie a row apart.
 // Precondition: tensors start on 16 bytes and have less than 2^31 elements.
 //
 // Macro: ELEMENT, of x: float or bf16. muon_momentum and muon_norm have none.
@@ -23,6 +23,7 @@ struct Parameter {
     float *tensor;       // buf or w, which is written
     const float *other;  // g
     void *x;
+    bf16 *copy;  // of w, or null
 };
 
 struct Group {
@@ -140,6 +141,7 @@ muon_update(const __grid_constant__ Group group, const float *hyper, const int *
 #pragma unroll
     for (int e = 0; e < 4; ++e) w.v[e] = keep * w.v[e] - rate * group.factor[slot] * u.v[e];
     store_part(own.tensor + i, w, count);
+    if (own.copy) store_part(own.copy + i, w, count);
 }
 
 #endif

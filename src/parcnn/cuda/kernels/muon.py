@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from math import ceil
+from types import MappingProxyType
 
 import numpy as np
 
@@ -62,7 +63,8 @@ def launches(call: Call, device: Device) -> list[Launch]:
         raise TypeError(op.name)
     (hyper, state), weights, directions = call.inputs[:2], call.inputs[2 : 2 + op.count], call.inputs[2 + op.count :]
     none = (None,) * op.count
-    group, blocks = _group(weights, none, directions, weights, [op.factor(w.spec) for w in weights])
+    copies = dict(zip(op.copies, call.outputs, strict=True))
+    group, blocks = _group(weights, none, directions, weights, [op.factor(w.spec) for w in weights], copies)
     args = (group, hyper, state, partial, np.float32(op.weight_decay))
     kernel = _kernel("muon_update", directions[0].spec.dtype)
     update = Launch(kernel, (blocks, 1, 1), (THREADS, 1, 1), args)
@@ -92,11 +94,13 @@ def _group(
     directions: Sequence[Slot | None],
     walked: Sequence[Slot],
     factors: Sequence[float],
+    copies: Mapping[int, Slot] = MappingProxyType({}),
 ) -> tuple[Struct, int]:
     """`Group` of muon.cu for blocks that walk over the tensors `walked`, and how many blocks these are."""
     rest = MAX_GROUP - len(written)
-    own: list[Argument] = [Struct(tensors) for tensors in zip(written, others, directions, strict=True)]
-    parameters = Struct((*own, *[Struct((None,) * 3)] * rest))
+    tensors = enumerate(zip(written, others, directions, strict=True))
+    own: list[Argument] = [Struct((*some, copies.get(i))) for i, some in tensors]
+    parameters = Struct((*own, *[Struct((None,) * 4)] * rest))
     rows, columns = zip(*(matrix_of(slot.spec) for slot in written), strict=True)
     ends = list(accumulate(_blocks(slot.spec) for slot in walked))
     sums = list(accumulate(_blocks(slot.spec) for slot in written))

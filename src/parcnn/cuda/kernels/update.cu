@@ -4,10 +4,11 @@
 //          g = nesterov ? g + momentum*buf : buf;  w -= lr*g
 //   adam   g += weight_decay*w, or decoupled w *= 1 - lr*weight_decay;  m += (1-beta1)*(g-m);
 //          v = beta2*v + (1-beta2)*g*g;  w -= lr/hyper[1] * m / (sqrt(v/hyper[2]) + eps)
+//   copy = w in bf16, of parameters that have one
 //
 // Parallel over elements: a block of 256 threads does 1024 elements of one parameter, a thread 4. Each block finds its
 //   parameter in the group's table, which lies in the argument block.
-// Bytes: w, g and the buffers read once; w and the buffers written once.
+// Bytes: w, g and the buffers read once; w, its copy and the buffers written once.
 // Precondition: tensors start on 16 bytes.
 #include "common.cuh"
 
@@ -19,6 +20,7 @@ struct Parameter {
     float *w;
     const float *g;
     float *buffer[2];  // momentum; or Adam's m and v
+    bf16 *copy;        // or null
 };
 
 struct Group {
@@ -30,6 +32,7 @@ struct Group {
 // The elements of a thread: it reads them before it waits for the learning rate, which lies behind two loads.
 template <int BUFFERS> struct Elements {
     float *w, *buffer[2];
+    bf16 *copy;
     int count;  // below 1: none; above 4: four
     Floats<4> w4, g4, buffer4[2];
 };
@@ -44,6 +47,7 @@ template <int BUFFERS> __device__ __forceinline__ Elements<BUFFERS> load_element
     Elements<BUFFERS> own;
     own.count = group.size[slot] - i;
     own.w = p.w + i;
+    own.copy = p.copy ? p.copy + i : nullptr;
     own.w4 = load_part(own.w, own.count);
     own.g4 = load_part(p.g + i, own.count);
 #pragma unroll
@@ -56,6 +60,7 @@ template <int BUFFERS> __device__ __forceinline__ Elements<BUFFERS> load_element
 
 template <int BUFFERS> __device__ __forceinline__ void store_elements(const Elements<BUFFERS> &own) {
     store_part(own.w, own.w4, own.count);
+    if (own.copy) store_part(own.copy, own.w4, own.count);
 #pragma unroll
     for (int b = 0; b < BUFFERS; ++b) store_part(own.buffer[b], own.buffer4[b], own.count);
 }

@@ -64,10 +64,11 @@ def _group(op: Update, call: Call) -> tuple[Struct, int]:
     tensors = call.inputs[2:]
     sizes = [w.spec.size for w in tensors[: op.count]]
     ends = list(accumulate(-(-size // ELEMENTS_PER_BLOCK) for size in sizes))
+    copies = dict(zip(op.copies, call.outputs, strict=True))
     parameters: list[Argument] = []
     for i in range(MAX_GROUP):
         own = tensors[i :: op.count] if i < op.count else ()  # weight, gradient, buffers
-        parameters.append(Struct((*own, *(None,) * (2 + BUFFERS - len(own)))))
+        parameters.append(Struct((*own, *(None,) * (2 + BUFFERS - len(own)), copies.get(i))))
     padded = [0] * (MAX_GROUP - op.count), [2**31 - 1] * (MAX_GROUP - op.count)
     numbers = [
         Struct(tuple(np.int32(v) for v in (*values, *rest))) for values, rest in zip((sizes, ends), padded, strict=True)
