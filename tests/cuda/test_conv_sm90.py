@@ -354,22 +354,29 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "pooled", "dgrad"])
+@pytest.mark.parametrize(("serves", "side"), [("tap", 3), ("tap", 1), ("column", 3), ("window", 3)])
 @pytest.mark.parametrize(("channels", "cb"), tiles.PIXELS)
 def test_every_compiled_tile(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int, cb: int
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int, cb: int, serves: str, side: int
 ) -> None:
     wide = 32 if cb == 32 else 72
-    problem = Problem(70, 7, 9, *((72, wide) if kind == "dgrad" else (wide, 72)))
+    problem = Problem(70, 7, 9, *((72, wide) if kind == "dgrad" else (wide, 72)), side, side, (side // 2,) * 4)
     op, operands = problem.op(kind), problem.integers(kind, random_of(kind, channels, cb))
     sizes, kernels = sizes_of(op, operands), set()
     for pixels in tiles.PIXELS[channels, cb]:
-        for tile in ((2, 2, pixels // 4), (8, 2, pixels // 16)):
-            variant = tiles.fit(sizes, Shape("tap", tile, channels), cuda.device)
+        high = pixels // 16 * 2 if sizes.pool else pixels // 8  # of eight columns
+        for tile in {
+            "tap": ((2, 2, pixels // 4), (8, 2, pixels // 16)),
+            "column": ((2, pixels // 2, 1), (8, high, 1)),
+            "window": ((8, high, 1), (8, high - 2, 1)),
+        }[serves]:
+            variant = tiles.fit(sizes, Shape(serves, tile, channels), cuda.device)
             assert variant is not None
             check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
             kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands), H200, variant)}
     pool = {1, 2} if kind == "pooled" else {0}
-    macros = {"CB": cb, "CHANNELS": channels, "FLIPPED": int(kind == "dgrad")}
+    filter, columns = tiles.constants(sizes, serves)
+    macros = {"CB": cb, "CHANNELS": channels, "FLIPPED": int(kind == "dgrad"), "FILTER": filter, "COLUMNS": columns}
     listed = {
         k for k in conv_sm90.variants()
         if k.entry == "conv_sm90" and dict(k.defines)["POOL"] in pool and macros.items() <= dict(k.defines).items()

@@ -29,7 +29,8 @@
 // grid: slots * k_groups blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
-// Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8), FLIPPED.
+// Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8), FLIPPED, and where
+// constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and (of 3) COLUMNS that a stage serves, 1 or 3.
 
 #include "conv_sm90_epilogue.cuh"
 #include "sm90_wgmma.cuh"
@@ -58,7 +59,7 @@ struct Barriers {
         turn = w_empty + 8 * g.w_stages, staged = turn + 16, drained = staged + 16, operand = drained + 16;
     }
     __device__ __forceinline__ void init(const Problem &g) const {
-        const int releases = g.k_rounds > 1 ? 8 : CONSUMER_WARPS;
+        const int releases = k_rounds(g) > 1 ? 8 : CONSUMER_WARPS;
         for (int i = 0; i < g.x_stages; ++i) barrier_init(x_full + 8 * i, 1), barrier_init(x_empty + 8 * i, releases);
         for (int i = 0; i < g.w_stages; ++i) barrier_init(w_full + 8 * i, 1), barrier_init(w_empty + 8 * i, CONSUMER_WARPS);
         for (int i = 0; i < 2; ++i) barrier_init(turn + 8 * i, 4), barrier_init(staged + 8 * i, 4);
@@ -81,10 +82,11 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
     Ring x_ring, w_ring;
     if (g.resident) {
         const int taps = g.r * g.s;
-        barrier_expect(bar.w_full, g.k_rounds * g.c_blocks * taps * W_STAGE_BYTES);
+        barrier_expect(bar.w_full, k_rounds(g) * g.c_blocks * taps * W_STAGE_BYTES);
         u32 to = w_base;
-        for (int group = k_group; group < k_group + g.k_rounds; ++group)
+        for (int group = k_group; group < k_group + k_rounds(g); ++group)
             for (int block = 0; block < g.c_blocks; ++block)
+#pragma unroll 1
                 for (int tap = 0; tap < taps; ++tap, to += W_STAGE_BYTES)
                     load_weights(w, to, bar.w_full, block * CB, tap, group * CHANNELS);
     }
@@ -92,20 +94,24 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
         if (k_round > 0) continue;
         const Tile t = tile_of(g, item, k_group);
         for (int block = 0; block < g.c_blocks; ++block)
-            for (int s = t.s0; s < t.s1; s += g.load_columns)
-                for (int r = t.r0; r < t.r1; r += g.load_rows) {
+#pragma unroll 1
+            for (int s = t.s0; s < t.s1; s += load_columns(g))
+#pragma unroll 1
+                for (int r = t.r0; r < t.r1; r += load_rows(g)) {
                     const u32 full = bar.x_full + 8 * x_ring.stage;
                     barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
                     barrier_expect(full, g.x_box_bytes);
                     load_tile(x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
                     x_ring.next(g.x_stages);
                     if (g.resident) continue;
-                    for (int i = s; i < s + g.load_columns; ++i)
-                        for (int j = r; j < r + g.load_rows; ++j) {
+#pragma unroll 1
+                    for (int i = s; i < s + load_columns(g); ++i)
+#pragma unroll 1
+                        for (int j = r; j < r + load_rows(g); ++j) {
                             const u32 w_full = bar.w_full + 8 * w_ring.stage;
                             barrier_wait(bar.w_empty + 8 * w_ring.stage, w_ring.parity ^ 1);
                             barrier_expect(w_full, W_STAGE_BYTES);
-                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, block * CB, t.tap + j * g.tap_row + i * g.tap_column, t.k);
+                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, block * CB, t.tap + j * tap_row(g) + i * tap_column(g), t.k);
                             w_ring.next(g.w_stages);
                         }
                 }
@@ -176,6 +182,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         bar.init(g);
         prefetch(x), prefetch(w);
     }
+    await_predecessors();
     __syncthreads();
 
     if (consumer == 2) {
@@ -199,6 +206,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         u32 operand_parity = 0;
 #endif
         float sums[PIXELS / 2];
+        // Of each step: in registers, for constant memory is far.
+        const int x_stages = in_register(g.x_stages), x_stage_bytes = in_register(g.x_stage_bytes), c_blocks = in_register(g.c_blocks);
+        const int row_step = in_register(x_row_step(g));
+        const u32 x_descriptor = in_register(g.x_descriptor);
+        const bool resident = in_register(g.resident), borrows = in_register(g.own_staging) == 0;
         if (g.resident) barrier_wait(bar.w_full, 0);
         const auto find = [&](int round, Tile &t, int &k_round) {
             const int item = item_at(g, order, slot, round, k_round);
@@ -209,10 +221,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const auto skip = [&](int round) {
             Tile t;
             int k_round;
-            t.loads = g.loads, t.taps = g.loads * g.load_rows * g.load_columns;
-            const bool is_there = g.loads ? item_at(g, order, slot, round, k_round) >= 0 : find(round, t, k_round);
+            t.loads = g.loads, t.taps = g.loads * load_rows(g) * load_columns(g);
+            const bool is_there = are_alike(g) ? item_at(g, order, slot, round, k_round) >= 0 : find(round, t, k_round);
             if (!is_there) return;
-            if (k_round == g.k_rounds - 1) x_ring.skip(t.loads, g.by_x_stages);
+            if (k_round == k_rounds(g) - 1) x_ring.skip(t.loads, g.by_x_stages);
             if (!g.resident) w_ring.skip(t.taps, g.by_w_stages);
         };
         int round = ALTERNATE ? consumer : 0, next_k_round, tile = 0;
@@ -256,43 +268,58 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const auto multiply_tap = [&](u32 a, u32 b) {
 #pragma unroll
                 for (int step = 0; step < CB / 16; ++step) {
-                    multiply(sums, descriptor_of(w_descriptor, a + step * W_STEP), descriptor_of(g.x_descriptor, b + step * 2), add);
+                    multiply(sums, descriptor_of(w_descriptor, a + step * W_STEP), descriptor_of(x_descriptor, b + step * 2), add);
                     add = 1;
                 }
             };
-            for (int block = 0; block < g.c_blocks; ++block)
-                for (int s = t.s0; s < t.s1; s += g.load_columns)
-                    for (int r = t.r0; r < t.r1; r += g.load_rows) {
+            // The other may begin when no wait of this product is left: its first steps then hide behind the last of these.
+            const auto pass_turn = [&](bool is_last) {
+                if (ALTERNATE && is_last && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
+            };
+            int taps_before = k_round * c_blocks * g.r * g.s + t.tap;  // in resident weights
+#pragma unroll 1
+            for (int block = c_blocks; block > 0; --block, taps_before += g.r * g.s)
+#pragma unroll 1
+                for (int s = t.s0; s < t.s1; s += load_columns(g))
+#pragma unroll 1
+                    for (int r = t.r0; r < t.r1; r += load_rows(g)) {
                         const int x_stage = loaded.stage;
-                        barrier_wait(bar.x_full + 8 * x_stage, loaded.parity);
-                        loaded.next(g.x_stages);
-                        const bool keeps = !g.own_staging && --loads_left == kept_from_last(consumer);
-                        const bool is_last_use = k_round + (ALTERNATE ? 2 : 1) >= g.k_rounds;
+                        const u32 parity = loaded.parity;
+                        loaded.next(x_stages);
+                        --loads_left;
+                        const bool keeps = borrows && loads_left == kept_from_last(consumer);
+                        const bool is_last_use = k_round + (ALTERNATE ? 2 : 1) >= k_rounds(g);
                         const int given_back = keeps || !is_last_use ? NONE : x_stage;
                         if (keeps) kept = x_stage;
-                        u32 b_column = descriptor_low(x_base + x_stage * g.x_stage_bytes);
-                        int tap = ((k_round * g.c_blocks + block) * g.r * g.s) + t.tap + r * g.tap_row + s * g.tap_column;
-                        for (int i = g.load_columns; i > 0; --i, b_column += g.x_column_step, tap += g.tap_column) {
+                        u32 b_column = descriptor_low(x_base + x_stage * x_stage_bytes);
+                        u32 a_column = w_own + (taps_before + r * tap_row(g) + s * tap_column(g)) * (W_STAGE_BYTES >> 4);
+                        barrier_wait(bar.x_full + 8 * x_stage, parity);
+#pragma unroll 1
+                        for (int i = load_columns(g); i > 0; --i) {
+                            const bool is_last = loads_left == 0 && i == 1;
                             const int last_x = i == 1 ? given_back : NONE;
-                            u32 b = b_column;
-                            if (g.resident) {
-                                u32 a = w_own + tap * (W_STAGE_BYTES >> 4);
-                                const int a_step = g.tap_row * (W_STAGE_BYTES >> 4), b_step = g.x_row_step;
+                            u32 a = a_column, b = b_column;
+                            a_column += tap_column(g) * (W_STAGE_BYTES >> 4), b_column += x_column_step(g);
+                            if (resident) {
+                                const int a_step = tap_row(g) * (W_STAGE_BYTES >> 4);
+                                pass_turn(is_last);
                                 wgmma_fence();
-                                if (g.load_rows == 3) {  // without a loop's delays, which small tiles would show
+                                if (load_rows(g) == 3) {  // without a loop's delays, which small tiles would show
                                     multiply_tap(a, b);
-                                    multiply_tap(a + a_step, b + b_step);
-                                    multiply_tap(a + 2 * a_step, b + 2 * b_step);
+                                    multiply_tap(a + a_step, b + row_step);
+                                    multiply_tap(a + 2 * a_step, b + 2 * row_step);
                                     wgmma_commit();
                                 } else {
-                                    for (int j = g.load_rows; j > 0; --j, a += a_step, b += b_step) multiply_tap(a, b), wgmma_commit();
+                                    for (int j = load_rows(g); j > 0; --j, a += a_step, b += row_step) multiply_tap(a, b), wgmma_commit();
                                 }
                                 give_back(last_x, NONE);
                             } else {
-                                for (int j = g.load_rows; j > 0; --j, b += g.x_row_step) {
+#pragma unroll 1
+                                for (int j = load_rows(g); j > 0; --j, b += row_step) {
                                     const int w_stage = w_ring.stage;
                                     barrier_wait(bar.w_full + 8 * w_stage, w_ring.parity);
                                     w_ring.next(g.w_stages);
+                                    pass_turn(is_last && j == 1);
                                     wgmma_fence();
                                     multiply_tap(w_own + w_stage * (W_STAGE_BYTES >> 4), b);
                                     wgmma_commit();
@@ -301,8 +328,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             }
                         }
                     }
-            if (k_round == g.k_rounds - 1) x_ring = loaded;
-            if (ALTERNATE && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
+            if (k_round == k_rounds(g) - 1) x_ring = loaded;
 
             // The next tile, while the product runs.
             if (ALTERNATE) skip(++round);

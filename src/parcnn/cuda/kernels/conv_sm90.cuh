@@ -37,11 +37,28 @@ struct Problem {
     int act;                                                       // other than ReLU; of dgrad, whose derivative follows
     int add, operand_bytes;                                        // dgrad: whether there is an addend; of an operand's tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
+    FastDiv by_dilation_h, by_dilation_w;
     FastDiv by_class, by_k_inner, by_tiles_w, by_tiles_h;          // tiles of a class; channel groups of an item; tiles of an image
     FastDiv by_k_rounds, by_x_stages, by_w_stages;
     FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile
     Class classes[CLASSES];
 };
+
+// What is constant where FILTER is.
+__device__ __forceinline__ int k_rounds(const Problem &g) { return FILTER == 1 ? g.k_rounds : 1; }
+__device__ __forceinline__ int load_rows(const Problem &g) { return FILTER ? FILTER : g.load_rows; }
+__device__ __forceinline__ int load_columns(const Problem &g) { return FILTER ? COLUMNS : g.load_columns; }
+__device__ __forceinline__ int tap_row(const Problem &g) { return FILTER ? (FLIPPED ? -FILTER : FILTER) : g.tap_row; }
+__device__ __forceinline__ int tap_column(const Problem &g) { return FILTER ? (FLIPPED ? -1 : 1) : g.tap_column; }
+__device__ __forceinline__ int x_row_step(const Problem &g) { return FILTER == 1 ? 0 : g.x_row_step; }
+__device__ __forceinline__ int x_column_step(const Problem &g) { return FILTER ? CB * 2 >> 4 : g.x_column_step; }
+__device__ __forceinline__ bool are_alike(const Problem &g) { return FILTER || g.loads; }
+
+// A value that the compiler may not read from constant memory again.
+template <typename T> __device__ __forceinline__ T in_register(T v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
 
 // Tiles in the order in which blocks take them, [round][slot]: where taps are skipped, tiles differ in work, and the
 // launcher deals them out, heaviest first. Twin: ORDER_ENTRIES in conv_sm90.py.
@@ -59,17 +76,19 @@ struct Tile {
 
 // The slot's item of a round; negative after the last one. An item takes k_rounds rounds, this is its k_round-th.
 __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int slot, int round, int &k_round) {
-    int at = slot + divide(round, g.by_k_rounds, k_round) * g.slots;
+    k_round = 0;
+    const int at = slot + (FILTER == 1 ? divide(round, g.by_k_rounds, k_round) : round) * g.slots;
     if (at >= g.items) return -1;
-    if (!g.ordered) return at;
+    if (FILTER || !g.ordered) return at;
     int item = order.items[at];
     return item == NO_ITEM ? -1 : item;
 }
 
 // Taps whose first or last pixel's coordinate lies inside [0, extent); at least one, so that every tile loads something.
-__device__ __forceinline__ void live_taps(int first, int last, int extent, int dilation, int taps, int &begin, int &end) {
-    begin = last >= 0 ? 0 : dilation == 1 ? -last : (dilation - 1 - last) / dilation;
-    end = first >= extent ? 0 : min(taps, dilation == 1 ? extent - first : (extent - first + dilation - 1) / dilation);
+__device__ __forceinline__ void live_taps(int first, int last, int extent, FastDiv by_dilation, int taps, int &begin, int &end) {
+    const int round_up = (int)by_dilation.d - 1;
+    begin = quotient(max(0, -last) + round_up, by_dilation);
+    end = min(taps, quotient(max(0, extent - first) + round_up, by_dilation));
     if (begin >= end) begin = 0, end = 1;
 }
 
@@ -77,7 +96,7 @@ __device__ __forceinline__ void live_taps(int first, int last, int extent, int d
 __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group) {
     Tile t;
     int k_inner, x, y;
-    t.kind = FLIPPED ? divide(item, g.by_class, item) : 0;
+    t.kind = FLIPPED && !FILTER ? divide(item, g.by_class, item) : 0;
     const Class &outputs = g.classes[t.kind];
     int patch = divide(item, g.by_k_inner, k_inner);
     t.n = divide(divide(patch, g.by_tiles_w, x), g.by_tiles_h, y) * g.tile_n;
@@ -85,13 +104,13 @@ __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group)
     t.k = (k_group + k_inner) * CHANNELS;
     t.top = t.h * g.stride_h - outputs.pad_h, t.left = t.w * g.stride_w - outputs.pad_w;
     t.tap = outputs.tap;
-    if (g.loads == 0) {
-        live_taps(t.top, t.top + (g.tile_h - 1) * g.stride_h, g.h, g.dilation_h, outputs.r, t.r0, t.r1);
-        live_taps(t.left, t.left + (g.tile_w - 1) * g.stride_w, g.w, g.dilation_w, outputs.s, t.s0, t.s1);
+    if (!are_alike(g)) {
+        live_taps(t.top, t.top + (g.tile_h - 1) * g.stride_h, g.h, g.by_dilation_h, outputs.r, t.r0, t.r1);
+        live_taps(t.left, t.left + (g.tile_w - 1) * g.stride_w, g.w, g.by_dilation_w, outputs.s, t.s0, t.s1);
     } else {
-        t.r0 = t.s0 = 0, t.r1 = outputs.r, t.s1 = outputs.s;
+        t.r0 = t.s0 = 0, t.r1 = FILTER ? FILTER : outputs.r, t.s1 = FILTER ? FILTER : outputs.s;
     }
     t.taps = (t.r1 - t.r0) * (t.s1 - t.s0) * g.c_blocks;
-    t.loads = g.loads == 0 ? t.taps : g.loads;
+    t.loads = are_alike(g) ? g.loads : t.taps;
     return t;
 }

@@ -127,11 +127,13 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     for (channels, cb), pixels in tiles.PIXELS.items():
         for count in pixels:
-            yield _kernel(count, cb, channels, 0, False)
-            yield _kernel(count, cb, channels, 0, True)
-            yield _kernel(count, cb, channels, 1, False)
-            if tiles.pools_in_registers(True, 8, channels) and count % 16 == 0:
-                yield _kernel(count, cb, channels, 2, False)
+            for constants in ((0, 0), (1, 1), (3, 1), (3, 3)):
+                yield _kernel(count, cb, channels, 0, False, constants)
+                yield _kernel(count, cb, channels, 0, True, constants)
+                if constants != (3, 3) or channels == 128:  # windows are eight pixels wide
+                    yield _kernel(count, cb, channels, 1, False, constants)
+                if tiles.pools_in_registers(True, 8, channels) and count % 16 == 0:
+                    yield _kernel(count, cb, channels, 2, False, constants)
     yield UNPOOL
     yield UNREACHED
 
@@ -140,9 +142,10 @@ UNPOOL = Kernel(UNPOOL_SOURCE, "conv_unpool")
 UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")
 
 
-def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool) -> Kernel:
-    names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED")
-    return Kernel(SOURCE, "conv_sm90", tuple(zip(names, (pixels, cb, channels, pool, int(flipped)), strict=True)))
+def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool, constants: tuple[int, int]) -> Kernel:
+    names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED", "FILTER", "COLUMNS")
+    values = (pixels, cb, channels, pool, int(flipped), *constants)
+    return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
 
 
 def _sizes(call: Call) -> Sizes:
@@ -221,7 +224,8 @@ def _convolution(
         raise ValueError(f"variant {variant} cannot run {sizes}")
     work = Work.of(sizes, variant, device)
     in_registers = tiles.pools_in_registers(sizes.pool, variant.tile[0], variant.channels)
-    kernel = _kernel(tile.pixels, tile.cb, variant.channels, sizes.pool + in_registers, sizes.flipped)
+    constants = tiles.constants(sizes, variant.serves)
+    kernel = _kernel(tile.pixels, tile.cb, variant.channels, sizes.pool + in_registers, sizes.flipped, constants)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(variant.own_staging > 0)
     resident = work.k_rounds * ceil(sizes.c / tile.cb) * sizes.r * sizes.s
@@ -303,7 +307,7 @@ def _problem(
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (
-        of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, variant.x_stages, variant.w_stages,
+        *sizes.dilation, of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, variant.x_stages, variant.w_stages,
         max(1, w // 2), max(1, h // 2),
     )  # fmt: skip
     kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))

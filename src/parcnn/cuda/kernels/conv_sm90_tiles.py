@@ -142,6 +142,15 @@ class Footprint:
         return _round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
 
 
+def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
+    """FILTER and COLUMNS of the kernel: filters of side 1, and of side 3 where taps share a stage, are constants in it."""
+    if sizes.r == sizes.s == len(sizes.classes) == 1:
+        return 1, 1
+    if sizes.r == sizes.s == 3 and serves != "tap":
+        return 3, {"column": 1, "window": 3}[serves]
+    return 0, 0
+
+
 def pools_in_registers(pool: bool, width: int, channels: int) -> bool:
     """Whether the 2x2 windows of such a tile lie within threads, and the kernel uses it."""
     return pool and width == 8 and channels == 64
