@@ -325,7 +325,7 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
 
 SERVES = {
     "tap": [(11, 5, 3), (5, 2, 6), (1, 1, 64), (11, 13, 1), (8, 4, 2)],
-    "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1)],
+    "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1), (4, 6, 3), (1, 13, 5), (5, 3, 8)],
     "window": [(8, 13, 1), (8, 4, 1), (8, 31, 1)],
 }
 

@@ -19,7 +19,8 @@
 //   CHANNELS  64: the two consumers take alternate tiles, so that one's epilogue hides behind the other's product;
 //             128: they share a tile's pixels and have 64 channels each.
 // An X stage serves one tap, or a tile with its halo serves a column of taps (tile_w any), or all of them (tile_w = 8):
-// taps are then other first rows of the same stage, and the groups of eight rows lie `tile_w + s - 1` rows apart. That
+// taps are then other first rows of the same stage, and the groups of eight rows lie `tile_w + s - 1` rows apart (or, of a
+// column, anything: of a tile of several images, the images are innermost in a stage). That
 // cuts the traffic from L2, which else limits layers with few channels.
 // Or a stage serves all groups of channels one after the other (`k_rounds`), where a tile has but one: else a layer with
 // few taps and channels but many outputs reads x from L2 again for each group.
@@ -101,7 +102,7 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
                     const u32 full = bar.x_full + 8 * x_ring.stage;
                     barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
                     barrier_expect(full, g.x_box_bytes);
-                    load_tile(x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
+                    load_pixels(g, x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
                     x_ring.next(g.x_stages);
                     if (g.resident) continue;
 #pragma unroll 1
@@ -147,7 +148,7 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
             from = x_base + kept.stage * g.x_stage_bytes;
         }
         barrier_wait(bar.staged + 8 * consumer, tile & 1);
-        store_tile(y[t.kind], from, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
+        store_pixels(g, y[t.kind], from, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
         if (g.own_staging == 2) {
             store_wait<1>();  // the tile before this one
             if (tile > 0) barrier_arrive(bar.drained + 8 * consumer);
@@ -243,8 +244,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             // Where addend and saved output lie: pixels of all classes.
             const int dx_w = t.w * g.spread_w + g.classes[t.kind].first_w, dx_h = t.h * g.spread_h + g.classes[t.kind].first_h;
             if (thread == 0) {
-                if (g.add) prefetch_tile(addend, k, dx_w, dx_h, t.n);
-                if (g.act) prefetch_tile(saved, k, dx_w, dx_h, t.n);
+                if (g.add) prefetch_pixels(g, addend, k, dx_w, dx_h, t.n);
+                if (g.act) prefetch_pixels(g, saved, k, dx_w, dx_h, t.n);
             }
 #endif
 
@@ -375,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const auto bring = [&](const TensorMap &operand) {
                 if (thread == 0) {
                     barrier_expect(bar.operand + 8 * consumer, g.operand_bytes);
-                    load_tile(staging, operand, bar.operand + 8 * consumer, k, dx_w, dx_h, t.n);
+                    load_pixels(g, staging, operand, bar.operand + 8 * consumer, k, dx_w, dx_h, t.n);
                 }
                 barrier_wait(bar.operand + 8 * consumer, operand_parity);
                 operand_parity ^= 1;

@@ -24,6 +24,7 @@ struct Problem {
     int tap_row, tap_column;                                       // from a tap to the next in the filter
     int c_blocks;                                                  // steps of CB reduction channels
     int tile_n, tile_h, tile_w;                                    // pixels of a tile, before the pool
+    int images_inner;                                              // whether a tile's images are innermost of its pixels, not its columns
     int items, slots;                                              // tiles (entries of `Order`); blocks that share a group of channels
     int k_groups;                                                  // groups of output channels that blocks are bound to; 1: none
     int k_rounds;                                                  // groups that follow each other on one X stage; 1: each loads its own
@@ -82,6 +83,19 @@ __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int
     if (FILTER || !g.ordered) return at;
     int item = order.items[at];
     return item == NO_ITEM ? -1 : item;
+}
+
+// Copies of a tile's pixels, from the channel c, column w, row h and image n on.
+__device__ __forceinline__ void load_pixels(const Problem &g, u32 to, const TensorMap &map, u32 barrier, int c, int w, int h, int n) {
+    load_tile(to, map, barrier, c, g.images_inner ? n : w, g.images_inner ? w : h, g.images_inner ? h : n);
+}
+
+__device__ __forceinline__ void prefetch_pixels(const Problem &g, const TensorMap &map, int c, int w, int h, int n) {
+    prefetch_tile(map, c, g.images_inner ? n : w, g.images_inner ? w : h, g.images_inner ? h : n);
+}
+
+__device__ __forceinline__ void store_pixels(const Problem &g, const TensorMap &map, u32 from, int c, int w, int h, int n) {
+    store_tile(map, from, c, g.images_inner ? n : w, g.images_inner ? w : h, g.images_inner ? h : n);
 }
 
 // Taps whose first or last pixel's coordinate lies inside [0, extent); at least one, so that every tile loads something.

@@ -288,7 +288,7 @@ def _problem(
     blocks = ceil(sizes.c / tile.cb)
     load_rows, load_columns, loads, row_step, column_step = {
         "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
-        "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * row_bytes, 0),
+        "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * n * row_bytes, 0),
         "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
     p, q = (sizes.p // 2, sizes.q // 2) if sizes.pool else (sizes.p, sizes.q)
@@ -297,7 +297,8 @@ def _problem(
     before = (
         sizes.h, sizes.w, sizes.r, sizes.s, sizes.k, sizes.n, p, q,
         *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
-        blocks, n, h, w, items, work.slots, work.k_groups, work.k_rounds, int(order is not None),
+        blocks, n, h, w, int(tiles.images_inner(variant.serves, n)),
+        items, work.slots, work.k_groups, work.k_rounds, int(order is not None),
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
     after = (
@@ -326,7 +327,8 @@ def _problem(
 
 def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMap:
     box = (tile.cb, tile.pitch * sizes.stride[1], tile.rows * sizes.stride[0], variant.tile[2])
-    return image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
+    map = image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
+    return _ordered(map, variant)
 
 
 def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
@@ -335,14 +337,33 @@ def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
     dims = (sizes.k, ceil((sizes.q - w) / along), ceil((sizes.p - h) / down), sizes.n)
     row = 2 * sizes.k * sizes.q
     strides = (2 * sizes.k * along, row * down, row * sizes.p)
-    return TensorMap(y, dims, strides, (64, *variant.tile), (), "128B", offset=h * row + 2 * w * sizes.k)
+    map = TensorMap(y, dims, strides, (64, *variant.tile), (), "128B", offset=h * row + 2 * w * sizes.k)
+    return _ordered(map, variant)
 
 
 def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
     """Of what an epilogue reads: a class's pixels of a tensor like dx."""
     (w, h, n), (down, along) = variant.tile, sizes.spread
     dims = (sizes.k, sizes.q, sizes.p, sizes.n)
-    return image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64)
+    return _ordered(image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64), variant)
+
+
+def _ordered(map: TensorMap, variant: Variant) -> TensorMap:
+    """The map of columns, rows and images, with its images before its columns where a stage has them so."""
+    if not tiles.images_inner(variant.serves, variant.tile[2]):
+        return map
+
+    def turned(columns: int, rows: int, images: int) -> tuple[int, int, int]:
+        return images, columns, rows
+
+    steps = map.element_strides
+    return replace(
+        map,
+        dims=(map.dims[0], *turned(*map.dims[1:])),
+        strides_bytes=turned(*map.strides_bytes),
+        box=(map.box[0], *turned(*map.box[1:])),
+        element_strides=(steps[0], *turned(*steps[1:])) if steps else (),
+    )
 
 
 def image_map(

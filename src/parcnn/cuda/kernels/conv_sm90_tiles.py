@@ -130,7 +130,8 @@ class Footprint:
         boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, w * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
-            fits = fits and sizes.plain and n == 1 and (serves == "column" or w == 8)
+            fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and not sizes.pool))
+            fits = fits and (serves == "column" or w == 8)
         if sizes.pool:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
@@ -140,6 +141,11 @@ class Footprint:
     def x_stage_bytes(self, own_staging: bool) -> int:
         """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
         return _round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
+
+
+def images_inner(serves: str, images: int) -> bool:
+    """Whether a tile's images are the innermost of its pixels: then a column's taps are whole rows of pixels apart."""
+    return serves == "column" and images > 1
 
 
 def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
@@ -324,6 +330,8 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 h = _round_up(ceil(p / ceil(p / highest)), even)
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
+                if h == p and not sizes.pool:
+                    yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
                     tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
                     yield Shape("tap", tile, channels)
