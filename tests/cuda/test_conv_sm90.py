@@ -354,7 +354,7 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "pooled", "dgrad"])
-@pytest.mark.parametrize(("serves", "side"), [("tap", 3), ("tap", 1), ("column", 3), ("window", 3)])
+@pytest.mark.parametrize(("serves", "side"), [("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2)])
 @pytest.mark.parametrize(("channels", "cb"), tiles.PIXELS)
 def test_every_compiled_tile(
     cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int, cb: int, serves: str, side: int

@@ -31,7 +31,8 @@
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
 // Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8), FLIPPED, and where
-// constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and (of 3) COLUMNS that a stage serves, 1 or 3.
+// constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3;
+// else 1 where it serves one tap, 0 any).
 
 #include "conv_sm90_epilogue.cuh"
 #include "sm90_wgmma.cuh"

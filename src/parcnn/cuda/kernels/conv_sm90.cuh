@@ -45,14 +45,14 @@ struct Problem {
     Class classes[CLASSES];
 };
 
-// What is constant where FILTER is.
+// What is constant where FILTER or COLUMNS is.
 __device__ __forceinline__ int k_rounds(const Problem &g) { return FILTER == 1 ? g.k_rounds : 1; }
-__device__ __forceinline__ int load_rows(const Problem &g) { return FILTER ? FILTER : g.load_rows; }
-__device__ __forceinline__ int load_columns(const Problem &g) { return FILTER ? COLUMNS : g.load_columns; }
+__device__ __forceinline__ int load_rows(const Problem &g) { return FILTER ? FILTER : COLUMNS ? 1 : g.load_rows; }
+__device__ __forceinline__ int load_columns(const Problem &g) { return COLUMNS ? COLUMNS : g.load_columns; }
 __device__ __forceinline__ int tap_row(const Problem &g) { return FILTER ? (FLIPPED ? -FILTER : FILTER) : g.tap_row; }
 __device__ __forceinline__ int tap_column(const Problem &g) { return FILTER ? (FLIPPED ? -1 : 1) : g.tap_column; }
-__device__ __forceinline__ int x_row_step(const Problem &g) { return FILTER == 1 ? 0 : g.x_row_step; }
-__device__ __forceinline__ int x_column_step(const Problem &g) { return FILTER ? CB * 2 >> 4 : g.x_column_step; }
+__device__ __forceinline__ int x_row_step(const Problem &g) { return FILTER == 3 ? g.x_row_step : COLUMNS ? 0 : g.x_row_step; }
+__device__ __forceinline__ int x_column_step(const Problem &g) { return COLUMNS ? CB * 2 >> 4 : g.x_column_step; }
 __device__ __forceinline__ bool are_alike(const Problem &g) { return FILTER || g.loads; }
 
 // A value that the compiler may not read from constant memory again.

@@ -127,7 +127,7 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     for (channels, cb), pixels in tiles.PIXELS.items():
         for count in pixels:
-            for constants in ((0, 0), (1, 1), (3, 1), (3, 3)):
+            for constants in ((0, 0), (0, 1), (1, 1), (3, 1), (3, 3)):
                 yield _kernel(count, cb, channels, 0, False, constants)
                 yield _kernel(count, cb, channels, 0, True, constants)
                 if constants != (3, 3) or channels == 128:  # windows are eight pixels wide
