@@ -331,7 +331,7 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 h = _round_up(ceil(p / ceil(p / highest)), even)
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
-                if h == p and not sizes.pool:
+                if (w, h) == (q, p) and not sizes.pool:
                     yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
                     tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
@@ -406,6 +406,8 @@ def _key(sizes: Sizes) -> tuple[int | bool, ...]:
 # own row: it is the convolution of dy.
 MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 31, 1), 64), Shape("window", (8, 16, 1), 64)),
+    (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 64),),
+    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64),),
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 15, 15, 64, 256, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
