@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
-from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.conv import ConvFprop, ConvGeometry, ConvWgrad
 from parcnn.ops.program import Call
 
 CHUNK, PAIR = 8, 2  # bf16 that are copied at once
@@ -122,9 +122,10 @@ def vector(channels: int) -> int:
     return next(count for count in (CHUNK, PAIR, 1) if channels % count == 0)
 
 
-def gathers(extent: int, depth: int, vec: int) -> float:
-    """Copies of less than a chunk that bring an operand's part of a stage."""
-    return extent * depth / vec if vec < CHUNK else 0
+def gathers(extent: int, depth: int, vec: int, has_places: bool = False) -> float:
+    """Cycles of copies of less than a chunk that bring an operand's part of a stage; `has_places`: the threads know where their
+    columns lie, and need not divide."""
+    return extent * depth / vec * (12 if has_places else 15 if vec > 1 else 22) / 128 if vec < CHUNK else 0
 
 
 def key(op: ConvGeometry, sizes: Grouped) -> tuple[int, int, int]:
@@ -136,11 +137,13 @@ def key(op: ConvGeometry, sizes: Grouped) -> tuple[int, int, int]:
 
 
 class Pieces(NamedTuple):
-    """What a tile moves in less than chunks: copies for a stage, whether they wait in registers, rows of results."""
+    """What a tile moves in less than chunks: cycles of copies in a stage, whether they wait in registers, rows of results; and
+    whether each row of the filters' tile has a tap of its own."""
 
-    copies: float = 0
+    cycles: float = 0
     in_registers: bool = False
     odd_results: bool = False
+    taps_by_row: bool = False
 
 
 def cycles(tile: Tile, blocks: int, steps: float, pieces: Pieces, shared_bytes: int, device: Device) -> float:
@@ -158,10 +161,12 @@ def cycles(tile: Tile, blocks: int, steps: float, pieces: Pieces, shared_bytes: 
     fragments = (warp_m // 16) * (warp_n // 8) + warp_m // 16 + warp_n // 16
     issue = warps * (fragments * tile.bk / 16 + (tile.bm + tile.bn) * tile.bk / 8 / tile.threads + 30) / 4
     parts = (products, shared, copies, issue)
-    step = 0.8 * max(parts) + 0.2 * sum(parts) + pieces.copies * 10 / 128
+    step = (0.8 * max(parts) + 0.2 * sum(parts)) * (1.25 if pieces.taps_by_row else 1)
+    step += pieces.cycles
     outputs = tile.bm * tile.bn * (4 if pieces.odd_results else 2) / 11.4
     work = 370 + steps * step + outputs
-    alone = 2400 + steps * (step + 600 if pieces.in_registers else max(140.0, step)) + outputs
+    pace = 75 + 9 * fragments * tile.bk / 16 + 350 * pieces.taps_by_row if tile.flat else 140.0
+    alone = 2400 + steps * (step + 600 if pieces.in_registers else max(pace, step)) + outputs
     resident = tile.resident(shared_bytes, device)
     return max(ceil(blocks / device.sm_count) * work, ceil(blocks / (device.sm_count * resident)) * alone)
 
@@ -169,4 +174,8 @@ def cycles(tile: Tile, blocks: int, steps: float, pieces: Pieces, shared_bytes: 
 def microseconds(cycles: float, call: Call) -> float:
     """Of a call of so many cycles, with its start and end; memory brings about 2400 bytes a cycle."""
     nbytes = sum(spec.nbytes for spec in (*call.input_specs, *call.output_specs))
+    if isinstance(call.op, ConvFprop | ConvWgrad):  # of the image only what the filters reach
+        filters = call.op.filter if isinstance(call.op, ConvWgrad) else call.input_specs[1].shape[1:3]
+        reached = prod(min(1.0, taps / step) for taps, step in zip(filters, call.op.stride, strict=True))
+        nbytes -= int((1 - reached) * call.input_specs[0].nbytes)
     return 1.5 + 1.07 * max(cycles, nbytes / 2400) / CYCLES_PER_US

@@ -97,7 +97,7 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
             copies = gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b)
-            pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK)
+            pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK, bool(tile.flat))
             estimate = cycles(tile, blocks, tile.steps(taps, sizes.filters), pieces, shared_bytes, device)
             costs[tile] = estimate * (1.2 if routed else 1)
     return costs

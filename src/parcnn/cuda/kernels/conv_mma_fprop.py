@@ -30,6 +30,7 @@ TILES = (
     Tile(128, 64, 32, 4, 1, 4, 1),
     Tile(64, 64, 32, 2, 2, 4, 1),
     Tile(128, 32, 32, 4, 1, 4, 1),
+    Tile(64, 16, 64, 4, 1, 4, 1),
     Tile(64, 16, 64, 2, 1, 4, 1),
 )
 # By what is copied at once: an even number of channels, an odd one.
@@ -80,7 +81,7 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     costs = {}
     for tile in TILES_OF[vec]:
         shared_bytes = _shared_bytes(tile)
-        if shared_bytes <= device.shared_bytes_per_block:
+        if shared_bytes <= device.shared_bytes_per_block and _fits(tile, sizes.conv.pool is not None):
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
             pieces = Pieces(gathers(tile.bm + tile.bn, tile.bk, vec), vec == 1, vector(sizes.filters) < CHUNK)
             costs[tile] = cycles(tile, blocks, _stages(sizes, tile), pieces, shared_bytes, device)
@@ -107,7 +108,8 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
     for pooled in (False, True):
-        yield from (_kernel(tile, vec, pooled) for vec, tiles in TILES_OF.items() for tile in tiles)
+        for vec, tiles in TILES_OF.items():
+            yield from (_kernel(tile, vec, pooled) for tile in tiles if _fits(tile, pooled))
 
 
 def _sizes(call: Call) -> tuple[ConvFprop, Grouped]:
@@ -119,6 +121,11 @@ def _sizes(call: Call) -> tuple[ConvFprop, Grouped]:
 
 def _kernel(tile: Tile, vec: int, pooled: bool) -> Kernel:
     return Kernel(SOURCE, "conv_mma_fprop", (*tile.defines, ("VEC", vec), ("POOL", int(pooled))))
+
+
+def _fits(tile: Tile, pooled: bool) -> bool:
+    """Whether a warp has whole windows."""
+    return not pooled or tile.bm // tile.warps_m % POOLED_ROWS == 0
 
 
 def _shared_bytes(tile: Tile) -> int:

@@ -160,7 +160,7 @@ def _costs(op: ConvWgrad, sizes: Grouped, device: Device) -> dict[Variant, float
         shared_bytes = _shared_bytes(tile)
         if shared_bytes > device.shared_bytes_per_block:
             continue
-        pieces = Pieces(gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b), vec_b == 1)
+        pieces = Pieces(gathers(tile.bm, tile.bk, vec_a, True) + gathers(tile.bn, tile.bk, vec_b, True), vec_b == 1)
         blocks = ceil(sizes.filters / tile.bm) * ceil(sizes.depth / tile.bn) * sizes.groups
         steps = max(1, ceil(sizes.conv.rows / tile.bk))
         resident = tile.resident(shared_bytes, device)

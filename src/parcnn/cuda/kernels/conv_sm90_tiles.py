@@ -291,7 +291,7 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
         each = _taps_of_tiles(sizes, variant)
         taps = sum(each) / len(each)
     steps = rounds * ceil(sizes.c / tile.cb) * taps
-    result = 2.25 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * steps * work.k_rounds
+    result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * steps * work.k_rounds
     if sizes.c < 64:
         pixels = steps / _taps_per_load(sizes, variant) * tile.pitch * tile.rows * variant.tile[2]
         filters = ceil(sizes.c / tile.cb) * sizes.r * sizes.s if variant.resident else steps
