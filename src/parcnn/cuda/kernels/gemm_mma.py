@@ -7,7 +7,7 @@ from math import ceil
 
 import numpy as np
 
-from parcnn.cuda.kernels.conv_mma import Pieces, Tile, cycles
+from parcnn.cuda.kernels.conv_mma import Pieces, Tile, cycles, gathers
 from parcnn.cuda.kernels.gemm import TRANSPOSES, group, refuse, rows_are_multiples, sizes_of, tiles_of
 from parcnn.cuda.launch import Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
@@ -80,5 +80,5 @@ def _cycles(op: MatMul, tile: Tile, sizes: Sequence[tuple[int, int, int]], width
     """An estimate, as if all tiles had the longest product's reduction."""
     blocks = sum(tiles_of(op, m, n, tile.bm, tile.bn) for m, n, _ in sizes)
     steps = max(ceil(k / tile.bk) for _, _, k in sizes)
-    pieces = Pieces((tile.bm + tile.bn) * tile.bk, in_registers=True) if width == 1 else Pieces()
+    pieces = Pieces(gathers(tile.bm + tile.bn, tile.bk, width, has_places=True), in_registers=width == 1)
     return cycles(tile, blocks, max(1, steps), pieces, tile.ring_bytes, device)
