@@ -280,10 +280,10 @@ def _costs(op: Op, sizes: Sizes, device: Device) -> dict[Variant, float]:
         units = variant.units_w * variant.units_h
         fills: float = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) * FILL_CYCLES
         if isinstance(op, ConvWgrad):  # copies run beside products
-            fills += 2 * UNIT_COLUMNS * units * filters / 32 + 50 * sizes.patch_rows(variant)
+            fills += 2 * UNIT_COLUMNS * units * filters / 32 + 100 * sizes.patch_rows(variant)
             step = 60 + 8 * filters / 16 * (sizes.runs + 2)
             work = ceil(2 * variant.units_h / _groups(op, sizes)) * (100 + variant.units_w * step)
-            tile = 3500 + max(fills, work)
+            tile = 2500 + max(fills, work)
         else:
             work = ceil(units / WARPS) * (600 + sizes.r * sizes.runs * (30 + 5 * filters))
             tile = 1500 + fills + work
