@@ -141,6 +141,7 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
         prefetch(x), prefetch(dy);
     }
     __syncthreads();
+    await_predecessors();
     float *dw_out = partial ? partial + (u64)(item.split / CLUSTER) * g.row_size : dw;
     const u32 dy_offset = X_CHUNKS * g.x_chunk_bytes;
     Ring ring;
@@ -243,6 +244,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const int e = (blockIdx.x * blockDim.x + threadIdx.x) * 4, each = (splits + blockDim.y - 1) / blockDim.y;
     const int first = threadIdx.y * each, last = min(splits, first + each);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    await_predecessors();
     if (e < row_size) {
 #pragma unroll 8
         for (int split = first; split < last; ++split) {
