@@ -55,8 +55,8 @@ def is_muon(call: Call) -> bool:
     return isinstance(call.op, MuonDirection | MatMul | MuonUpdate)
 
 
-def ours(executor: CudaExecutor, filters: Filters, optimizer: Muon, precision: str) -> tuple[StepTiming, int]:
-    """Time of the update, and its number of calls."""
+def time_update(executor: CudaExecutor, filters: Filters, optimizer: Muon, precision: str) -> tuple[StepTiming, int]:
+    """Time of our update, and its number of calls."""
     model = Stack(filters)
     plan = outline(
         model, mode="train", batch=2, sample=(filters[0][0], 4, 4), executor=executor, loss=nn.CrossEntropyLoss(),
@@ -124,18 +124,25 @@ def time_replays(replay: Callable[[], None]) -> float:
 def measure(
     executor: CudaExecutor, networks: Sequence[str], peers: Sequence[str], say: Callable[[str], None]
 ) -> list[Row]:
-    """Rows of each network, precision and peer."""
+    """Rows of each network and precision; PyTorch's iteration is in bf16."""
     machine, rows = Machine.of(executor), []
     for name in networks:
         filters, optimizer = NETWORKS[name], Muon(exclude=("head.weight",))
-        timings = {precision: ours(executor, filters, optimizer, precision) for precision in ("bf16", "fp32")}
-        for precision, (timing, calls) in timings.items():
+        ours_us = {}
+        for precision in ("bf16", "fp32"):
+            timing, calls = time_update(executor, filters, optimizer, precision)
+            ours_us[precision] = timing
             say(f"{name:18}{'parcnn ' + precision:22}{timing.p50_us:9.1f} us {calls:4} calls")
+        theirs = {}
         for peer in peers:
-            theirs = time_replays(torch_update(filters, optimizer, peer == "torch_compile"))
-            say(f"{name:18}{peer:22}{theirs:9.1f} us {theirs / timings['bf16'][0].p50_us:8.2f}x")
-            timing = timings["bf16"][0]
-            rows.append(machine.row("muon", name, "bf16", timing, peer=peer, peer_p50_us=theirs))
+            theirs[peer] = time_replays(torch_update(filters, optimizer, peer == "torch_compile"))
+            say(f"{name:18}{peer:22}{theirs[peer]:9.1f} us {theirs[peer] / ours_us['bf16'].p50_us:8.2f}x")
+        best = min(theirs, key=theirs.__getitem__, default=None)
+        peer_us = theirs[best] if best else None
+        rows += [
+            machine.row("muon", name, "bf16", ours_us["bf16"], peer=best, peer_p50_us=peer_us, peers_us=theirs),
+            machine.row("muon", name, "fp32", ours_us["fp32"]),
+        ]
     return rows
 
 

@@ -53,6 +53,17 @@ def test_ablation_is_against_all_on_of_the_same_machine() -> None:
     assert lines["NVIDIA H200", "graph off"] == ("400 µs", "8.00×", "2.00 MiB", "1.00×")
 
 
+def test_muon_against_each_peer() -> None:
+    rows = [
+        Row("muon", "cifarnet", "bf16", p50_us=100.0, extra={"peers_us": {"torch_eager": 600.0}}),
+        Row("muon", "cifarnet", "fp32", p50_us=900.0),
+    ]
+    assert tables.TABLES["muon"](rows).lines == [
+        ("cifarnet", "bf16", "100 µs", "600 µs (6.00×)", "–"),
+        ("cifarnet", "fp32", "900 µs", "–", "–"),
+    ]
+
+
 def test_the_other_tables() -> None:
     rows = [
         Row("step", "lenet5, batch 64", "cuda", p50_us=50.0, peer="torch 2, graph", peer_p50_us=60.0, gpu="H200",

@@ -332,6 +332,18 @@ def _depthwise(rows: Sequence[Row]) -> Table:
     return Table(columns, lines, labels=2)
 
 
+def _muon(rows: Sequence[Row]) -> Table:
+    lines = []
+    for row in select(rows, "muon"):
+        peers = row.extra.get("peers_us") or {}
+        named = [
+            f"{duration(peers[peer])} ({ratio(peers[peer], row.p50_us)})" if peer in peers else NONE
+            for peer in BLOCK_PEERS
+        ]
+        lines.append((row.problem, row.variant, duration(row.p50_us), *named))
+    return Table(("filters of", "products in", "parcnn", "PyTorch", "torch.compile"), lines, labels=2)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "speedup": _speedup,
     "agreement": _agreement,
@@ -345,6 +357,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "conv-fp32": _conv("conv fp32"),
     "conv-depthwise": _depthwise,
     "conv-summary": _conv_summary,
+    "muon": _muon,
 }
 
 
