@@ -2,6 +2,7 @@
 
 VENV ?= .venv
 BENCH ?= speedup
+GPU_WORKERS ?= 12
 PYTEST_ARGS ?= -n auto
 
 ifdef PYTHON
@@ -52,14 +53,14 @@ bench:
 	$(SETUP) plots images
 	$(PY) -m parcnn bench $(BENCH)
 
-# Most GPU tests wait for their oracle on the CPU, so eight run side by side, with two threads each: BLAS would start one for
+# Most GPU tests wait for their oracle on the CPU, so several run side by side, with one thread each: BLAS would start one for
 # every core in each of them. Those of the runtime, some of which watch what overlaps with what, have the GPU alone. The record
 # is written only when every test passed and the figures could be taken.
 gpu-check:
 	$(SETUP) test
 	@$(PY) tools/gpu_record.py require
 	@mkdir -p runs/gpu-check
-	OMP_NUM_THREADS=2 OPENBLAS_NUM_THREADS=2 $(PY) -m pytest -m "gpu or torch" -n 8 --ignore=tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/kernels.xml
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -m "gpu or torch" -n $(GPU_WORKERS) --ignore=tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/kernels.xml
 	$(PY) -m pytest -m gpu tests/cuda/test_gpu_runtime.py --junitxml=runs/gpu-check/runtime.xml
 	$(PY) -m parcnn bench gpu-check --json runs/gpu-check/figures.json
 	$(PY) tools/gpu_record.py write --junit runs/gpu-check/kernels.xml runs/gpu-check/runtime.xml --figures runs/gpu-check/figures.json
