@@ -121,8 +121,8 @@ def test_convolutions_read_the_weights_as_they_are_now(cuda: CudaExecutor, optim
     dict(model.named_modules())["left"].requires_grad_(False)
     run = Trainer(model, optimizer, device=cuda, precision="bf16", batch_size=16)
     seen = []
-    for _ in range(2):
-        run.fit(some, 1)
+    for epochs in (1, 2):
+        run.fit(some, epochs)
         state = run.model.state_dict()
         seen.append((state, run.predict(images)))
         fresh = Trainer(mixed(), optimizer, device=cuda, precision="bf16", batch_size=16)

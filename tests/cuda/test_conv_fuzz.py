@@ -23,7 +23,7 @@ from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT
 from tests.cuda import conv_problems
 from tests.cuda.conv_problems import Problem
 
-SHARDS, EXAMPLES, LEAST = 20, 130, 102  # some are drawn twice: more than 2,000 different problems
+SHARDS, EXAMPLES, LEAST = 20, 145, 102  # some are drawn twice: more than 2,000 different problems
 MOST_FLOPS = 6e7  # of a problem: the oracle takes some milliseconds
 POOLS, PRECISIONS = (None, None, "max", "avg"), ("bf16", "bf16", "f32")
 CHANNELS = st.one_of(st.integers(1, 40), st.integers(1, 20).map(lambda eighths: 8 * eighths))
