@@ -114,16 +114,25 @@ def on_cpu(op: Any, operands: Arrays) -> Arrays:
     ]
 
 
-def check_exact(executor: Executor, op: Op, operands: Arrays, dtype: str) -> None:
-    """The oracle's bits, but for the sign of a zero."""
-    results = run_op(executor, op, tensors_of(op, operands, dtype))
-    for i, (got, wanted) in enumerate(zip(results, on_cpu(op, operands), strict=True)):
+def check_exact(
+    executor: Executor,
+    op: Op,
+    operands: Arrays,
+    dtype: str,
+    true: Arrays | None = None,
+    where: object = "",
+    alias: tuple[tuple[int, int], ...] = (),
+) -> None:
+    """The oracle's bits, but for the sign of a zero. `true`: what the oracle gave, where that is known."""
+    results = run_op(executor, op, tensors_of(op, operands, dtype), alias=alias)
+    true = on_cpu(op, operands) if true is None else true
+    for i, (got, wanted) in enumerate(zip(results, true, strict=True)):
         value, expected = got, wanted
         if got.dtype == np.uint16:
             value, expected = np.where(got == 0x8000, np.uint16(0), got), to_bits(wanted + 0.0)
         wrong = np.argwhere(value != expected)
         assert not wrong.size, (
-            f"{op} output {i}: {len(wrong)} of {got.size} differ, first at {wrong[0]}: "
+            f"{where} {op} output {i}: {len(wrong)} of {got.size} differ, first at {wrong[0]}: "
             f"{value[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
@@ -30,7 +29,9 @@ from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Executor, Slot
 from tests import reference
-from tests.cuda.bf16 import from_bits, to_bits
+from tests.cuda import conv_problems
+from tests.cuda.bf16 import to_bits
+from tests.cuda.conv_problems import Arrays, Problem, normal, on_cpu, tensors_of, ternary
 from tests.cuda.host_emulation import runner
 from tests.op_runner import run_op
 
@@ -43,61 +44,7 @@ LAUNCHERS = tuple(FAMILIES.values())
 H200 = Device("H200", "sm_90a", 132)
 KINDS = ("fprop", "dgrad", "wgrad")
 POOLS = (None, "max", "avg")
-Arrays = list[np.ndarray]
 MakeExecutor = Callable[[Sequence[Launcher]], Executor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    r: int = 3
-    s: int = 3
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
-    stride: tuple[int, int] = (1, 1)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
-
-    def op(self, kind: str, pool: str | None = None, **more: Any) -> Any:
-        geometry = {
-            "stride": self.stride, "pad": self.pad, "dilation": self.dilation, "pool": pool, "groups": self.groups
-        }  # fmt: skip
-        if kind == "fprop":
-            return ConvFprop(**geometry, **more)
-        if kind == "dgrad":
-            return ConvDgrad(**geometry, image=(self.h, self.w), **more)
-        return ConvWgrad(**geometry, filter=(self.r, self.s), **more)
-
-    def has(self, pool: str | None) -> bool:
-        """Whether there are outputs, bytes of indices that one group alone has, and of a pool groups of several channels."""
-        p, q = self.op("fprop", pool).pooled_hw(self.h, self.w, self.r, self.s)
-        depthwise = self.groups == self.c > 1
-        shared_bytes = pool == "max" and self.groups > 1 and self.k // self.groups % 4
-        return p > 0 and q > 0 and not shared_bytes and not (pool and depthwise)
-
-    def operands(self, op: Any, tensor: Callable[..., np.ndarray], random: np.random.Generator) -> Arrays:
-        """Operands as floats that bf16 has (a bias: that f32 has)."""
-        x, w = (self.n, self.h, self.w, self.c), (self.k, self.r, self.s, self.c // self.groups)
-        dy = (self.n, *op.pooled_hw(self.h, self.w, self.r, self.s), self.k)
-        idx = [random.integers(0, 4, dy).astype(np.uint8)] if op.pool == "max" else []
-        if isinstance(op, ConvFprop):
-            return [tensor(*x), tensor(*w), *([8 * tensor(self.k)] if op.bias else [])]
-        if isinstance(op, ConvDgrad):
-            saved = [np.clip(tensor(*x), 0 if op.act in ("relu", "sigmoid") else -1, 1)] if op.act else []
-            return [tensor(*dy), tensor(*w), *idx, *saved, *([tensor(*x)] if op.add else [])]
-        return [tensor(*x), tensor(*dy), *idx]
-
-
-def ternary(random: np.random.Generator) -> Callable[..., np.ndarray]:
-    """-4, 0, 4: quarters of their products are integers too, and few sums reach 256 where bf16 leaves integers out."""
-    return lambda *shape: 4.0 * random.integers(-1, 2, shape)
-
-
-def normal(random: np.random.Generator) -> Callable[..., np.ndarray]:
-    return lambda *shape: from_bits(to_bits(random.standard_normal(shape)))
 
 
 def random_of(*parts: object) -> np.random.Generator:
@@ -106,27 +53,7 @@ def random_of(*parts: object) -> np.random.Generator:
 
 def bits_of(op: Op, operands: Arrays) -> Arrays:
     """Operands as the device takes them."""
-    bias_at = 2 if isinstance(op, ConvFprop) else None
-    return [
-        a if a.dtype == np.uint8 else a.astype(np.float32) if i == bias_at else to_bits(a)
-        for i, a in enumerate(operands)
-    ]
-
-
-def on_cpu(op: Any, operands: Arrays) -> Arrays:
-    """The float64 oracle, group by group."""
-    executor, single = CpuExecutor(threads=1), replace(op, groups=1)
-    joined_at_front = {0, 1} if isinstance(op, ConvWgrad) else set()  # filters come first in dw and db
-    split_at_front = {1, 2} if isinstance(op, ConvFprop) else {1} if isinstance(op, ConvDgrad) else set()
-    parts = []
-    for group in range(op.groups):
-        own = [np.split(a, op.groups, 0 if i in split_at_front else -1)[group] for i, a in enumerate(operands)]
-        own = [np.ascontiguousarray(a if a.dtype == np.uint8 else a.astype(np.float64)) for a in own]
-        parts.append(run_op(executor, single, own))
-    executor.close()
-    return [
-        np.concatenate([part[i] for part in parts], 0 if i in joined_at_front else -1) for i in range(len(parts[0]))
-    ]
+    return tensors_of(op, operands, "bf16")
 
 
 def call_of(op: Op, operands: Arrays) -> Call:
@@ -148,15 +75,7 @@ def call_on(op: Op, inputs: tuple[Spec, ...], device: Device = H200) -> Call:
 def check_exact(
     executor: Executor, op: Op, operands: Arrays, true: Arrays, where: object = "", alias: tuple = ()
 ) -> None:
-    for i, (got, wanted) in enumerate(zip(run_op(executor, op, bits_of(op, operands), alias=alias), true, strict=True)):
-        value, expected = got, wanted
-        if got.dtype == np.uint16:
-            value, expected = np.where(got == 0x8000, np.uint16(0), got), to_bits(wanted + 0.0)
-        wrong = np.argwhere(value != expected)
-        assert not wrong.size, (
-            f"{where} {op} output {i}: {len(wrong)} of {got.size} differ, first at {wrong[0]}: "
-            f"{value[tuple(wrong[0])]}, not {expected[tuple(wrong[0])]}"
-        )
+    conv_problems.check_exact(executor, op, operands, "bf16", true, where, alias)
 
 
 SAME = (1, 1, 1, 1)
@@ -277,32 +196,7 @@ def test_derivatives(make: MakeExecutor, name: str, act: str) -> None:
 
 
 def check_close(executor: Executor, op: Any, operands: Arrays) -> None:
-    """Slopes of activations are at most 1.2 and they err by 2**-20; a pooled value errs as the worst of its window."""
-    before, plain = op, operands
-    if isinstance(op, ConvFprop):
-        before = replace(op, pool=None, act=None)
-    elif isinstance(op, ConvDgrad) and op.act:
-        before, plain = replace(op, act=None), [a for i, a in enumerate(operands) if i != 2 + (op.pool == "max")]
-    magnitude = on_cpu(before, [a if a.dtype == np.uint8 else np.abs(a) for a in plain])[0]
-    got, *index = run_op(executor, op, bits_of(op, operands))
-    true = on_cpu(op, operands)[0]
-    value = from_bits(got) if got.dtype == np.uint16 else got
-    if isinstance(op, ConvFprop) and op.pool:
-        magnitude = windows_of(magnitude, true.shape).max(-1)
-    rounding = 2.0**-8 * np.abs(true) + 2.0**-20 if got.dtype == np.uint16 else 0
-    assert np.isfinite(value).all()
-    slack = rounding + 1.2 * 2.0**-19 * magnitude
-    assert (np.abs(value - true) <= slack).all(), f"{op}: {np.abs(value - true).max():.3g}"
-    if index:
-        full_size = windows_of(on_cpu(replace(op, pool=None), operands)[0], true.shape)
-        winner = np.take_along_axis(full_size, index[0][..., None].astype(int), -1)[..., 0]
-        assert (winner >= full_size.max(-1) - 2 * slack - 2.0**-8 * np.abs(true)).all()
-
-
-def windows_of(y: np.ndarray, pooled: tuple[int, ...]) -> np.ndarray:
-    """(N,P,Q,K,4) of (N,2P,2Q,K)."""
-    n, p, q, k = pooled
-    return y[:, : 2 * p, : 2 * q].reshape(n, p, 2, q, 2, k).transpose(0, 1, 3, 5, 2, 4).reshape(n, p, q, k, 4)
+    conv_problems.check_close(executor, op, operands, "bf16")
 
 
 @pytest.mark.parametrize("name", ["lenet conv 1", "24 channels"])
