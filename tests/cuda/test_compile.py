@@ -10,8 +10,6 @@ from parcnn.cuda.kernels import REGISTRY
 from parcnn.cuda.launch import Kernel
 
 REGISTERS_PER_SM = 65536
-# Bytes of a frame that a kernel may have: of its forms, the one that spills a little was measured to be the fastest.
-FRAME_BYTES = {"conv_depthwise_sm90_fprop": 32, "conv_depthwise_sm90_dgrad": 32}
 
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
@@ -29,8 +27,8 @@ def test_nothing_spills_on_hopper() -> None:
     """A stack frame is registers that spilled, or an array that the compiler could not keep in registers."""
     kernels = REGISTRY.on("sm_90a").variants()
     cubins = Compiler("sm_90a", REGISTRY.folder, default_cache()).compile(kernels)
-    frames = {kernel: cubins[kernel].kernels[kernel.entry].frame_bytes for kernel in kernels}
-    assert {k.label: nbytes for k, nbytes in frames.items() if nbytes > FRAME_BYTES.get(k.entry, 0)} == {}
+    frames = {kernel.label: cubins[kernel].kernels[kernel.entry].frame_bytes for kernel in kernels}
+    assert {label: nbytes for label, nbytes in frames.items() if nbytes} == {}
 
 
 def test_variants_are_listed_once() -> None:
