@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import exp, log
+from statistics import geometric_mean
 from typing import Any
 
 from parcnn import models, nn
@@ -123,9 +123,7 @@ def run(
                 found.append((ratio, subject.problem["shape"], after_pause))
         yield rows
     for (direction, peer), found in ratios.items():
-        mean, rested = (
-            exp(sum(map(log, every)) / len(found)) for every in ([f[0] for f in found], [f[2] for f in found])
-        )
+        mean, rested = geometric_mean(f[0] for f in found), geometric_mean(f[2] for f in found)
         worst, shape, _ = min(found)
         say(
             f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(found)}; {rested:.2f}x after pauses), "

@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, log
 from pathlib import Path
+from statistics import geometric_mean
 
 from parcnn.bench.layer import CONV, FUSED
 from parcnn.bench.rows import Row, latest
@@ -230,11 +230,6 @@ def _ratios(rows: Sequence[Row]) -> tuple[str, str]:
     """Geometric mean and least of how much faster rows are than their peers."""
     found = [ratio for row in rows if (ratio := _faster(row))]
     return (times(geometric_mean(found)), times(min(found))) if found else (NONE, NONE)
-
-
-def geometric_mean(factors: Sequence[float]) -> float:
-    """Of positive numbers."""
-    return exp(sum(map(log, factors)) / len(factors))
 
 
 def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:

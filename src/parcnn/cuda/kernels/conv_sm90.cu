@@ -2,7 +2,8 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// Pool is none, the 2x2 maximum with 2-bit indices, or (no idx, tile_w = 8) the 2x2 mean. ReLU is applied to rounded values, others go before the rounding.
+// pool is none, the 2x2 maximum with 2-bit indices, or (no idx, tile_w = 8) the 2x2 mean. ReLU is applied to rounded values,
+// other activations go before the rounding.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
 // class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
