@@ -124,6 +124,22 @@ def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pyte
     assert len(read(home / "layers.jsonl")) == 7 + 2
 
 
+def test_a_stopped_run_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ("bench", "layers", "--no-pauses", "--out", home)
+    succeed(*layer, "--only", "3,8,5")
+    first = read(home / "layers.jsonl")
+    assert [row.extra["rested_us"] for row in first] == [None, None]
+    succeed(*layer, "--resume")
+    rows = read(home / "layers.jsonl")
+    assert rows[:2] == first
+    assert len({json.dumps(row.problem) for row in rows}) == len(rows) == 5, "each is measured once"
+    succeed(*layer, "--resume", "--portable")
+    assert len(read(home / "layers.jsonl")) == 5 + 5, "other kernels are another measurement"
+    monkeypatch.setenv("GIT_COMMIT", "another")
+    succeed(*layer, "--resume", "--directions", "dgrad")
+    assert len(read(home / "layers.jsonl")) == 10 + 1, "and so are other sources"
+
+
 def test_a_models_own_convolutions_are_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeated, "MOST_CALLS", 4)
     succeed("bench", "layers", "--model", "lenet5", "--batch", "7", "--precision", "fp32", "--out", home)

@@ -6,6 +6,7 @@ take turns, as ours do (`parcnn.bench.repeated`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,15 +44,22 @@ class TorchLayer:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self.layer, self.sets, self.turns = layer, sets, turns
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        self._dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        self.x = self._random(layer.n, layer.c, layer.h, layer.w)
+        self.w = self._random(layer.k, layer.c // layer.groups, layer.r, layer.r)
+        self.b = [torch.randn(layer.k, device="cuda", dtype=self._dtype) for _ in range(sets)]
 
-        def images(*shape: int) -> list[Any]:
-            drawn = (torch.randn(*shape, device="cuda", dtype=dtype) for _ in range(sets))
-            return [each.to(memory_format=torch.channels_last) for each in drawn]
+    def _random(self, *shape: int) -> list[Any]:
+        """A tensor for each set, channels last."""
+        import torch
 
-        self.x = images(layer.n, layer.c, layer.h, layer.w)
-        self.w = images(layer.k, layer.c // layer.groups, layer.r, layer.r)
-        self.b = [torch.randn(layer.k, device="cuda", dtype=dtype) for _ in range(sets)]
+        drawn = (torch.randn(*shape, device="cuda", dtype=self._dtype) for _ in range(self.sets))
+        return [each.to(memory_format=torch.channels_last) for each in drawn]
+
+    @functools.cached_property
+    def dy(self) -> list[Any]:
+        """Gradients of the convolution's output."""
+        return self._random(self.layer.n, self.layer.k, *self.layer.outputs)
 
     def convolution(self, direction: str, choice: str = "benchmark") -> Peer:
         """cuDNN's 'fprop', 'dgrad' or 'wgrad', by the algorithm that its 'benchmark' or its 'heuristic' chooses."""
@@ -71,13 +79,10 @@ class TorchLayer:
         plain = {"stride": layer.stride, "padding": layer.pad, "groups": layer.groups}
         if direction == "fprop":
             return Peer(self._graph(lambda i: functional.conv2d(self.x[i], self.w[i], None, **plain)))
-        with torch.no_grad():
-            dy = [torch.randn_like(functional.conv2d(x, w, None, **plain)) for x, w in zip(self.x, self.w, strict=True)]
         wanted = [direction == "dgrad", direction == "wgrad", False]
         sizes = [[layer.stride] * 2, [layer.pad] * 2, [1, 1], False, [0, 0], layer.groups, wanted]
-        return Peer(
-            self._graph(lambda i: torch.ops.aten.convolution_backward(dy[i], self.x[i], self.w[i], None, *sizes))
-        )
+        backward = torch.ops.aten.convolution_backward
+        return Peer(self._graph(lambda i: backward(self.dy[i], self.x[i], self.w[i], None, *sizes)))
 
     def block(self, direction: str, mode: str) -> Peer:
         """Bias + convolution + ReLU + 2x2 max-pool, 'fused_pool_fwd' or 'fused_pool_train', 'eager' or of COMPILE_MODES."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from statistics import geometric_mean
 from typing import Any
 
@@ -101,34 +102,46 @@ def run(
     precision: str = "bf16",
     peers: bool = True,
     compiled: Sequence[str] = ("default",),
+    pauses: bool = True,
+    earlier: Sequence[Row] = (),
 ) -> Iterator[list[Row]]:
     """Rows of each subject as they are measured: one for each peer, or one without. Times are those under load without a
-    pause; `rested_us` and `peer_rested_us` are single graphs after a pause each.
+    pause; `rested_us` and `peer_rested_us`, with `pauses`, are single graphs after a pause each.
 
     peers: PyTorch in the same run, where it is installed and has the GPU; cuDNN's convolution alone, also where ours does
     more in the same kernel. compiled: modes of torch.compile (`conv_peers.COMPILE_MODES`), the best of which the fused
-    block's row has. At the end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
+    block's row has. earlier: subjects that these rows measured, of the same sources, GPU and tables, are left out. At the
+    end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
     """
     peers = peers and has_torch_on_gpu()
-    machine, roof = Machine.of(executor), Roofline.of(executor.device.name, precision, executor)
+    machine = Machine.of(executor)
+    same = (bench, machine.gpu, machine.commit, executor.tuning_digest, peers)
+    kept = [r for r in earlier if (r.bench, r.gpu, r.commit, r.extra.get("tuning"), bool(r.peer)) == same]
+    subjects = [subject for subject in subjects if all(subject.problem != row.problem for row in kept)]
+    roof = Roofline.of(executor.device.name, precision, executor)
     executor.compile(kernel for subject in subjects for call in subject.calls for kernel in executor.kernels(call))
-    ratios: dict[tuple[str, str], list[tuple[float, str, float]]] = {}
     for subject in subjects:
-        rows = list(_measure(executor, subject, machine, roof, bench, precision, peers, compiled))
+        rows = list(_measure(executor, subject, machine, roof, bench, precision, peers, compiled, pauses))
         for row in rows:
             say(_line(subject, row))
-            if row.peer and row.peer_p50_us and row.p50_us:
-                ratio, after_pause = row.peer_p50_us / row.p50_us, row.extra["peer_rested_us"] / row.extra["rested_us"]
-                found = ratios.setdefault((subject.direction, row.peer), [])
-                found.append((ratio, subject.problem["shape"], after_pause))
+        kept += rows
         yield rows
-    for (direction, peer), found in ratios.items():
-        mean, rested = geometric_mean(f[0] for f in found), geometric_mean(f[2] for f in found)
-        worst, shape, _ = min(found)
-        say(
-            f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(found)}; {rested:.2f}x after pauses), "
-            f"worst {worst:.2f}x at {shape}"
-        )
+    for line in _summary(kept):
+        say(line)
+
+
+def _summary(rows: Sequence[Row]) -> Iterator[str]:
+    """How much faster than each peer in each direction: the mean, and the worst."""
+    found: dict[tuple[str, str], list[tuple[float, str, float | None]]] = {}
+    for row in rows:
+        if row.peer and (ratio := row.faster):
+            of_both = found.setdefault((row.problem["direction"], row.peer), [])
+            of_both.append((ratio, row.problem["shape"], row.faster_rested))
+    for (direction, peer), own in found.items():
+        mean, rested = geometric_mean(each[0] for each in own), [each[2] for each in own if each[2]]
+        after = f"; {geometric_mean(rested):.2f}x after pauses" if rested else ""
+        worst, shape, _ = min(own, key=itemgetter(0))
+        yield f"{direction}: {mean:.2f}x {peer} (geometric mean of {len(own)}{after}), worst {worst:.2f}x at {shape}"
 
 
 def _measure(
@@ -140,6 +153,7 @@ def _measure(
     precision: str,
     peers: bool,
     compiled: Sequence[str],
+    pauses: bool,
 ) -> Iterator[Row]:
     calls = subject.calls
     flops = sum(call.op.flops(call.input_specs, call.output_specs) for call in calls)
@@ -149,17 +163,18 @@ def _measure(
     theirs = _peers(subject, precision, ours, compiled) if peers and subject.layer else {}
     runs = [ours.run, *(peer.run for peer in theirs.values())]
     took, *others = [timing.of(ours.count) for timing in time_in_turn(runs, executor.synchronize)]
-    rested, *others_rested = [
-        timing.of(ours.count).p50_us
-        for timing in time_in_turn(runs, executor.synchronize, RESTED_REPEATS, 0.0, PAUSE_SECONDS)
-    ]
+    rested: list[float | None] = [None] * len(runs)
+    if pauses:
+        after_pauses = time_in_turn(runs, executor.synchronize, RESTED_REPEATS, 0.0, PAUSE_SECONDS)
+        rested = [timing.of(ours.count).p50_us for timing in after_pauses]
     ours.free()
     kernels = dict.fromkeys(kernel.label for call in calls for kernel in executor.kernels(call))
     choices = [executor.choices(call.op, call.input_specs, call.output_specs)[:1] for call in calls]
     best: dict[str | None, tuple[float | None, str | None, int | None]] = {}
     best_rested: dict[str | None, float] = {}
-    for ((key, mode), peer), timing, after_pause in zip(theirs.items(), others, others_rested, strict=True):
-        best_rested[key] = min(after_pause, best_rested.get(key, after_pause))
+    for ((key, mode), peer), timing, after_pause in zip(theirs.items(), others, rested[1:], strict=True):
+        if after_pause is not None:
+            best_rested[key] = min(after_pause, best_rested.get(key, after_pause))
         if key not in best or timing.p50_us < (best[key][0] or 0):
             best[key] = (timing.p50_us, mode, peer.kept_bytes)
     for name, (peer_us, peer_mode, peer_kept) in (best or {None: (None, None, None)}).items():
@@ -179,7 +194,7 @@ def _measure(
             copy_bytes_per_second=roof.bytes_per_second,
             choice=" + ".join(str(choice) for found in choices for choice in found),
             tuning=executor.tuning_digest,
-            rested_us=rested,
+            rested_us=rested[0],
             peer_rested_us=best_rested.get(name),
             peer_mode=peer_mode,
             kept_bytes=kept_bytes(calls) if subject.direction == "fused_pool_train" else None,
@@ -206,9 +221,9 @@ def _line(subject: Subject, row: Row) -> str:
     bound = row.extra["bound_us"]
     share = f"{bound / row.p50_us:5.0%} of the roofline" if bound and row.p50_us else ""
     against = ""
-    if row.peer and row.peer_p50_us and row.p50_us:
-        against = f", {row.peer} {row.peer_p50_us:9.1f} us, {row.peer_p50_us / row.p50_us:5.2f}x"
-        against += f" ({row.extra['peer_rested_us'] / row.extra['rested_us']:.2f}x rested)"
+    if row.peer and (ratio := row.faster):
+        against = f", {row.peer} {row.peer_p50_us:9.1f} us, {ratio:5.2f}x"
+        against += f" ({rested:.2f}x rested)" if (rested := row.faster_rested) else ""
     name = f"{subject.direction} {subject.problem['shape']}"
     return (
         f"  {name:<42}{row.p50_us:9.1f} us {row.extra['tflops']:6.1f} TFLOP/s {share}{against}  {row.extra['choice']}"

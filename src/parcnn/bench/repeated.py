@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ PROGRAM_US = 2000.0  # of a graph, at the least: launching it costs nothing besi
 FP32_FLOPS_PER_US, BF16_FLOPS_PER_US, BYTES_PER_US = 60e6, 800e6, 4e6  # a fast GPU's
 REPEAT_SECONDS = 0.01
 MOST_STEPS = 7  # of a repeat: one more, and the executor would capture eight in one graph
-_PATTERN_BYTES = 8 << 20
+_PATTERN_BYTES, _SHIFT_BYTES = 8 << 20, 4096  # random bytes that a tensor repeats; sets start so far apart in them
 
 
 class RepeatedCalls:
@@ -71,17 +72,17 @@ class RepeatedCalls:
         self._region.free()
 
     def _fill(self) -> None:
-        normal = np.random.default_rng(0).standard_normal(_PATTERN_BYTES // 4, np.float32)
-        bf16 = (np.resize(normal, _PATTERN_BYTES // 2).view(np.uint32) >> 16).astype(np.uint16)
-        bits = np.random.default_rng(1).integers(0, 256, _PATTERN_BYTES, np.uint8)
-        patterns = {"f32": normal.view(np.uint8), "bf16": bf16.view(np.uint8)}
+        staged: dict[str, np.ndarray] = {}  # in memory from which copies are fast: a layer may have gigabytes
         for slot in _read_first(self._calls):
-            pattern = patterns.get(slot.spec.dtype, bits)
+            kind = slot.spec.dtype if slot.spec.dtype in ("f32", "bf16") else "bits"
+            if kind not in staged:
+                staged[kind] = self._executor.pinned((_PATTERN_BYTES + MOST_SETS * _SHIFT_BYTES,), np.dtype(np.uint8))
+                staged[kind][:] = _pattern(kind)
             for i in range(self.sets):
-                shifted = np.roll(pattern, 4096 * i) if i else pattern
-                for first in range(0, slot.spec.nbytes, pattern.nbytes):
-                    count = min(pattern.nbytes, slot.spec.nbytes - first)
-                    self._region.write(shifted[:count], i * self._set_bytes + slot.offset + first)
+                for first in range(0, slot.spec.nbytes, _PATTERN_BYTES):
+                    count = min(_PATTERN_BYTES, slot.spec.nbytes - first)
+                    shifted = staged[kind][i * _SHIFT_BYTES :][:count]
+                    self._region.write(shifted, i * self._set_bytes + slot.offset + first)
 
 
 def time_in_turn(
@@ -126,6 +127,16 @@ def least_us(calls: Sequence[Call]) -> float:
     nbytes = sum(call.op.bytes(call.input_specs, call.output_specs) for call in calls)
     single = any(spec.dtype == "f32" for spec in calls[0].input_specs[:1])
     return max(flops / (FP32_FLOPS_PER_US if single else BF16_FLOPS_PER_US), nbytes / BYTES_PER_US, 2.0)
+
+
+@functools.cache
+def _pattern(kind: str) -> np.ndarray:
+    """Random bytes: 'f32' and 'bf16' standard normal numbers, else any 'bits'."""
+    nbytes = _PATTERN_BYTES + MOST_SETS * _SHIFT_BYTES
+    if kind == "bits":
+        return np.random.default_rng(1).integers(0, 256, nbytes, np.uint8)
+    normal = np.random.default_rng(0).standard_normal(nbytes // (4 if kind == "f32" else 2), np.float32)
+    return (normal if kind == "f32" else (normal.view(np.uint32) >> 16).astype(np.uint16)).view(np.uint8)
 
 
 def _placed(executor: Executor, calls: Sequence[Call], least_scratch: int) -> tuple[tuple[Call, ...], int]:

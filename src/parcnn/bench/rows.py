@@ -45,6 +45,17 @@ class Row:
         problem = self.problem if isinstance(self.problem, str) else json.dumps(self.problem, sort_keys=True)
         return self.bench, problem, self.variant, self.gpu or str(self.extra.get("cpu", ""))
 
+    @property
+    def faster(self) -> float | None:
+        """How many times as fast as the peer; None where either has no time."""
+        return self.peer_p50_us / self.p50_us if self.peer_p50_us and self.p50_us else None
+
+    @property
+    def faster_rested(self) -> float | None:
+        """The same, each timed after a pause."""
+        ours, theirs = self.extra.get("rested_us"), self.extra.get("peer_rested_us")
+        return theirs / ours if ours and theirs else None
+
 
 _FIELDS = {f.name for f in fields(Row)}
 _REQUIRED = {"bench", "problem", "variant"}

@@ -17,7 +17,7 @@ from parcnn.bench import memory as memory_bench
 from parcnn.bench import speedup as speedup_bench
 from parcnn.bench import step as step_bench
 from parcnn.bench.layer import CONV, DEPTHWISE, FUSED, LAYERS, random_layers
-from parcnn.bench.rows import Row, append, read_folder
+from parcnn.bench.rows import Row, append, read, read_folder
 from parcnn.cli.console import say
 from parcnn.cli.options import DataDir, Device, Threads
 from parcnn.cli.plan import image_shape
@@ -89,6 +89,10 @@ def layers(
     portable: Annotated[bool, typer.Option("--portable", help="Only kernels that run on every GPU.")] = False,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="PyTorch too, where it is installed.")] = True,
     max_autotune: Annotated[bool, typer.Option("--max-autotune", help="torch.compile's slowest mode too.")] = False,
+    pauses: Annotated[
+        bool, typer.Option("--pauses/--no-pauses", help="Also time single graphs after a rest each.")
+    ] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run of the same commit was stopped.")] = False,
     out: Out = RESULTS,
 ) -> None:
     """Convolution layers against cuDNN and the roofline; the block with bias, ReLU and max-pool against torch.compile."""
@@ -110,11 +114,20 @@ def layers(
     kind = "model" if model else "random" if random else "depthwise" if depthwise else ""
     bench = " ".join(filter(None, ["conv", kind, "portable" * portable, precision * (precision != "bf16")]))
     compiled = ("default", "max-autotune") if max_autotune else ("default",)
+    path = out / "layers.jsonl"
     for rows in layers_bench.run(
-        executor, subjects, say, bench=bench, precision=precision, peers=peers, compiled=compiled
+        executor,
+        subjects,
+        say,
+        bench=bench,
+        precision=precision,
+        peers=peers,
+        compiled=compiled,
+        pauses=pauses,
+        earlier=read(path) if resume and path.exists() else (),
     ):
-        append(out / "layers.jsonl", rows)
-    say(f"rows added to {out / 'layers.jsonl'}")
+        append(path, rows)
+    say(f"rows added to {path}")
 
 
 @app.command()

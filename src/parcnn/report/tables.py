@@ -205,17 +205,6 @@ def conv_rows(rows: Sequence[Row], bench: str, directions: Sequence[str]) -> lis
     return sorted(newest.values(), key=lambda row: directions.index(row.problem["direction"]))
 
 
-def _faster(row: Row) -> float | None:
-    """How many times as fast as the peer."""
-    return row.peer_p50_us / row.p50_us if row.peer_p50_us and row.p50_us else None
-
-
-def _faster_rested(row: Row) -> float | None:
-    """The same, each timed after a pause."""
-    ours, theirs = row.extra.get("rested_us"), row.extra.get("peer_rested_us")
-    return theirs / ours if ours and theirs else None
-
-
 def _share(row: Row) -> str:
     """How much of the time the roofline asks for."""
     bound = row.extra["bound_us"]
@@ -228,7 +217,7 @@ def _machines(rows: Sequence[Row]) -> str:
 
 def _ratios(rows: Sequence[Row]) -> tuple[str, str]:
     """Geometric mean and least of how much faster rows are than their peers."""
-    found = [ratio for row in rows if (ratio := _faster(row))]
+    found = [ratio for row in rows if (ratio := row.faster)]
     return (times(geometric_mean(found)), times(min(found))) if found else (NONE, NONE)
 
 
@@ -245,8 +234,8 @@ def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
                     row.problem["shape"],
                     duration(row.p50_us),
                     duration(row.peer_p50_us),
-                    times(_faster(row)),
-                    times(_faster_rested(row)),
+                    times(row.faster),
+                    times(row.faster_rested),
                     f"{row.extra['tflops']:,.0f}",
                     _share(row),
                 )
@@ -255,7 +244,7 @@ def _conv(bench: str) -> Callable[[Sequence[Row]], Table]:
             if own:
                 mean, worst = _ratios(own)
                 words = f"geometric mean of {sum(row.peer is not None for row in own)}, {_machines(own)}"
-                rested = [ratio for row in own if (ratio := _faster_rested(row))]
+                rested = [ratio for row in own if (ratio := row.faster_rested)]
                 after = times(geometric_mean(rested)) if rested else NONE
                 lines.append((direction, words, "", f"worst {worst}", mean, after, "", ""))
         columns = (
@@ -283,7 +272,7 @@ def _conv_fused(rows: Sequence[Row]) -> Table:
                     shape,
                     duration(ours.p50_us),
                     *(
-                        f"{duration(of[p].peer_p50_us)} ({times(_faster(of[p]))})" if p in of else NONE
+                        f"{duration(of[p].peer_p50_us)} ({times(of[p].faster)})" if p in of else NONE
                         for p in BLOCK_PEERS
                     ),
                     " / ".join(both) or NONE,
@@ -305,7 +294,7 @@ def _conv_summary(rows: Sequence[Row]) -> Table:
         for direction in CONV:
             own = [row for row in conv_rows(rows, bench, (direction,)) if row.peer]
             if own:
-                slowest = min(own, key=lambda row: _faster(row) or 0.0)
+                slowest = min(own, key=lambda row: row.faster or 0.0)
                 mean, worst = _ratios(own)
                 lines.append((bench, direction, str(len(own)), mean, worst, slowest.problem["shape"]))
     return Table(("layers", "direction", "problems", "geometric mean", "worst", "which"), lines, labels=2)
@@ -319,7 +308,7 @@ def _depthwise(rows: Sequence[Row]) -> Table:
             duration(row.p50_us),
             f"{row.extra['copy_share']:.0%}",
             duration(row.peer_p50_us),
-            times(_faster(row)),
+            times(row.faster),
         )
         for row in conv_rows(rows, "conv depthwise", CONV)
     ]
