@@ -72,6 +72,13 @@ def test_whatever_a_cubin_depends_on_makes_a_new_one(folder: Path, cache: Path) 
     must_compile("architecture", arch="sm_80")
     (folder / "shared.cuh").write_text("constexpr float scale = 5.f;\n")
     must_compile("header")
+    (folder / "shared.cuh").write_text('#include "inner.cuh"\nconstexpr float scale = inner;\n')
+    (folder / "inner.cuh").write_text("constexpr float inner = 6.f;\n")
+    must_compile("header of a header")
+    (folder / "inner.cuh").write_text("constexpr float inner = 7.f;\n")
+    must_compile("change in a header of a header")
+    (folder / "other.cuh").write_text("constexpr float other = 5.f;\n")
+    assert compile_once(folder, cache)[1] == 0, "a header that the source does not include"
     (folder / "store.cu").write_text(SOURCE.replace("VALUE *", "VALUE +"))
     must_compile("source")
 

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from parcnn.errors import KernelCompileError
 
 # A process takes about as long to start as NVRTC to compile one kernel.
 _KERNELS_PER_PROCESS = 2
+_INCLUDE = re.compile(rb'^\s*#\s*include\s*["<]([^">]+)[">]', re.MULTILINE)
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -51,7 +53,8 @@ def default_cache() -> Path:
 class Compiler:
     """Compiles the kernels of `folder` for one architecture ('sm_90a'); `cache` None: nothing is kept on disk.
 
-    Headers (`*.cuh`) are those of the folder; sources include them by name. Kernels of one source with the same macros
+    Headers (`*.cuh`) are those of the folder; sources include them by name, and are compiled again where one of those
+    changed. Kernels of one source with the same macros
     share a compilation. `compiled` counts the runs of NVRTC in this process.
     """
 
@@ -131,10 +134,20 @@ class Compiler:
     def _key(self, source: bytes, options: list[str]) -> str:
         """SHA-256 over all that a cubin depends on, each part with its length before it."""
         sha = hashlib.sha256()
-        headers = [part for name, text in self._headers.items() for part in (name.encode(), text)]
+        headers = [part for name in self._included(source) for part in (name.encode(), self._headers[name])]
         for part in (repr(self.nvrtc_version).encode(), *(o.encode() for o in options), source, *headers):
             sha.update(len(part).to_bytes(8, "little") + part)
         return sha.hexdigest()
+
+    def _included(self, source: bytes) -> list[str]:
+        """The headers that a source includes, or one of its headers does."""
+        found: set[str] = set()
+        texts = [source]
+        while texts:
+            names = {name.decode() for name in _INCLUDE.findall(texts.pop())} & self._headers.keys() - found
+            found |= names
+            texts += [self._headers[name] for name in names]
+        return sorted(found)
 
     def _run_nvrtc(self, kernel: Kernel, source: bytes, options: list[str]) -> bytes:
         names = [name.encode() for name in self._headers]
