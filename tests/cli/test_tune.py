@@ -141,7 +141,6 @@ def test_a_stopped_run_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_models_own_convolutions_are_measured(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeated, "MOST_CALLS", 4)
     succeed("bench", "layers", "--model", "lenet5", "--batch", "7", "--precision", "fp32", "--out", home)
     rows = read(home / "layers.jsonl")
     assert {row.bench for row in rows} == {"conv model fp32"}

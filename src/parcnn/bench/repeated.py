@@ -11,6 +11,7 @@ from math import ceil
 
 import numpy as np
 
+from parcnn.cuda.executor import STEPS_PER_GRAPH
 from parcnn.errors import ArgumentError
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Call, Executor, Program, Slot
@@ -20,11 +21,13 @@ from parcnn.plan.variable import align
 from parcnn.train.timing import StepTiming
 
 SETS_BYTES = 256 << 20  # tensors of all sets together: several times what a GPU's L2 holds
-FEWEST_SETS, MOST_SETS, MOST_CALLS = 2, 16, 256
-PROGRAM_US = 2000.0  # of a graph, at the least: launching it costs nothing beside it
+FEWEST_SETS, MOST_SETS = 2, 16
+GRAPH_US = (
+    2000.0  # calls of all sets that surely take less are captured several times in one graph: launching it takes time
+)
 FP32_FLOPS_PER_US, BF16_FLOPS_PER_US, BYTES_PER_US = 60e6, 800e6, 4e6  # a fast GPU's
 REPEAT_SECONDS = 0.01
-MOST_STEPS = 7  # of a repeat: one more, and the executor would capture eight in one graph
+MOST_STEPS = 7  # of a repeat: one more, and the executor would capture long ones, too, several times in one graph
 _PATTERN_BYTES, _SHIFT_BYTES = 8 << 20, 4096  # random bytes that a tensor repeats; sets start so far apart in them
 
 
@@ -41,15 +44,14 @@ class RepeatedCalls:
         self._executor, self._scratch_bytes = executor, scratch_bytes
         self._calls, self._set_bytes = _placed(executor, calls, scratch_bytes)
         self.sets = max(FEWEST_SETS, min(MOST_SETS, ceil(SETS_BYTES / self._set_bytes)))
-        longest = MOST_CALLS // (self.sets * len(calls))
-        self.turns = max(1, min(longest, ceil(PROGRAM_US / least_us(calls) / self.sets)))
+        self.turns = STEPS_PER_GRAPH if self.sets * least_us(calls) < GRAPH_US else 1
         self._region = executor.region("arena", self.sets * self._set_bytes)
         self._fill()
         self.run = self.load()
 
     @property
     def count(self) -> int:
-        """Sets that a step runs, one after the other, in one graph."""
+        """Sets that a step runs, one after the other: each of them `turns` times."""
         return self.turns * self.sets
 
     def load(self) -> Callable[[int], None]:
@@ -62,10 +64,11 @@ class RepeatedCalls:
                 expected=f"at most {self._set_bytes:,} bytes a set",
                 got=f"{set_bytes:,}",
             )
-        repeated = tuple(_in_turn(own, [i % self.sets * self._set_bytes for i in range(self.count)]))
+        repeated = tuple(_in_turn(own, [i * self._set_bytes for i in range(self.sets)]))
         streams = 1 + max(call.stream for call in own)
         program = Program(own[0].op.name, repeated, {"arena": self._region.nbytes}, streams)
-        return self._executor.load(program, {"arena": self._region}).run
+        loaded = self._executor.load(program, {"arena": self._region})
+        return lambda steps: loaded.run(steps * self.turns)
 
     def free(self) -> None:
         """Give the memory back."""
