@@ -68,7 +68,7 @@ def test_the_best_variants_go_into_the_users_table(home: Path, monkeypatch: pyte
     path = home / "parcnn" / "tuned" / "sm_90a-132.json"
     found = Measured("conv_fprop f32[1]", Choice("conv_fprop", "a"), 30.0, Choice("conv_fprop", "b"), 20.0, 5)
     same = Measured("conv_wgrad f32[1]", Choice("conv_wgrad", "a"), 30.0, Choice("conv_wgrad", "a"), 30.0, 5)
-    monkeypatch.setattr(tune_bench, "run", lambda executor, calls, say: iter([found, same]))
+    monkeypatch.setattr(tune_bench, "run", lambda executor, calls, say, most: iter([found, same]))
     output = succeed("tune", "layers", "--precision", "fp32")
     assert "1.50×" in output
     assert "1 of 2 problems" in output
@@ -78,7 +78,7 @@ def test_the_best_variants_go_into_the_users_table(home: Path, monkeypatch: pyte
 
 
 def test_a_models_problems_are_those_of_its_training_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(executor: CudaExecutor, calls: list[Call], say: object) -> Iterator[Measured]:
+    def run(executor: CudaExecutor, calls: list[Call], say: object, most: object) -> Iterator[Measured]:
         for call in calls:
             first, *_, last = executor.choices(call.op, call.input_specs, call.output_specs)
             yield Measured(problem_key(call.op, call.input_specs), first, 3.0, last, 2.0, 9)
@@ -89,6 +89,50 @@ def test_a_models_problems_are_those_of_its_training_step(home: Path, monkeypatc
     choices = json.loads((home / "own.json").read_text())["choices"]
     assert "conv_fprop pad=(2, 2, 2, 2) pool='max' bias=True act='relu' f32[5,28,28,1] f32[6,5,5,1] f32[6]" in choices
     assert not (home / "parcnn").exists(), "the user's own table is left alone"
+
+
+def test_tables_that_ship_are_up_to_date() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    succeed("tune", "shipped", "--check")
+
+
+def test_a_shipped_table_that_is_out_of_date_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_bench, "LAYERS", SMALL[:1])
+    monkeypatch.setattr(tune_bench, "SHIPPED_STEPS", (("lenet5", 2, (1, 28, 28)),))
+    monkeypatch.setattr(tuning, "SHIPPED", home)
+    monkeypatch.setattr("parcnn.cuda.executor.CudaExecutor", GPU)  # needs no device to check
+    device = GPU.null().device
+    good = "conv_fprop pad=(1, 1, 1, 1) bf16[4,9,7,8] bf16[16,3,3,8]"
+    bias = "conv_fprop pad=(2, 2, 2, 2) pool='max' bias=True act='relu' bf16[2,28,28,1] bf16[6,5,5,1] f32[6]"
+    known = {good: Choice("conv_mma_fprop", "64x64x64/2x2/3"), bias: Choice("conv_mma_fprop", "128x64x32/4x1/3 flat")}
+    tuning.write(home / "sm_90a-132.json", device, known)
+    succeed("tune", "shipped", "--check")
+    tuning.write(
+        home / "sm_90a-132.json", device, {**known, good: Choice("conv_mma_fprop", "1x1"), "conv_fprop": known[good]}
+    )
+    result = CliRunner().invoke(app, ["tune", "shipped", "--check"])
+    assert result.exit_code == 1
+    assert f"{good}: there is no variant 'conv_mma_fprop: 1x1'" in result.output
+    assert "sm_90a-132.json: conv_fprop: not a problem" in result.output
+    assert len(result.output.splitlines()) == 3, "the two, and the remedy"
+
+
+def test_what_ships_is_written_where_it_ships(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_bench, "LAYERS", SMALL[:1])
+    monkeypatch.setattr(tune_bench, "SHIPPED_STEPS", ())
+    monkeypatch.setattr(tuning, "SHIPPED", home / "ships")
+    tried: list[int] = []
+
+    def run(executor: CudaExecutor, calls: list[Call], say: object, most: int) -> Iterator[Measured]:
+        tried.append(most)
+        assert not executor.tuning.user
+        choices = executor.choices(calls[0].op, calls[0].input_specs, calls[0].output_specs)
+        yield Measured("conv_fprop bf16[1]", choices[0], 3.0, choices[1], 2.0, 9)
+
+    monkeypatch.setattr(tune_bench, "run", run)
+    succeed("tune", "shipped")
+    assert tried == [tune_bench.SHIPPED_MOST]
+    assert list(json.loads((home / "ships" / "sm_90a-132.json").read_text())["choices"]) == ["conv_fprop bf16[1]"]
 
 
 def test_a_damaged_table_stops_it(home: Path) -> None:

@@ -19,13 +19,16 @@ from parcnn.cli.plan import image_shape
 from parcnn.cuda import tuning
 
 WIDTH = 200  # of the table where the output is no terminal
-ALL_LAYERS = "layers"
+ALL_LAYERS, SHIPPED = "layers", "shipped"
 
 
 def tune(
     model: Annotated[
         str,
-        typer.Argument(help=f"One of {', '.join(models.names())}; or {ALL_LAYERS}, those of `parcnn bench layers`."),
+        typer.Argument(
+            help=f"One of {', '.join(models.names())}; {ALL_LAYERS}, those of `parcnn bench layers`; or {SHIPPED}, what the "
+            "table that ships is measured for."
+        ),
     ],
     batch: Annotated[int, typer.Option(min=1, help="Images in a step: another batch is another problem.")] = 64,
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
@@ -35,6 +38,9 @@ def tune(
     classes: Annotated[int, typer.Option(min=1, help="Classes of the network.")] = 10,
     only: Annotated[str, typer.Option(help="Of `layers`: those with this in N,H,W,C,K,R,stride,pad.")] = "",
     table: Annotated[Path | None, typer.Option(help="The table to write. [default: the user's own]")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Of `shipped`: measure nothing; exit code 1 where a table is out of date.")
+    ] = False,
 ) -> None:
     """Measure the variants of each convolution of a training step; the best go into a table that later runs follow.
 
@@ -42,12 +48,18 @@ def tune(
     """
     from parcnn.cuda.executor import CudaExecutor
 
+    if check:
+        _check()
+        return
     executor = CudaExecutor(tuning=tuning.Tuning())
-    path = table or tuning.user_folder() / tuning.file_name(executor.device)
+    folder = tuning.SHIPPED if model == SHIPPED else tuning.user_folder()
+    path = table or folder / tuning.file_name(executor.device)
     old = tuning.read(path, executor.device)
     if path.resolve().parent != tuning.SHIPPED:
         executor.tuning = tuning.Tuning.of(executor.device)
-    if model == ALL_LAYERS:
+    if model == SHIPPED:
+        subjects = tune_bench.of_shipped(executor, say)
+    elif model == ALL_LAYERS:
         wanted = [layer for layer in LAYERS if only in layer.shape]
         subjects = layers_bench.of_layers(executor, wanted, precision, say, (*CONV, *FUSED))
     else:
@@ -55,7 +67,8 @@ def tune(
         subjects = layers_bench.of_model(executor, model, sample, batch, precision, classes)
     measured: list[Measured] = []
     choices = old
-    for each in tune_bench.run(executor, tune_bench.problems(subjects), say):
+    most = tune_bench.SHIPPED_MOST if model == SHIPPED else None
+    for each in tune_bench.run(executor, tune_bench.problems(subjects), say, most):
         measured.append(each)
         choices = tune_bench.table(measured, old)
         tuning.write(path, executor.device, choices)  # what a stopped run has measured is kept
@@ -65,6 +78,25 @@ def tune(
     say(
         f"{better} of {len(measured)} problems run faster by another variant. Wrote {path} (digest {digest or 'none'})."
     )
+
+
+def _check() -> None:
+    """Compare the tables that ship with the kernels that there are, on a device that runs nothing."""
+    from parcnn.cuda.executor import CudaExecutor
+
+    wrong = []
+    for path in sorted(tuning.SHIPPED.glob("*.json")):
+        arch, _, sm_count = path.stem.rpartition("-")
+        executor = CudaExecutor.null(arch, int(sm_count))
+        choices = tuning.read(path, executor.device)
+        executor.tuning = tuning.Tuning()
+        calls = tune_bench.problems(tune_bench.of_shipped(executor, say))
+        wrong += [f"{path.name}: {fault}" for fault in tune_bench.stale(executor, choices, calls)]
+    for fault in wrong:
+        say(fault)
+    if wrong:
+        say(f"remove these lines, or measure again: `parcnn tune {SHIPPED}`")
+        raise typer.Exit(1)
 
 
 def _table(measured: list[Measured]) -> Table:
