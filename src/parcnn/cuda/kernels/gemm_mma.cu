@@ -2,8 +2,7 @@
 // fp32, rounded once.
 //
 // grid: tiles of all products; block and warps as in conv_mma.cuh. An operand is row-wise where the reduction is the inner
-//   dimension of its matrix (A as it is, B transposed), else column-wise. A thread's elements of C are on their way while the
-//   block multiplies.
+//   dimension of its matrix (A as it is, B transposed), else column-wise.
 // VEC = 8: rows of A and B are multiples of 8, and copied by 16 bytes; 1: elements are gathered through registers.
 //
 // Bytes: A and B are read once for each column (row) of tiles, mostly from L2; C is read once, D written once.
@@ -47,6 +46,20 @@ template <int Outer, int Inner, int Threads> struct Copier {
     }
 };
 
+// The first `count` of eight results; all of them as 16 bytes.
+__device__ __forceinline__ void write_run(u16 *to, const Floats<8> &v, int count) {
+    Chunk run;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) run.pairs[i] = round_pair(v.v[2 * i], v.v[2 * i + 1]);
+    if (count >= 8 && (size_t)to % 16 == 0) {
+        *reinterpret_cast<uint4 *>(to) = run.vector();
+    } else {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+            if (e < count) to[e] = (u16)(run.pairs[e / 2] >> (16 * (e % 2)));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     gemm_mma(const __grid_constant__ Group<u16> group, float alpha, float beta, int symmetric) {
     typedef Product<BM, BN, BK, WARPS_M, WARPS_N, TRANSPOSE_A, !TRANSPOSE_B> Tile;
@@ -73,53 +86,63 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     };
     auto settle = [&](u32 stage) { a.settle(stage), b.settle(stage + Tile::BytesA); };
 
-    // Two neighbours of a row at once, where rows are of whole pairs.
-    const bool pairs = task.n % 2 == 0;
-    u32 added[Tile::TilesM][Tile::TilesN][2];
+    // A thread adds and writes runs of eight elements, after the tile went through shared memory; where rows are of whole runs,
+    // those of C are on their way while the block multiplies.
+    constexpr int CHUNKS = BN / 8, ITEMS = BM * CHUNKS / Tile::Threads, STRIDE = BN + 8;
+    const bool whole = task.n % 8 == 0;
+    auto row_of = [](int item) { return (item * Tile::Threads + (int)threadIdx.x) / CHUNKS; };
+    const int column = (int)threadIdx.x % CHUNKS * 8, count = columns - column;
+    const long long corner = (long long)task.m0 * task.n + task.n0 + column;
+    uint4 added[ITEMS];
 #pragma unroll
-    for (int i = 0; i < Tile::TilesM; ++i)
-#pragma unroll
-        for (int j = 0; j < Tile::TilesN; ++j)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = tile.row(i, 2 * half), column = tile.column(j);
-                const u16 *from = task.own.c + ((long long)(task.m0 + row) * task.n + task.n0 + column);
-                u32 two = 0;
-                if (task.own.c && row < rows && column < columns) {
-                    if (pairs)
-                        two = *reinterpret_cast<const u32 *>(from);
-                    else
-                        two = from[0] | (column + 1 < columns ? (u32)from[1] << 16 : 0u);
-                }
-                added[i][j][half] = two;
-            }
+    for (int item = 0; item < ITEMS; ++item) {
+        added[item] = make_uint4(0, 0, 0, 0);
+        if (task.own.c && whole && row_of(item) < rows && count > 0)
+            added[item] = *reinterpret_cast<const uint4 *>(task.own.c + (corner + (long long)row_of(item) * task.n));
+    }
 
     Tile::Sums sums = {};
     reduce<STAGES>(tile, sums, shared_address(shared), (k + BK - 1) / BK, copy, settle, [](u32) {});
 
+    float *results = reinterpret_cast<float *>(shared);  // [BM][STRIDE], where the ring was
 #pragma unroll
     for (int i = 0; i < Tile::TilesM; ++i)
 #pragma unroll
         for (int j = 0; j < Tile::TilesN; ++j)
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = tile.row(i, 2 * half), column = tile.column(j);
-                if (row >= rows || column >= columns) continue;
-                const u32 c = added[i][j][half];
-                float low = alpha * Tile::sum(sums, i, j, 2 * half), high = alpha * Tile::sum(sums, i, j, 2 * half + 1);
-                if (task.own.c) low += beta * low_of(c), high += beta * high_of(c);
-                const u32 two = round_pair(low, high);
-                u16 *to = task.own.d + ((long long)(task.m0 + row) * task.n + task.n0 + column);
-                if (pairs) {
-                    *reinterpret_cast<u32 *>(to) = two;
-                } else {
-                    to[0] = (u16)two;
-                    if (column + 1 < columns) to[1] = (u16)(two >> 16);
-                }
-                if (task.mirror) {
-                    u16 *image = task.own.d + ((long long)(task.n0 + column) * task.n + task.m0 + row);
-                    image[0] = (u16)two;
-                    if (column + 1 < columns) image[task.n] = (u16)(two >> 16);
-                }
+            for (int e = 0; e < 4; e += 2)
+                *reinterpret_cast<float2 *>(results + tile.row(i, e) * STRIDE + tile.column(j)) =
+                    make_float2(alpha * Tile::sum(sums, i, j, e), alpha * Tile::sum(sums, i, j, e + 1));
+    __syncthreads();
+#pragma unroll
+    for (int item = 0; item < ITEMS; ++item) {
+        const int row = row_of(item);
+        if (row >= rows || count <= 0) continue;
+        float *own = results + row * STRIDE + column;
+        Floats<8> v = fetch<8>(own);
+        const long long at = corner + (long long)row * task.n;
+        if (task.own.c) {
+            Chunk c = chunk_of(added[item]);
+            if (!whole) {
+#pragma unroll
+                for (int e = 0; e < 8; ++e) c.put(e, e < count ? task.own.c[at + e] : 0);
             }
+#pragma unroll
+            for (int e = 0; e < 8; ++e) v.v[e] += beta * (e % 2 ? high_of(c.pairs[e / 2]) : low_of(c.pairs[e / 2]));
+            if (task.mirror) store<8>(own, v);
+        }
+        write_run(task.own.d + at, v, whole ? 8 : count);
+    }
+    if (!task.mirror) return;
+    __syncthreads();
+    // Columns become rows, lanes side by side in shared memory.
+    const long long image = (long long)task.n0 * task.n + task.m0;
+    for (int item = threadIdx.x; item < BN * (BM / 8); item += Tile::Threads) {
+        const int to_row = item % BN, to_column = item / BN * 8;
+        if (to_row >= columns) continue;
+        Floats<8> v;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) v.v[e] = results[(to_column + e) * STRIDE + to_row];
+        write_run(task.own.d + (image + (long long)to_row * task.n + to_column), v, whole ? 8 : rows - to_column);
+    }
 }
