@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import PACKED, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvWgrad
+from parcnn.ops.pool import PoolDgrad
 from parcnn.ops.program import Call, Executor, Program, Slot
 
 ALIGNMENT = 256  # of every tensor, as the plan places them
@@ -31,7 +32,7 @@ def run_op(
 ) -> tuple[np.ndarray, ...]:
     """Run `op` on `arrays`; return its outputs, then the inputs that it overwrites (in the order of op.overwritten).
 
-    2-bit pool indices come and go unpacked: uint8 0..3 in the tensor's shape. `alias` holds pairs (output, input) that
+    Packed pool indices come and go unpacked: uint8 in the tensor's shape. `alias` holds pairs (output, input) that
     share memory, out of op.inplace(). A changed guard or input (one that the op does not own) fails the test.
     """
     assert set(alias) <= set(op.inplace()), f"{op.name} does not allow {alias} in place"
@@ -85,31 +86,35 @@ class _Placer:
 
 
 def _input_spec(op: Op, position: int, array: np.ndarray) -> Spec:
-    is_pool_index = isinstance(op, ConvDgrad | ConvWgrad) and op.pool == "max" and position == 2
-    return Spec(array.shape, "u2" if is_pool_index else DTYPE_NAMES[array.dtype])
+    if isinstance(op, ConvDgrad | ConvWgrad) and op.pool == "max" and position == 2:
+        return Spec(array.shape, "u2")
+    if isinstance(op, PoolDgrad) and position == 1:
+        return Spec(array.shape, op.index_dtype(array.shape[-1]))
+    return Spec(array.shape, DTYPE_NAMES[array.dtype])
 
 
 def _to_bytes(spec: Spec, array: np.ndarray) -> np.ndarray:
-    if spec.dtype == "u2":
-        array = pack_u2(array)
+    if spec.dtype in PACKED:
+        array = pack(array, PACKED[spec.dtype])
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _from_bytes(spec: Spec, data: np.ndarray) -> np.ndarray:
-    if spec.dtype == "u2":
-        return unpack_u2(data, spec.shape)
+    if spec.dtype in PACKED:
+        return unpack(data, spec.shape, PACKED[spec.dtype])
     return data.copy().view(DTYPES[spec.dtype]).reshape(spec.shape)
 
 
-def pack_u2(indices: np.ndarray) -> np.ndarray:
-    """Indices 0..3 (..., C) as bytes (..., ceil(C/4)): channel c in bits 2*(c%4) of byte c//4."""
-    packed = np.zeros((*indices.shape[:-1], -(-indices.shape[-1] // 4)), np.uint8)
+def pack(indices: np.ndarray, each: int) -> np.ndarray:
+    """Indices (..., C) as bytes (..., ceil(C/each)): with bits = 8/each, channel c is in bits bits*(c%each) of byte c//each."""
+    packed = np.zeros((*indices.shape[:-1], -(-indices.shape[-1] // each)), np.uint8)
     for c in range(indices.shape[-1]):
-        packed[..., c // 4] |= indices[..., c].astype(np.uint8) << (2 * (c % 4))
+        packed[..., c // each] |= indices[..., c].astype(np.uint8) << (8 // each * (c % each))
     return packed
 
 
-def unpack_u2(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The way back: uint8 0..3 in `shape`."""
-    data = packed.reshape(*shape[:-1], -(-shape[-1] // 4))
-    return np.stack([data[..., c // 4] >> (2 * (c % 4)) & 3 for c in range(shape[-1])], axis=-1)
+def unpack(packed: np.ndarray, shape: tuple[int, ...], each: int) -> np.ndarray:
+    """The way back: uint8 in `shape`."""
+    data, bits = packed.reshape(*shape[:-1], -(-shape[-1] // each)), 8 // each
+    parts = [data[..., c // each] >> (bits * (c % each)) & (2**bits - 1) for c in range(shape[-1])]
+    return np.stack(parts, axis=-1)

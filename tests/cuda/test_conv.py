@@ -19,7 +19,7 @@ from parcnn.ops.program import Call, Executor, Program, Slot
 from tests import reference
 from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, random_fixture  # noqa: F401
 from tests.cuda.host_emulation import runner
-from tests.op_runner import run_op, unpack_u2
+from tests.op_runner import run_op, unpack
 
 FAMILIES = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: conv_wgrad}
 H100 = Device("H100", "sm_90a", 132)
@@ -357,7 +357,7 @@ def test_unused_bits_of_an_index_byte_are_zero(make: MakeExecutor, random: np.ra
         executor = make([Forced(conv_fprop, variant)])
         packed = packed_indices(executor, op, x, w)
         assert not (packed[..., 1] >> 4).any()
-        np.testing.assert_array_equal(unpack_u2(packed, (2, 3, 3, 6)), run_op(executor, op, [x, w])[1])
+        np.testing.assert_array_equal(unpack(packed, (2, 3, 3, 6), 4), run_op(executor, op, [x, w])[1])
 
 
 def packed_indices(executor: Executor, op: ConvFprop, x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 import pytest
 
 from parcnn.cuda.kernels import pool
 from parcnn.cuda.launch import Device
-from parcnn.ops.base import Spec
+from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
 from parcnn.ops.program import Call, Executor, Slot
 from tests.cuda.bf16 import stored
@@ -48,7 +46,32 @@ def test_max(
     x[1, ..., -1] = -np.inf
     op = PoolFprop("max", **window)
     y, index = check(executor, op, [stored(x, element)], ulps=0)
-    check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [stored(normal(random, *y.shape), element), index])
+    check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element), index])
+
+
+@element
+@windows
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_max_of_an_activation(
+    executor: Executor, random: np.random.Generator, window: dict[str, object], act: str, element: str
+) -> None:
+    """GELU and SiLU are not monotone: the largest output is not the largest input's."""
+    for channels in (3, 12, 16):
+        x = stored(normal(random, 2, 9, 7, channels) - 1, element)
+        for keep in (False, True) if act not in FROM_OUTPUT else (False,):
+            op = PoolFprop("max", **window, act=act, keep=keep)
+            y, index, *kept = check(executor, op, [x])
+            check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element), index])
+            assert len(kept) == keep
+
+
+@element
+def test_nan_before_an_activation(executor: Executor, random: np.random.Generator, element: str) -> None:
+    x = normal(random, 2, 6, 5, 4)
+    x[0, 2, 2, 0] = x[0, 2, 3, 1] = np.nan
+    x[1, 0, 0, 2] = np.inf
+    for act in ACTIVATIONS:
+        check(executor, PoolFprop("max", kernel=(3, 3), act=act, keep=act not in FROM_OUTPUT), [stored(x, element)])
 
 
 @element
@@ -62,7 +85,7 @@ def test_avg(
     op = PoolFprop("avg", **window, **divisor)
     for channels in (3, 8, 12):
         (y,) = check(executor, op, [stored(normal(random, 2, 9, 7, channels), element)])
-        check(executor, PoolDgrad(**asdict(op), image=(9, 7)), [stored(normal(random, *y.shape), element)])
+        check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element)])
 
 
 @element
@@ -76,7 +99,7 @@ def test_nan_and_infinities_in_averages(
     with np.errstate(invalid="ignore"):  # inf - inf
         (y,) = check(executor, op, [stored(x, element)])
         check(executor, AdaptiveAvgFprop((2, 2)), [stored(x, element)])
-        check(executor, PoolDgrad(**asdict(op), image=(6, 5)), [y])
+        check(executor, op.dgrad((6, 5)), [y])
 
 
 @element
@@ -88,7 +111,7 @@ def test_max_of_a_window_with_32_bit_indices(executor: Executor, random: np.rand
         y, index = check(executor, op, [stored(x, element)], ulps=0)
         assert index.dtype == np.int32
         assert index.max() > 255
-        check(executor, PoolDgrad(**asdict(op), image=(20, 23)), [stored(normal(random, *y.shape), element), index])
+        check(executor, op.dgrad((20, 23)), [stored(normal(random, *y.shape), element), index])
 
 
 @element
@@ -155,7 +178,7 @@ def test_windows_apart_read_their_error_once() -> None:
         return pool.launches(call, device)[0].kernel.entry
 
     y = Spec((4, 3, 3, 8))
-    assert entry(PoolDgrad(image=(7, 6)), y, Spec(y.shape, "u8")) == "pool_dgrad_apart"
+    assert entry(PoolDgrad(image=(7, 6)), y, Spec(y.shape, "u2")) == "pool_dgrad_apart"
     assert entry(AdaptiveAvgDgrad((6, 9)), y) == "pool_dgrad_apart"
     assert entry(AdaptiveAvgDgrad((7, 6)), y) == "pool_dgrad"
     assert entry(PoolDgrad("avg", kernel=(3, 2), image=(7, 6)), y) == "pool_dgrad"

@@ -11,7 +11,7 @@ import numpy as np
 from parcnn import nn
 from parcnn.nn.init import manual_seed
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
-from parcnn.ops.program import Call, Executor
+from parcnn.ops.program import Call, Executor, Slot
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
 
@@ -161,10 +161,22 @@ class Plans:
 def kept_bytes(calls: Sequence[Call]) -> int:
     """What a block's forward keeps for its backward, beyond its input and its output."""
     forward = [call for call in calls if call.phase == "forward"]
-    read = {(s.region, s.offset, s.spec) for call in calls if call.phase == "backward" for s in call.inputs}
     output = forward[-1].outputs[0]
-    made = (s for call in forward for s in call.outputs if s != output)
-    return sum(s.spec.nbytes for s in made if (s.region, s.offset, s.spec) in read)
+    made = {s for call in forward for s in call.outputs if s != output}
+    kept: set[Slot] = set()
+    for call in calls:
+        if call.phase == "backward":
+            kept |= {
+                s
+                for s in made
+                if any((s.region, s.offset, s.spec) == (i.region, i.offset, i.spec) for i in call.inputs)
+            }
+            made -= {
+                s
+                for s in made
+                if any(s.region == w.region and s.offset < w.end and w.offset < s.end for w in call.written)
+            }
+    return sum(s.spec.nbytes for s in kept)
 
 
 def least_bytes(call: Call) -> int:

@@ -15,7 +15,7 @@ from parcnn.cpu import conv, feed, loss, matmul, muon, norm, pointwise, pool, sh
 from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import PACKED, Op, Spec
 from parcnn.ops.conv import ConvGeometry
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pool import PoolDgrad, PoolFprop
@@ -39,7 +39,14 @@ BYTES_A_US = {
 }  # fmt: skip
 # What a thread more costs the others of a call: it is woken, and each of its NumPy calls takes the interpreter's lock once.
 THREAD_US = 200
-DTYPES = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8, "u2": np.uint8}
+DTYPES = {
+    "f32": np.float32,
+    "f64": np.float64,
+    "i32": np.int32,
+    "u32": np.uint32,
+    "u8": np.uint8,
+    **dict.fromkeys(PACKED, np.uint8),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class CpuRegion:
         self.memory[offset : offset + data.size] = data
 
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
-        """A copy of the tensor at `offset` (u2 indices: packed bytes (..., ceil(C/4)) uint8)."""
+        """A copy of the tensor at `offset` (u2 and u4 indices: bytes, `Spec.stored_shape`)."""
         return self.view(spec, offset).copy()
 
     def write_async(self, array: np.ndarray, offset: int = 0) -> Copied:
@@ -83,8 +90,7 @@ class CpuRegion:
 
     def view(self, spec: Spec, offset: int = 0) -> np.ndarray:
         """The tensor at `offset` itself."""
-        physical = (*spec.shape[:-1], -(-spec.shape[-1] // 4)) if spec.dtype == "u2" else spec.shape
-        return self.memory[offset : offset + spec.nbytes].view(DTYPES[spec.dtype]).reshape(physical)
+        return self.memory[offset : offset + spec.nbytes].view(DTYPES[spec.dtype]).reshape(spec.stored_shape)
 
 
 class CpuProgram:

@@ -6,32 +6,35 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parcnn.cpu.pointwise import route
+from parcnn.cpu.pointwise import activate, route
 from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes, together
-from parcnn.ops.base import Spec
+from parcnn.ops.base import FROM_OUTPUT, Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
 
 
 def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
-    """Largest element of each window and where it was (the first of equals; NaN wins), or the mean."""
+    """Largest element of each window and where it was (the first of equals; NaN wins), or the mean; of act(x)."""
     x, y = inputs[0], outputs[0]
     n, h, w, c = x.shape
     out_hw = y.shape[1:3]
     divisor = _divisors(op, (h, w), out_hw, x.dtype)
     first = _first_inside(op, (h, w), out_hw)
+    late = op.act in FROM_OUTPUT
 
     def piece(i: slice, scratch: Scratch) -> None:
         padded = scratch.take((i.stop - i.start, *_padded_hw(op, (h, w), out_hw), c), x.dtype)
         padded.fill(-np.inf if op.kind == "max" else 0)
-        _inside(op, padded, (h, w))[...] = x[i]
-        best = y[i]
+        inside, best = _inside(op, padded, (h, w)), y[i]
+        inside[...] = x[i]
+        if op.act and not late:
+            activate(op.act, inside, inside)
         if op.kind == "avg":
             best.fill(0)
             for _, view in _positions(op, padded, out_hw):
                 best += view
             best /= divisor
             return
-        idx = outputs[1][i]
+        idx = scratch.take(best.shape, np.int32)
         best.fill(-np.inf)
         idx[...] = first
         wins, other = scratch.take(best.shape, bool), scratch.take(best.shape, bool)
@@ -41,7 +44,15 @@ def pool_fprop(op: PoolFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
             wins |= other
             np.logical_not(wins, out=wins)  # greater, or the first NaN
             np.copyto(best, view, where=wins)
-            np.copyto(idx, idx.dtype.type(position), where=wins)
+            np.copyto(idx, np.int32(position), where=wins)
+        _pack(idx, outputs[1][i])
+        if op.keep:
+            _inside(op, padded, (h, w))[...] = x[i]
+            for position, view in _positions(op, padded, out_hw):
+                np.equal(idx, position, out=wins)
+                np.copyto(outputs[2][i], view, where=wins)
+        if op.act and late:
+            activate(op.act, best, best)
 
     workspace.each_slice(n, piece, _images_a_piece(x.shape))
 
@@ -59,9 +70,11 @@ def pool_dgrad(op: PoolDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
         part = scratch.take(dy[i].shape, dy.dtype)
         if op.kind == "avg":
             np.divide(dy[i], divisor, out=part)
+        else:
+            idx = _unpack(inputs[1][i], scratch.take(part.shape, np.int32))
         for position, view in _positions(op, padded, out_hw):
             if op.kind == "max":
-                route(dy[i], inputs[1][i] == position, part)
+                route(dy[i], idx == position, part)
             view += part
         dx[i] = _inside(op, padded, (h, w))
 
@@ -94,6 +107,26 @@ def adaptive_avg_dgrad(
             window += (dy[i, p, q] / (window.shape[1] * window.shape[2]))[:, None, None]
 
     workspace.each_slice(dx.shape[0], piece, _images_a_piece(dx.shape))
+
+
+def _pack(indices: np.ndarray, stored: np.ndarray) -> None:
+    """Indices (n,P,Q,C) as they are stored: neighbouring channels share bytes where there are fewer of these."""
+    each = indices.shape[3] // stored.shape[3]
+    stored[...] = indices[..., ::each]
+    for j in range(1, each):
+        stored |= (indices[..., j::each] << 8 // each * j).astype(np.uint8)
+
+
+def _unpack(stored: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """The way back: `indices`, filled."""
+    each = indices.shape[3] // stored.shape[3]
+    if each == 1:
+        indices[...] = stored
+    else:
+        bits = 8 // each
+        for j in range(each):
+            indices[..., j::each] = stored >> bits * j & (1 << bits) - 1
+    return indices
 
 
 def _images_a_piece(shape: Shape) -> int:
@@ -166,7 +199,8 @@ def _scratch(
     dtype = np.float64 if image.dtype == "f64" else np.float32
     padded = (n, *_padded_hw(op, (h, w), small.shape[1:3]), c)
     part = (n, *small.shape[1:])
-    extra = [(part, bool), (part, bool)] if isinstance(op, PoolFprop) else [(part, dtype)]
+    extra: list[tuple[Shape, type]] = [(part, bool)] * 2 if isinstance(op, PoolFprop) else [(part, dtype)]
+    extra.append((part, np.int32))
     return ScratchSize(per_worker=scratch_bytes([(padded, dtype), *extra]))
 
 

@@ -38,11 +38,8 @@ _DTYPES = {
     "u32": np.uint32,
     "u8": np.uint8,
     "u2": np.uint8,  # packed: four indices a byte
+    "u4": np.uint8,
 }
-
-
-def _host_shape(spec: Spec) -> tuple[int, ...]:
-    return (*spec.shape[:-1], -(-spec.shape[-1] // 4)) if spec.dtype == "u2" else spec.shape
 
 
 def _placeless(op: Op, inputs: Sequence[Spec], outputs: Sequence[Spec], scratch_bytes: int = 0) -> Call:
@@ -102,8 +99,8 @@ class CudaRegion:
             executor.synchronize()
 
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
-        """A copy of the tensor at `offset`, after all that was submitted. u2 comes packed: (..., ceil(C/4)) uint8."""
-        result = np.empty(_host_shape(spec), _DTYPES[spec.dtype])
+        """A copy of the tensor at `offset`, after all that was submitted. u2 and u4 come as bytes (`Spec.stored_shape`)."""
+        result = np.empty(spec.stored_shape, _DTYPES[spec.dtype])
         self._check_range(offset, result.nbytes)
         if result.nbytes:
             executor = self._executor
@@ -153,7 +150,7 @@ class CudaRegion:
         driver.record(self._read, stream)
 
         def finish() -> np.ndarray:
-            result = staging.view(_DTYPES[spec.dtype]).reshape(_host_shape(spec)).copy()
+            result = staging.view(_DTYPES[spec.dtype]).reshape(spec.stored_shape).copy()
             executor.return_staging(staging)
             return result
 

@@ -14,7 +14,9 @@ from typing import ClassVar
 
 from parcnn.errors import ArgumentError
 
-# Bytes of one element. `u2` is a 2-bit pool index: four channels of a pixel share a byte, and each pixel starts a byte.
+# Indices of a pool that share a byte: neighbouring channels, the first in its lowest bits; each pixel starts a byte.
+PACKED = {"u2": 4, "u4": 2}
+# Bytes of one element of the other types.
 # `bf16` is the upper half of an f32; on the host its bit patterns are uint16, as NumPy has no such type.
 ITEM_BYTES = {"f32": 4, "f64": 8, "bf16": 2, "i32": 4, "u32": 4, "u8": 1}
 # What sums, statistics and masters of weights are kept in, for tensors of each type.
@@ -38,11 +40,16 @@ class Spec:
         return prod(self.shape)
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in memory: of PACKED types, whose elements share bytes, that of the bytes."""
+        if self.dtype not in PACKED:
+            return self.shape
+        return (*self.shape[:-1], -(-self.shape[-1] // PACKED[self.dtype]))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the tensor takes in memory."""
-        if self.dtype == "u2":
-            return prod(self.shape[:-1]) * -(-self.shape[-1] // 4)
-        return self.size * ITEM_BYTES[self.dtype]
+        return prod(self.stored_shape) * (1 if self.dtype in PACKED else ITEM_BYTES[self.dtype])
 
 
 def accumulator(dtype: str) -> str:

@@ -1,10 +1,15 @@
-"""Pooling on its own: windows of any size, stride and padding, and adaptive average pooling."""
+"""Pooling on its own: windows of any size, stride and padding, and adaptive average pooling.
+
+An activation before a maximum belongs to the pool, so that nothing of the size before the pool is kept for backward: not the
+activation's output, but the pooled one, or (GELU, SiLU) the winners' inputs.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from parcnn.ops.base import Emit, Grads, Op, Spec, Value, image_of
+from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, image_of
+from parcnn.ops.pointwise import ActDgrad
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,43 @@ class PoolWindow(Op):
         out = (span + (stride - 1 if self.ceil_mode else 0)) // stride + 1
         return out - 1 if self.ceil_mode and (out - 1) * stride >= size + pad else out
 
-    @property
-    def index_dtype(self) -> str:
-        """Type of max-pool indices: the position in the window, row-major."""
-        return "u8" if self.kernel[0] * self.kernel[1] <= 256 else "i32"
+    def index_dtype(self, channels: int) -> str:
+        """Type of max-pool indices, the position in the window, row-major: 2 or 4 bits for windows of up to 4 or 16, where
+        channels come in fours; else a byte, or an int."""
+        taps = self.kernel[0] * self.kernel[1]
+        if taps <= 16 and channels % 4 == 0:
+            return "u2" if taps <= 4 else "u4"
+        return "u8" if taps <= 256 else "i32"
 
 
 @dataclass(frozen=True)
 class PoolFprop(PoolWindow):
-    """input: x (N,H,W,C); outputs: y (N,P,Q,C), and for 'max' idx (N,P,Q,C), the winner's position in its window
-    (the first of equals; NaN wins)."""
+    """input: x (N,H,W,C); outputs: y (N,P,Q,C), the pool of act(x), and for 'max' idx (N,P,Q,C), the winner's position in its
+    window (the first of equals; NaN wins), and if `keep` the winner's x (N,P,Q,C).
+
+    `act` goes with 'max' only. A monotone one is applied to the maximum: where it makes different values equal, the largest
+    of them wins, not the first.
+    """
+
+    act: str | None = None
+    keep: bool = False  # for backward, of activations whose derivative does not follow from their output
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         n, h, w, c = inputs[0].shape
         y = Spec((n, *self.output_hw(h, w), c), inputs[0].dtype)
-        return (y, Spec(y.shape, self.index_dtype)) if self.kind == "max" else (y,)
+        return (y, Spec(y.shape, self.index_dtype(c)), *[y] * self.keep) if self.kind == "max" else (y,)
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
-        if dys[0] is None:
+        dy = dys[0]
+        if dy is None:
             return (None,)
-        attributes = {f.name: getattr(self, f.name) for f in fields(PoolWindow)}
-        return emit(PoolDgrad(**attributes, image=image_of(inputs[0])), dys[0], *outputs[1:])
+        if self.act:
+            (dy,) = emit(ActDgrad(kind=self.act), dy, outputs[0] if self.act in FROM_OUTPUT else outputs[2])
+        return emit(self.dgrad(image_of(inputs[0])), dy, *outputs[1:2])
+
+    def dgrad(self, image: tuple[int, int]) -> PoolDgrad:
+        """The op that takes the error before the activation back to an image."""
+        return PoolDgrad(**{f.name: getattr(self, f.name) for f in fields(PoolWindow)}, image=image)
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return outputs[0].size * self.kernel[0] * self.kernel[1]

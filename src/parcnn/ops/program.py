@@ -91,7 +91,7 @@ class Region(Protocol):
         """Copy a C-contiguous array to byte `offset`; complete on return."""
 
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
-        """A copy of the tensor at `offset`, after all steps submitted so far (u2 indices come as packed bytes, uint8)."""
+        """A copy of the tensor at `offset`, after all steps submitted so far (packed indices, u2 and u4, come as bytes)."""
 
     def write_async(self, array: np.ndarray, offset: int = 0) -> Transfer:
         """Start to copy pinned memory to byte `offset`, after the steps submitted so far by programs bound to this region;

@@ -1,6 +1,7 @@
 """Fusion: groups of ops that one kernel can do become one op, so that what lies between them is never written.
 
 Forward, before differentiation (a fused op carries its own gradient rule):
+    act -> max-pool, wherever it stands: then nothing of the size before the pool is kept for backward
     conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, add -> act
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
@@ -25,6 +26,8 @@ CanFuse = Callable[[Op, tuple[Spec, ...]], bool]
 
 def fuse_forward(graph: Graph, can_fuse: CanFuse) -> None:
     """Merge each node into its producer where the rules above allow, until nothing changes."""
+    while _pass(graph, lambda producer, node: _pool_rule(producer, node, graph.mode == "train"), can_fuse):
+        pass
     while _pass(graph, lambda producer, node: _forward_rule(producer, node, graph.mode == "train"), can_fuse):
         pass
 
@@ -72,10 +75,19 @@ def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> t
     """The fused op's outputs: the reader's, followed by those that only the producer had (statistics)."""
     specs = op.infer(*(v.spec for v in inputs))
     outputs = (*node.outputs, *producer.outputs[1:])[: len(specs)]
+    outputs += tuple(Value(spec) for spec in specs[len(outputs) :])  # what neither had: the winners' inputs
     for value, spec in zip(outputs, specs, strict=True):
         value.spec = spec  # a fused pool packs its indices more tightly than a pool alone
         value.label = f"{producer.layer}.{op.name}"
     return outputs
+
+
+def _pool_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple[Value, ...]] | None:
+    first, second = producer.op, node.op
+    if isinstance(first, Act) and isinstance(second, PoolFprop) and second.kind == "max" and second.act is None:
+        keep = training and first.kind not in FROM_OUTPUT
+        return replace(second, act=first.kind, keep=keep), producer.inputs
+    return None
 
 
 def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple[Value, ...]] | None:
@@ -86,7 +98,9 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             # commute with it, which these (monotone) do with a maximum.
             if (second.kind in FROM_OUTPUT and first.pool != "avg") or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
-        if isinstance(second, PoolFprop) and first.pool is None and _is_2x2(second):
+        if isinstance(second, PoolFprop) and first.pool is None and _is_2x2(second) and not second.keep:
+            if second.act:
+                return (replace(first, act=second.act, pool="max"), producer.inputs) if first.act is None else None
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
                 return replace(first, pool=second.kind), producer.inputs

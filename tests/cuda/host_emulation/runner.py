@@ -21,7 +21,7 @@ import numpy as np
 import parcnn.cuda.kernels
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Launcher, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import ALIGNMENT, NBYTES, check
-from parcnn.ops.base import ITEM_BYTES, Op, Spec
+from parcnn.ops.base import ITEM_BYTES, PACKED, Op, Spec
 from parcnn.ops.program import Call, Program, Slot
 
 KERNELS = Path(parcnn.cuda.kernels.__file__).parent
@@ -181,8 +181,8 @@ class HostRegion:
 
     def read(self, spec: Spec, offset: int = 0) -> np.ndarray:
         raw = self.bytes[offset : offset + spec.nbytes].copy()
-        if spec.dtype == "u2":
-            return raw.reshape(*spec.shape[:-1], -1)
+        if spec.dtype in PACKED:
+            return raw.reshape(spec.stored_shape)
         kinds = {"f32": np.float32, "f64": np.float64, "i32": np.int32, "u32": np.uint32, "u8": np.uint8}
         return raw.view(kinds[spec.dtype]).reshape(spec.shape)
 

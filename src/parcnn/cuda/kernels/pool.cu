@@ -1,5 +1,7 @@
 // Pooling of x (N,H,W,C) into y (N,P,Q,C), and the way back.
 //   max        y = largest element of the window, idx = its position (row-major, the first of equals; the first NaN wins)
+//              of act(x): monotone activations are applied to the maximum, others (ACT = 1) to each element, and `kept`
+//              (where it is not null) gets the winner's x
 //   avg        y = sum of the window / divisor; divisor given, or the window's overlap with the (padded) image
 //   adaptive   y = mean of rows floor(p*H/P) .. ceil((p+1)*H/P), columns likewise
 //   dgrad      dx[pixel] = sum over the windows that cover it of dy (max: where idx says so; else dy / divisor)
@@ -13,9 +15,10 @@
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
 // Sums are floats; what is stored is rounded once.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; every count below 2^31.
-// Macros: ELEMENT (float or bf16), KIND (0 max, 1 avg, 2 adaptive), INDEX (type of idx: u8 or int; max only), VEC (at most 16
-// bytes of elements), and for the way forward BATCHED: how many taps are loaded before the first is used.
-#include "common.cuh"
+// Macros: ELEMENT (float or bf16), KIND (0 max, 1 avg, 2 adaptive), BITS (of an index: 2, 4, 8 or 32; max only; the first two
+// share bytes, and VEC is at least 4), VEC (at most 16 bytes of elements), and for the way forward BATCHED: how many taps are
+// loaded before the first is used, and ACT.
+#include "conv_common.cuh"
 
 #define THREADS 256
 #define MAX 0
@@ -24,7 +27,13 @@
 #ifndef BATCHED
 #define BATCHED 1
 #endif
-#define BLOCKS (BATCHED > 4 ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
+#ifndef ACT
+#define ACT 0
+#endif
+#ifndef BITS
+#define BITS 8  // idx is null
+#endif
+#define BLOCKS (BATCHED > 4 || ACT ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
 
 struct Axis {
     int in, out, kernel, stride, pad, dilation;
@@ -36,6 +45,7 @@ struct Window {
     Axis h, w;
     int divisor;      // 0: count elements
     int include_pad;  // of the padding too
+    int act;          // before a maximum; ACT_*
 };
 
 // Taps of one output along one axis: those in first .. last-1 lie inside the image, tap t at start + t * step.
@@ -68,6 +78,9 @@ __device__ __forceinline__ float divisor_of(const Taps &h, const Taps &w, const 
 struct Result {
     Floats<VEC> value;
     int position[VEC];
+#if ACT
+    Floats<VEC> kept;
+#endif
 };
 
 // Whether (v, at) takes the place of (best, best_at) when two parts of a window are merged.
@@ -82,6 +95,9 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
     r.value = splat<VEC>(KIND == MAX ? __int_as_float(0xff800000) : 0.0f);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) r.position[e] = h.first * window.w.kernel + w.first;
+#if ACT
+    r.kept = r.value;
+#endif
     int width = w.last - w.first, count = (h.last - h.first) * width;
     if (count == 0) return r;
     int step_h = parts / width, step_w = parts - step_h * width;
@@ -104,67 +120,86 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
             Floats<VEC> v = widen(fetched[j]);
 #pragma unroll
             for (int e = 0; e < VEC; ++e) {
+#if ACT
+                float value = activation_of(v.v[e], window.act);
+                if (beats(value, r.value.v[e])) r.value.v[e] = value, r.kept.v[e] = v.v[e], r.position[e] = position[j];
+#else
                 if (KIND != MAX) {
                     r.value.v[e] += v.v[e];
                 } else if (beats(v.v[e], r.value.v[e])) {
                     r.value.v[e] = v.v[e];
                     r.position[e] = position[j];
                 }
+#endif
             }
         }
     }
     return r;
 }
 
+// Indices of a vector as they lie in memory, at the element `at` of idx.
+constexpr int INDEX_BITS = VEC * BITS;
+template <int Bits> struct WordOf { using Type = u32; };
+template <> struct WordOf<8> { using Type = u8; };
+template <> struct WordOf<16> { using Type = u16; };
+using IndexWord = WordOf<INDEX_BITS>::Type;
+
+__device__ __forceinline__ void store_index(u8 *idx, size_t at, const int (&position)[VEC]) {
+    u8 *p = idx + at * BITS / 8;
+    constexpr int InWord = INDEX_BITS < 32 ? VEC : 32 / BITS;
+    IndexWord words[VEC / InWord];
+#pragma unroll
+    for (int i = 0; i < VEC / InWord; ++i) {
+        u32 word = position[i * InWord];
+#pragma unroll
+        for (int e = 1; e < InWord; ++e) word |= (u32)position[i * InWord + e] << BITS * e;
+        words[i] = (IndexWord)word;
+    }
+    if constexpr (INDEX_BITS % 128 == 0) {
+#pragma unroll
+        for (int i = 0; i < VEC / InWord; i += 4) store_word(p + 4 * i, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
+    } else if constexpr (INDEX_BITS == 64) {
+        store_word(p, make_uint2(words[0], words[1]));
+    } else {
+        store_word(p, words[0]);
+    }
+}
+
+__device__ __forceinline__ void load_index(const u8 *idx, size_t at, int (&position)[VEC]) {
+    const u8 *p = idx + at * BITS / 8;
+    constexpr int InWord = INDEX_BITS < 32 ? VEC : 32 / BITS;
+    IndexWord words[VEC / InWord];
+    if constexpr (INDEX_BITS % 128 == 0) {
+#pragma unroll
+        for (int i = 0; i < VEC / InWord; i += 4) {
+            uint4 four = load_word<uint4>(p + 4 * i);
+            words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+        }
+    } else if constexpr (INDEX_BITS == 64) {
+        uint2 two = load_word<uint2>(p);
+        words[0] = two.x, words[1] = two.y;
+    } else {
+        words[0] = load_word<IndexWord>(p);
+    }
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) position[e] = BITS == 32 ? words[e / InWord] : words[e / InWord] >> BITS * (e % InWord) & ((1u << BITS % 32) - 1);
+}
+
+__device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, u8 *idx, ELEMENT *kept,
+                                       size_t at) {
 #if KIND == MAX
-// Four bytes as a word.
-__device__ __forceinline__ u32 pack(const int *at) {
-    return __byte_perm(__byte_perm(at[0], at[1], 0x0040), __byte_perm(at[2], at[3], 0x0040), 0x5410);
-}
-
-__device__ __forceinline__ void store_index(INDEX *p, const int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        *p = (INDEX)at[0];
-    } else if constexpr (sizeof(INDEX) == 4) {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) store_word(p + e, make_int4(at[e], at[e + 1], at[e + 2], at[e + 3]));
-    } else if constexpr (VEC == 4) {
-        store_word(p, pack(at));
-    } else {
-        store_word(p, make_uint2(pack(at), pack(at + 4)));
-    }
-}
-
-__device__ __forceinline__ void load_index(const u8 *p, int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        at[0] = *p;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) {
-            uchar4 t = load_word<uchar4>(p + e);
-            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
-        }
-    }
-}
-
-__device__ __forceinline__ void load_index(const int *p, int (&at)[VEC]) {
-    if constexpr (VEC == 1) {
-        at[0] = *p;
-    } else {
-#pragma unroll
-        for (int e = 0; e < VEC; e += 4) {
-            int4 t = load_word<int4>(p + e);
-            at[e] = t.x, at[e + 1] = t.y, at[e + 2] = t.z, at[e + 3] = t.w;
-        }
-    }
-}
+    store_index(idx, at, r.position);
+#if ACT
+    if (kept) store<VEC>(kept + at, r.kept);
 #else
-#define INDEX u8  // idx is null
+    if (window.act == ACT_RELU) {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) r.value.v[e] = activate<ACT_RELU>(r.value.v[e]);
+    } else if (window.act) {
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) r.value.v[e] = window.act == ACT_TANH ? activate<ACT_TANH>(r.value.v[e]) : activate<ACT_SIGMOID>(r.value.v[e]);
+    }
 #endif
-
-__device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, INDEX *idx, size_t at) {
-#if KIND == MAX
-    store_index(idx + at, r.position);
 #else
     float share = 1.0f / divisor_of(h, w, window);
 #pragma unroll
@@ -175,7 +210,7 @@ __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &w
 
 // count: outputs times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int count, int channels,
+pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, u8 *__restrict__ idx, ELEMENT *__restrict__ kept, int count, int channels,
            FastDiv by_vectors, FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
@@ -184,12 +219,12 @@ pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__rest
     int n = divide(divide(divide(i, by_vectors, vector), by_q, q), by_p, p);
     Taps h = taps_of(p, window.h), w = taps_of(q, window.w);
     const ELEMENT *image = x + (size_t)n * window.h.in * window.w.in * channels + vector * VEC;
-    finish(reduce_taps(image, h, w, window, channels, 0, 1), h, w, window, y, idx, (size_t)i * VEC);
+    finish(reduce_taps(image, h, w, window, channels, 0, 1), h, w, window, y, idx, kept, (size_t)i * VEC);
 }
 
 // grid: (outputs, groups of vectors)
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX *__restrict__ idx, int channels, int lanes_log2,
+pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, u8 *__restrict__ idx, ELEMENT *__restrict__ kept, int channels, int lanes_log2,
                   FastDiv by_q, FastDiv by_p, const __grid_constant__ Window window) {
     await_predecessors();
     __shared__ float values[VEC][THREADS];
@@ -227,7 +262,7 @@ pool_fprop_shared(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, INDEX 
             }
         }
     }
-    if (live && part == 0) finish(r, h, w, window, y, idx, (size_t)blockIdx.x * channels + c);
+    if (live && part == 0) finish(r, h, w, window, y, idx, kept, (size_t)blockIdx.x * channels + c);
 }
 
 // Outputs lo .. hi whose windows may cover position i of the image.
@@ -250,7 +285,7 @@ __device__ __forceinline__ int tap_at(int i, int o, const Axis &a) {
 
 // count: pixels times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
+pool_dgrad(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
            FastDiv by_vectors, FastDiv by_width, FastDiv by_height, const __grid_constant__ Window window) {
     await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
@@ -271,7 +306,7 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
             Floats<VEC> error = load<VEC>(dy + at);
 #if KIND == MAX
             int winner[VEC];
-            load_index(idx + at, winner);
+            load_index(idx, at, winner);
 #pragma unroll
             for (int e = 0; e < VEC; ++e)
                 if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
@@ -287,7 +322,7 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMEN
 
 // count: rows of images times cells of a row (windows, and what lies behind the last) times vectors of channels.
 extern "C" __global__ void __launch_bounds__(THREADS)
-pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
+pool_dgrad_apart(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
                  FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
     await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
@@ -301,7 +336,7 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const INDEX *__restrict__ idx, 
         size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
         error = load<VEC>(dy + at);
 #if KIND == MAX
-        load_index(idx + at, winner);
+        load_index(idx, at, winner);
 #else
         float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll

@@ -10,6 +10,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import (
     ELEMENTS,
     VECTOR_WIDTHS,
+    act_code,
     fast_div,
     lanes_for,
     refuse_dtype,
@@ -17,7 +18,7 @@ from parcnn.cuda.kernels.common import (
     vector_width,
 )
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
 from parcnn.ops.program import Call
 
@@ -31,7 +32,7 @@ FEW_TAPS, MANY_TAPS = 4, 9  # that a thread loads before it uses the first: a 2x
 # of a multiprocessor's 2048 threads unused.
 SHARED_TAPS = 16
 THREADS_TO_FILL = 1024
-INDEX_TYPES = {"u8": "u8", "i32": "int"}
+INDEX_BITS = {"u2": 2, "u4": 4, "u8": 8, "i32": 32}
 MAX, AVG, ADAPTIVE = 0, 1, 2
 
 
@@ -64,18 +65,31 @@ def variants() -> Iterable[Kernel]:
     )
     for dtype in ELEMENTS:
         for (entry, taps), width in product(entries, VECTOR_WIDTHS[dtype]):
-            yield from (_kernel(entry, dtype, MAX, index, width, taps) for index in INDEX_TYPES)
+            indices = ("u8", "i32") if width == 1 else tuple(INDEX_BITS)
+            if taps == FEW_TAPS:
+                indices = indices[:1]
+            elif taps:
+                indices = tuple(index for index in indices if index != "u2")
+            for index in indices:
+                yield _kernel(entry, dtype, MAX, index, width, taps)
+                if entry == "pool_fprop":
+                    yield _kernel(entry, dtype, MAX, index, width, taps, applied=True)
             yield _kernel(entry, dtype, AVG, None, width, taps)
             if entry != "pool_dgrad_apart":
                 yield _kernel(entry, dtype, ADAPTIVE, None, width, taps)
 
 
-def _kernel(entry: str, dtype: str, kind: int, index: str | None, width: int, taps: int | None) -> Kernel:
+def _kernel(
+    entry: str, dtype: str, kind: int, index: str | None, width: int, taps: int | None, applied: bool = False
+) -> Kernel:
+    """applied: an activation of each element."""
     defines: list[tuple[str, int | str]] = [("ELEMENT", ELEMENTS[dtype]), ("KIND", kind), ("VEC", width)]
     if index:
-        defines.append(("INDEX", INDEX_TYPES[index]))
+        defines.append(("BITS", INDEX_BITS[index]))
     if taps:
         defines.append(("BATCHED", taps))
+    if applied:
+        defines.append(("ACT", 1))
     return Kernel("pool.cu", entry, tuple(defines))
 
 
@@ -98,14 +112,16 @@ def _kind(op: PoolWindow | None) -> int:
 def _fprop(call: Call, device: Device) -> Launch:
     x, y = call.inputs[0].spec, call.outputs[0].spec
     n, p, q, channels = y.shape
-    index = call.outputs[1] if len(call.outputs) > 1 else None
+    index, kept = (*call.outputs[1:], None, None)[:2]
+    act = call.op.act if isinstance(call.op, PoolFprop) else None
+    applied = act is not None and act not in FROM_OUTPUT
     width = vector_width(channels, dtype=y.dtype)
     vectors = channels // width
     count = n * p * q * vectors
     op = _as_window(call.op, x, y)
     taps = op.kernel[0] * op.kernel[1] if op else -(-x.shape[1] // p) * -(-x.shape[2] // q)  # the most of a window
     kind, index_type = _kind(op), index.spec.dtype if index else None
-    if taps >= SHARED_TAPS and count < device.sm_count * THREADS_TO_FILL:
+    if taps >= SHARED_TAPS and not applied and count < device.sm_count * THREADS_TO_FILL:
         sharing = 1 << lanes_for(-(-taps // MANY_TAPS), THREADS)
         lanes_log2 = lanes_for(vectors, max(LEAST_LANES, THREADS // sharing))
         grid = (n * p * q, -(-vectors >> lanes_log2), 1)
@@ -116,8 +132,10 @@ def _fprop(call: Call, device: Device) -> Launch:
     else:
         grid, threads = (-(-count // THREADS), 1, 1), THREADS
         sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(q), fast_div(p))
-        kernel = _kernel("pool_fprop", y.dtype, kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS)
-    args = (call.inputs[0], call.outputs[0], index, *sizes, _window(op, x, y))
+        kernel = _kernel(
+            "pool_fprop", y.dtype, kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS, applied
+        )
+    args = (call.inputs[0], call.outputs[0], index, kept, *sizes, _window(op, x, y, act))
     return Launch(kernel, grid, (threads, 1, 1), args)
 
 
@@ -139,15 +157,16 @@ def _dgrad(call: Call) -> Launch:
     return Launch(kernel, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
 
 
-def _window(op: PoolWindow | None, x: Spec, y: Spec) -> Struct:
+def _window(op: PoolWindow | None, x: Spec, y: Spec, act: str | None = None) -> Struct:
     """The kernels' `Window`: x the larger image, y the pooled one."""
     if op is None:
         axes = [_axis(x.shape[1 + a], y.shape[1 + a], 1, 1, 0, 1) for a in (0, 1)]
-        return Struct((*axes, np.int32(0), np.int32(0)))
+        return Struct((*axes, *(np.int32(0) for _ in range(3))))
     axes = [
         _axis(x.shape[1 + a], y.shape[1 + a], op.kernel[a], op.stride[a], op.pad[a], op.dilation[a]) for a in (0, 1)
     ]
-    return Struct((*axes, np.int32(_divisor(op, x, y)), np.int32(op.count_include_pad)))
+    numbers = (_divisor(op, x, y), op.count_include_pad, act_code(act))
+    return Struct((*axes, *(np.int32(v) for v in numbers)))
 
 
 def _divisor(op: PoolWindow, x: Spec, y: Spec) -> int:
