@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from parcnn.cpu import CpuExecutor
+from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Spec
+from parcnn.ops.pointwise import Act
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
 from tests import reference
 from tests.op_runner import run_op
@@ -52,6 +54,42 @@ def test_max(
         for position, row, column in places:
             expected_dx[:, row, column] += np.where(index[:, p, q] == position, dy[:, p, q], 0)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-13, atol=1e-14)
+
+
+@windows
+@pytest.mark.parametrize("channels", [4, 8])
+def test_fours_of_channels_have_packed_indices(
+    cpu: CpuExecutor, random: np.random.Generator, window: dict[str, object], channels: int
+) -> None:
+    op = PoolFprop("max", **window)
+    x = random.standard_normal((2, 9, 7, channels))
+    taps = op.kernel[0] * op.kernel[1]
+    y, index = op.infer(Spec(x.shape, "f64"))
+    assert index.dtype == ("u2" if taps <= 4 else "u4" if taps <= 16 else "u8")
+    assert index.nbytes * {"u2": 4, "u4": 2, "u8": 1}[index.dtype] == y.size
+    apart = [run_op(cpu, op, [np.ascontiguousarray(x[..., c : c + 1])]) for c in range(channels)]  # a byte each
+    together = run_op(cpu, op, [x])
+    for i in (0, 1):
+        np.testing.assert_array_equal(together[i], np.concatenate([result[i] for result in apart], axis=3))
+    dy = random.standard_normal(y.shape)
+    (dx,) = run_op(cpu, op.dgrad((9, 7)), [dy, together[1]])
+    for c in range(channels):
+        (expected,) = run_op(cpu, op.dgrad((9, 7)), [np.ascontiguousarray(dy[..., c : c + 1]), apart[c][1]])
+        np.testing.assert_array_equal(dx[..., c : c + 1], expected)
+
+
+@windows
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_of_an_activation(cpu: CpuExecutor, random: np.random.Generator, window: dict[str, object], act: str) -> None:
+    op = PoolFprop("max", **window, act=act, keep=True)
+    x = random.standard_normal(SHAPE) - 1
+    y, index, kept = run_op(cpu, op, [x])
+    (activated,) = run_op(cpu, Act(act), [x])
+    taps, out = windows_of(op)
+    expected, expected_index = reference.max_pool(x if act in FROM_OUTPUT else activated, taps, out)
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_array_equal(y, run_op(cpu, Act(act), [expected])[0] if act in FROM_OUTPUT else expected)
+    np.testing.assert_array_equal(y, run_op(cpu, Act(act), [kept])[0])
 
 
 @windows

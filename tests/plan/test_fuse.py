@@ -12,6 +12,8 @@ from parcnn.cpu import CpuExecutor
 from parcnn.nn import functional as F
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.pointwise import ActDgrad
+from parcnn.ops.pool import PoolFprop
 from parcnn.ops.program import Call
 from parcnn.ops.update import MAX_GROUP, Update
 from parcnn.plan.options import Options
@@ -119,6 +121,26 @@ def test_other_pools_stay_alone(cpu: CpuExecutor, pool: Callable[[Tensor], Tenso
     model.forward = lambda x: pool(model[0](x)).flatten(1)  # type: ignore[method-assign]
     calls = make_plan(cpu, model, images, targets, mode="predict").program.calls
     assert [c.op.name for c in calls if c.phase == "forward"][:2] == ["conv_fprop", "pool_fprop"]
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_an_activation_before_a_maximum_is_the_pools(cpu: CpuExecutor, kind: str, mode: str) -> None:
+    """Of a window of any size, behind whatever; in training nothing is kept of the size before the pool."""
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        return F.max_pool2d(ACT[kind](net.other(x)), 3, 2, 1)
+
+    calls = _calls(cpu, middle, mode, 36)
+    assert _forward(calls) == ["conv_fprop", "conv_fprop", f"pool_fprop {kind} max"]
+    pool = next(c for c in calls if isinstance(c.op, PoolFprop))
+    assert len(pool.outputs) == (3 if mode == "train" and kind not in FROM_OUTPUT else 2)
+    assert not [c for c in calls if isinstance(c.op, ActDgrad) and c.outputs[0].spec.shape == pool.inputs[0].spec.shape]
+
+
+def test_an_activation_with_another_reader_stays_alone(cpu: CpuExecutor) -> None:
+    found = _forward(_calls(cpu, lambda net, x: (y := F.gelu(x)) + F.max_pool2d(y, 3, 1, 1), "train", 105))
+    assert found == ["conv_fprop", "act gelu", "pool_fprop max", "add"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
