@@ -72,9 +72,9 @@ def test_fours_of_channels_have_packed_indices(
     for i in (0, 1):
         np.testing.assert_array_equal(together[i], np.concatenate([result[i] for result in apart], axis=3))
     dy = random.standard_normal(y.shape)
-    (dx,) = run_op(cpu, op.dgrad((9, 7)), [dy, together[1]])
+    (dx,) = run_op(cpu, op.backward((9, 7)), [dy, together[1]])
     for c in range(channels):
-        (expected,) = run_op(cpu, op.dgrad((9, 7)), [np.ascontiguousarray(dy[..., c : c + 1]), apart[c][1]])
+        (expected,) = run_op(cpu, op.backward((9, 7)), [np.ascontiguousarray(dy[..., c : c + 1]), apart[c][1]])
         np.testing.assert_array_equal(dx[..., c : c + 1], expected)
 
 

@@ -46,7 +46,7 @@ def test_max(
     x[1, ..., -1] = -np.inf
     op = PoolFprop("max", **window)
     y, index = check(executor, op, [stored(x, element)], ulps=0)
-    check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element), index])
+    check(executor, op.backward((9, 7)), [stored(normal(random, *y.shape), element), index])
 
 
 @element
@@ -61,7 +61,7 @@ def test_max_of_an_activation(
         for keep in (False, True) if act not in FROM_OUTPUT else (False,):
             op = PoolFprop("max", **window, act=act, keep=keep)
             y, index, *kept = check(executor, op, [x])
-            check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element), index])
+            check(executor, op.backward((9, 7)), [stored(normal(random, *y.shape), element), index])
             assert len(kept) == keep
 
 
@@ -85,7 +85,7 @@ def test_avg(
     op = PoolFprop("avg", **window, **divisor)
     for channels in (3, 8, 12):
         (y,) = check(executor, op, [stored(normal(random, 2, 9, 7, channels), element)])
-        check(executor, op.dgrad((9, 7)), [stored(normal(random, *y.shape), element)])
+        check(executor, op.backward((9, 7)), [stored(normal(random, *y.shape), element)])
 
 
 @element
@@ -99,7 +99,7 @@ def test_nan_and_infinities_in_averages(
     with np.errstate(invalid="ignore"):  # inf - inf
         (y,) = check(executor, op, [stored(x, element)])
         check(executor, AdaptiveAvgFprop((2, 2)), [stored(x, element)])
-        check(executor, op.dgrad((6, 5)), [y])
+        check(executor, op.backward((6, 5)), [y])
 
 
 @element
@@ -111,7 +111,7 @@ def test_max_of_a_window_with_32_bit_indices(executor: Executor, random: np.rand
         y, index = check(executor, op, [stored(x, element)], ulps=0)
         assert index.dtype == np.int32
         assert index.max() > 255
-        check(executor, op.dgrad((20, 23)), [stored(normal(random, *y.shape), element), index])
+        check(executor, op.backward((20, 23)), [stored(normal(random, *y.shape), element), index])
 
 
 @element

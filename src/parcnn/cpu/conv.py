@@ -5,6 +5,7 @@ The tensor before the pool exists for one block only.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import cast
@@ -15,16 +16,21 @@ from parcnn.cpu import conv_grouped, conv_wgrad
 from parcnn.cpu.conv_error import dgrad_epilogue, routed_error
 from parcnn.cpu.lowering import Block, Lowering, lowering
 from parcnn.cpu.pointwise import activate
+from parcnn.cpu.pool import pool_fprop, pool_scratch
 from parcnn.cpu.pool2x2 import avg_pool, error_scratch, max_pool, max_scratch
 from parcnn.cpu.workers import Scratch, ScratchSize, Shape, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
+from parcnn.ops.pool import PoolFprop, PoolWindow
 
 Arrays = list[tuple[Shape, np.dtype | type]]
 
 
 def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
     """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too."""
+    if op.window is not None:
+        _fprop_then_pool(op, op.window, inputs, outputs, workspace)
+        return
     x, w = inputs[:2]
     y = outputs[0]
     low = _lower(op, x.shape, w.shape, x.itemsize)
@@ -61,6 +67,24 @@ def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray
             np.copyto(out.reshape(m, low.outputs), product.T)
 
     workspace.each(low.blocks(workspace.workers), block)
+
+
+def _fprop_then_pool(
+    op: ConvFprop, window: PoolWindow, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
+) -> None:
+    """The convolution's outputs in scratch memory, then a pool of another window than 2x2."""
+    conv, pool, between = _apart(op, window, inputs[0].shape, inputs[1].shape)
+    workspace.shared.rewind()
+    before = workspace.shared.take(between, inputs[0].dtype)
+    inner = workspace.within(workspace.shared.used)
+    conv_fprop(conv, inputs, [before], inner)
+    pool_fprop(pool, [before], outputs, inner)
+
+
+def _apart(op: ConvFprop, window: PoolWindow, x: Shape, w: Shape) -> tuple[ConvFprop, PoolFprop, Shape]:
+    """Convolution and pool as ops of their own, and the shape of what is between them."""
+    between = (x[0], *op.output_hw(*x[1:3], *w[1:3]), w[0])
+    return replace(op, pool=None, window=None), PoolFprop(**window.__dict__), between
 
 
 def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -211,6 +235,8 @@ def _lowering_of(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) ->
         raise TypeError(f"{op.name} is no convolution")
     x = outputs[0] if isinstance(op, ConvDgrad) else inputs[0]
     w = outputs[0] if isinstance(op, ConvWgrad) else inputs[1]
+    if isinstance(op, ConvFprop) and op.window is not None:
+        op = replace(op, pool=None, window=None)
     return _lower(op, x.shape, w.shape, _dtype(x).itemsize)
 
 
@@ -221,6 +247,12 @@ def _dtype(spec: Spec) -> np.dtype:
 def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
     low = _lowering_of(op, inputs, outputs)
     dtype = _dtype(inputs[0])
+    if isinstance(op, ConvFprop) and op.window is not None:
+        conv, pool, shape = _apart(op, op.window, inputs[0].shape, inputs[1].shape)
+        between = Spec(shape, inputs[0].dtype)
+        parts = [_scratch(conv, inputs, (between,), workers), pool_scratch(pool, (between,), outputs, workers)]
+        own = scratch_bytes([(shape, dtype)])
+        return ScratchSize(own + max(part.shared for part in parts), max(part.per_worker for part in parts))
     if isinstance(op, ConvGeometry) and op.groups > 1:
         return conv_grouped.scratch(op, low, dtype)
     if isinstance(op, ConvWgrad):

@@ -16,7 +16,7 @@ from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
 from parcnn.ops.base import PACKED, Op, Spec
-from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.conv import ConvFprop, ConvGeometry
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call, Program, Region, Slot
@@ -129,9 +129,11 @@ class CpuExecutor:
         self._blas = ThreadpoolController()
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
-        """True of every fused form that an op can express, but of grouped convolutions only those without a pool."""
+        """True of every fused form that an op can express, but of grouped convolutions only those without a pool, and of
+        pools only 2x2 ones: with others convolution and pool run one after the other in any case."""
         pooled_groups = isinstance(op, ConvGeometry) and op.groups > 1 and op.pool is not None
-        return type(op) in RUN and not pooled_groups
+        other_window = isinstance(op, ConvFprop) and op.window is not None
+        return type(op) in RUN and not pooled_groups and not other_window
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory of the call: what is shared, and a part for each thread that works on it."""

@@ -189,9 +189,10 @@ def _first_inside(op: PoolWindow, image: tuple[int, int], out: tuple[int, ...]) 
     return (first[0][:, None] * op.kernel[1] + first[1])[..., None]
 
 
-def _scratch(
+def pool_scratch(
     op: PoolFprop | PoolDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
 ) -> ScratchSize:
+    """Memory for each thread."""
     image, small = (inputs[0], outputs[0]) if isinstance(op, PoolFprop) else (outputs[0], inputs[0])
     n, h, w, c = image.shape
     some = _images_a_piece(image.shape)
@@ -210,4 +211,4 @@ RUN = {
     AdaptiveAvgFprop: adaptive_avg_fprop,
     AdaptiveAvgDgrad: adaptive_avg_dgrad,
 }
-SCRATCH = {PoolFprop: _scratch, PoolDgrad: _scratch}
+SCRATCH = {PoolFprop: pool_scratch, PoolDgrad: pool_scratch}

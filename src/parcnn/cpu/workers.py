@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from typing import TypeVar
@@ -30,6 +31,10 @@ class Scratch:
     def __init__(self, memory: np.ndarray) -> None:
         self._memory = memory
         self.used = 0  # bytes handed out
+
+    def behind(self, used: int) -> Scratch:
+        """The memory behind the first `used` bytes."""
+        return Scratch(self._memory[used:])
 
     def rewind(self, used: int = 0) -> None:
         """Forget what was handed out after the first `used` bytes."""
@@ -100,6 +105,12 @@ class Workspace:
         self.shared = Scratch(memory[: size.shared])
         parts = (memory[size.shared + i * size.per_worker :][: size.per_worker] for i in range(workers))
         self._parts = [Scratch(part) for part in parts]
+
+    def within(self, used: int) -> Workspace:
+        """The same workspace, but that the first `used` bytes of the part for all are somebody's."""
+        inner = copy(self)
+        inner.shared = self.shared.behind(used)
+        return inner
 
     def each(self, items: Sequence[Item], work: Callable[[Item, Scratch], None]) -> None:
         """work(item, scratch) for every item, spread over the workers; scratch is rewound before each."""

@@ -5,7 +5,8 @@
 Epilogue of fprop: activation, then 2x2 stride-2 pooling over (p,q) whose floor drops an odd last row or column: those
 outputs are never computed. Max-pooling also gives the winner's position in its window, 0..3 (row-major, the first of
 equals wins), as 2-bit indices; backward needs nothing else of the tensor before the pool. Where a pooled value is NaN, the
-index names one of the window's four, which one is not specified.
+index names one of the window's elements, which one is not specified. fprop may pool by another `window`: indices are then
+those of a pool on its own (`PoolWindow.index_dtype`), and backward first takes the error back through the window.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, accumulator, image_of
+from parcnn.ops.pool import PoolWindow
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,18 @@ class ConvFprop(ConvGeometry):
 
     bias: bool = False
     act: str | None = None
+    window: PoolWindow | None = None  # the pool's, of kind `pool`, where it is not 2x2, stride 2, floor
+
+    def pooled_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
+        """Outputs (p, q) after the pool."""
+        return self.window.output_hw(*self.output_hw(h, w, r, s)) if self.window else super().pooled_hw(h, w, r, s)
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         x, w = inputs[:2]
         (n, h, wd, _), (k, r, s, _) = x.shape, w.shape
         p, q = self.pooled_hw(h, wd, r, s)
         y = Spec((n, p, q, k), x.dtype)
-        return (y, Spec(y.shape, "u2")) if self.pool == "max" else (y,)
+        return (y, Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")) if self.pool == "max" else (y,)
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         x, w = inputs[:2]
@@ -64,12 +71,15 @@ class ConvFprop(ConvGeometry):
             return (None,) * len(inputs)
         if self.act:
             (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
-        idx = outputs[1:2]
+        pool, idx = self.pool, outputs[1:2]
+        if self.window:
+            (dy,) = emit(self.window.backward(self.output_hw(*image_of(x), *image_of(w))), dy, *idx)
+            pool, idx = None, ()
         geometry: dict[str, Any] = {
             "stride": self.stride,
             "pad": self.pad,
             "dilation": self.dilation,
-            "pool": self.pool,
+            "pool": pool,
             "groups": self.groups,
         }
         (dx,) = emit(ConvDgrad(**geometry, image=image_of(x)), dy, w, *idx)
@@ -77,7 +87,11 @@ class ConvFprop(ConvGeometry):
         return dx, *dw_db
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return self.conv_flops(outputs[0], inputs[1])
+        if self.window is None:
+            return self.conv_flops(outputs[0], inputs[1])
+        x, w = inputs[0].shape, inputs[1].shape
+        p, q = self.window.covered_hw(*self.output_hw(*x[1:3], *w[1:3]))
+        return 2 * x[0] * p * q * w[0] * w[1] * w[2] * w[3]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,26 @@ class PoolWindow(Op):
     count_include_pad: bool = True
     divisor: int | None = None
 
+    @property
+    def window(self) -> PoolWindow:
+        """The window alone."""
+        return PoolWindow(**{f.name: getattr(self, f.name) for f in fields(PoolWindow)})
+
+    def covered_hw(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of an image (h, w) that lie in some window."""
+        rows, columns = (
+            len(
+                {
+                    o * self.stride[a] - self.pad[a] + tap * self.dilation[a]
+                    for o in range(out)
+                    for tap in range(self.kernel[a])
+                }
+                & set(range((h, w)[a]))
+            )
+            for a, out in enumerate(self.output_hw(h, w))
+        )
+        return rows, columns
+
     def output_hw(self, h: int, w: int) -> tuple[int, int]:
         """Outputs for an image (h, w); with ceil_mode a window may hang over the end but must start inside (torch's rule)."""
         return self._extent(h, 0), self._extent(w, 1)
@@ -38,6 +58,10 @@ class PoolWindow(Op):
         span = size + 2 * pad - self.dilation[axis] * (self.kernel[axis] - 1) - 1
         out = (span + (stride - 1 if self.ceil_mode else 0)) // stride + 1
         return out - 1 if self.ceil_mode and (out - 1) * stride >= size + pad else out
+
+    def backward(self, image: tuple[int, int]) -> PoolDgrad:
+        """The op that takes the error of this window's outputs back to an image."""
+        return PoolDgrad(**{f.name: getattr(self, f.name) for f in fields(PoolWindow)}, image=image)
 
     def index_dtype(self, channels: int) -> str:
         """Type of max-pool indices, the position in the window, row-major: 2 or 4 bits for windows of up to 4 or 16, where
@@ -71,11 +95,7 @@ class PoolFprop(PoolWindow):
             return (None,)
         if self.act:
             (dy,) = emit(ActDgrad(kind=self.act), dy, outputs[0] if self.act in FROM_OUTPUT else outputs[2])
-        return emit(self.dgrad(image_of(inputs[0])), dy, *outputs[1:2])
-
-    def dgrad(self, image: tuple[int, int]) -> PoolDgrad:
-        """The op that takes the error before the activation back to an image."""
-        return PoolDgrad(**{f.name: getattr(self, f.name) for f in fields(PoolWindow)}, image=image)
+        return emit(self.backward(image_of(inputs[0])), dy, *outputs[1:2])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return outputs[0].size * self.kernel[0] * self.kernel[1]

@@ -98,12 +98,13 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             # commute with it, which these (monotone) do with a maximum.
             if (second.kind in FROM_OUTPUT and first.pool != "avg") or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
-        if isinstance(second, PoolFprop) and first.pool is None and _is_2x2(second) and not second.keep:
+        if isinstance(second, PoolFprop) and first.pool is None and not second.keep:
+            pooled = replace(first, pool=second.kind, window=None if _is_2x2(second) else second.window)
             if second.act:
-                return (replace(first, act=second.act, pool="max"), producer.inputs) if first.act is None else None
+                return (replace(pooled, act=second.act), producer.inputs) if first.act is None else None
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
-                return replace(first, pool=second.kind), producer.inputs
+                return pooled, producer.inputs
     if isinstance(first, BatchNormTrain | BatchNormInfer) and first.act is None:
         if isinstance(second, Act) and second.kind == "relu":
             return replace(first, act="relu"), producer.inputs
@@ -113,7 +114,7 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
 
 
 def _is_2x2(pool: PoolFprop) -> bool:
-    """A 2x2 pool of stride 2 whose windows lie inside the image: what the convolution's epilogue does."""
+    """A 2x2 pool of stride 2 whose windows lie inside the image: what every convolution's epilogue does."""
     plain = pool.kernel == (2, 2) and pool.stride == (2, 2) and pool.pad == (0, 0) and pool.dilation == (1, 1)
     return plain and not pool.ceil_mode and pool.divisor is None
 

@@ -12,7 +12,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import ELEMENTS, act_code, fast_div, refuse_dtype
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
-from parcnn.ops.conv import ConvGeometry
+from parcnn.ops.conv import ConvFprop, ConvGeometry
 from parcnn.ops.program import Call
 
 POOL_CODES = {None: 0, "max": 1, "avg": 2}
@@ -95,11 +95,16 @@ class Forced:
         return self.family.variants()
 
 
+def refuse_window(op: ConvGeometry) -> str | None:
+    """Why kernels that pool by 2x2 only cannot run a convolution; None where they can."""
+    return "of pools only 2x2 of stride 2 is fused here" if isinstance(op, ConvFprop) and op.window else None
+
+
 def unsupported(
     op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
 ) -> str | None:
     """Why the kernels of tiles and of few channels cannot run a convolution of these tensors; None where they can."""
-    if reason := refuse_dtype(*tensors, among=tuple(ELEMENTS)):
+    if reason := refuse_window(op) or refuse_dtype(*tensors, among=tuple(ELEMENTS)):
         return reason
     for spec in tensors:
         if spec.size >= 2**31:

@@ -2,7 +2,8 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// pool is none, the 2x2 maximum with 2-bit indices, or (no idx, tile_w = 8) the 2x2 mean. ReLU is applied to rounded values,
+// pool is none, the 2x2 maximum with 2-bit indices, (no idx, tile_w = 8) the 2x2 mean, or the maximum of any windows, with
+// indices of 2 bits (up to four elements) or 4: tiles are then of whole windows, and compute their halos where windows overlap. ReLU is applied to rounded values,
 // other activations go before the rounding.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
@@ -31,7 +32,7 @@
 // grid: slots * k_groups blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
-// Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8), FLIPPED, and where
+// Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where
 // constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3;
 // else 1 where it serves one tap, 0 any).
 
@@ -367,7 +368,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             stage_tile<PIXELS>(sums, out, staging, warp, lane);
 #endif
             named_barrier(1 + consumer, 128);
+#if POOL == 3
+            write_windows(g, t, k, staging, thread, y, idx);
+#else
             write_pooled<PIXELS, POOL == 2>(g, t, k, staging, thread, y, idx);
+#endif
             if (!g.own_staging) {
                 fence_async();
                 __syncwarp();

@@ -43,6 +43,8 @@ struct Problem {
     FastDiv by_k_rounds, by_x_stages, by_w_stages;
     FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile
     Class classes[CLASSES];
+    // POOL = 3: the pool's window, and the convolution's outputs.
+    int window_h, window_w, window_stride_h, window_stride_w, window_pad_h, window_pad_w, conv_p, conv_q;
 };
 
 // What is constant where FILTER or COLUMNS is.
@@ -114,7 +116,11 @@ __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group)
     const Class &outputs = g.classes[t.kind];
     int patch = divide(item, g.by_k_inner, k_inner);
     t.n = divide(divide(patch, g.by_tiles_w, x), g.by_tiles_h, y) * g.tile_n;
+#if POOL == 3
+    t.h = y * (int)g.by_pooled_h.d * g.window_stride_h - g.window_pad_h, t.w = x * (int)g.by_pooled_w.d * g.window_stride_w - g.window_pad_w;
+#else
     t.h = y * g.tile_h, t.w = x * g.tile_w;
+#endif
     t.k = (k_group + k_inner) * CHANNELS;
     t.top = t.h * g.stride_h - outputs.pad_h, t.left = t.w * g.stride_w - outputs.pad_w;
     t.tap = outputs.tap;

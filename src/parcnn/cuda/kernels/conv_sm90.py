@@ -18,6 +18,7 @@ from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorM
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.pool import PoolWindow
 from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
@@ -25,7 +26,9 @@ SOURCE, UNPOOL_SOURCE = "conv_sm90.cu", "conv_unpool.cu"
 THREADS, UNPOOL_THREADS = 384, 256
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
+WINDOWS = 3  # POOL: by other windows than 2x2
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
+RECOMPUTED = 300  # multiplications an output
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 _NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _NO_MAP = bytes(tensormap.NBYTES)
@@ -42,6 +45,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if op.groups != 1:
         return f"the tensor-core convolutions have one group, not {op.groups}"
     if isinstance(op, ConvFprop):
+        if op.window and (reason := _refuse_window(op, op.window, inputs)):
+            return reason
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
         if max(op.stride) > MAX_ELEMENT_STRIDE:
@@ -67,6 +72,23 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"image sides, filter spans and padding must be below {MAX_SIDE}"
     if max(spec.size for spec in (*inputs, *op.infer(*inputs))) >= 2**31:
         return "a tensor has 2**31 elements or more"
+    return None
+
+
+def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) -> str | None:
+    """Why another window than 2x2 is not fused; None where it is.
+
+    A pool on its own writes and reads the tensor before it, four bytes an output, or about RECOMPUTED multiplications at a
+    GPU's rates. Where windows overlap, tiles compute their halos again.
+    """
+    x, w = inputs[0].shape, inputs[1].shape
+    if window.kind != "max" or window.dilation != (1, 1):
+        return "only maxima of windows without dilation are fused"
+    if window.kernel[0] * window.kernel[1] > 16 or min(window.kernel) < 1:
+        return f"windows have at most 16 elements, not {window.kernel}"
+    again = tiles.computed_again(window, *op.output_hw(*x[1:3], *w[1:3])) - 1
+    if again * w[1] * w[2] * w[3] > RECOMPUTED:
+        return f"a pool of its own is faster than {again:.0%} more outputs of {w[1] * w[2] * w[3]} multiplications"
     return None
 
 
@@ -132,8 +154,11 @@ def variants() -> Iterable[Kernel]:
                 yield _kernel(count, cb, channels, 0, True, constants)
                 if constants != (3, 3) or channels == 128:  # windows are eight pixels wide
                     yield _kernel(count, cb, channels, 1, False, constants)
-                if tiles.pools_in_registers(True, 8, channels) and count % 16 == 0:
+                if channels == 64 and count % 16 == 0:
                     yield _kernel(count, cb, channels, 2, False, constants)
+    for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
+        for count in pixels:
+            yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
     yield UNPOOL
     yield UNREACHED
 
@@ -153,10 +178,12 @@ def _sizes(call: Call) -> Sizes:
     if isinstance(op, ConvFprop):
         conv = Conv.of(op, call.inputs[0].spec, filters)
         p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
+        if op.window:
+            p, q = op.output_hw(conv.h, conv.w, conv.r, conv.s)
         return Sizes(
             conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.dilation,
             conv.pool is not None, (Class((conv.r, conv.s), conv.pad),), tap_steps=(conv.s, 1),
-            mean=conv.pool == "avg",
+            mean=conv.pool == "avg", window=op.window,
         )  # fmt: skip
     if isinstance(op, ConvDgrad):
         conv = Conv.of(op, call.outputs[0].spec, filters)
@@ -223,9 +250,9 @@ def _convolution(
     if tile is None:
         raise ValueError(f"variant {variant} cannot run {sizes}")
     work = Work.of(sizes, variant, device)
-    in_registers = tiles.pools_in_registers(sizes.pool, variant.tile[0], variant.channels)
+    pool = WINDOWS if sizes.window else sizes.pool + tiles.pools_in_registers(sizes, variant.tile[0], variant.channels)
     constants = tiles.constants(sizes, variant.serves)
-    kernel = _kernel(tile.pixels, tile.cb, variant.channels, sizes.pool + in_registers, sizes.flipped, constants)
+    kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(variant.own_staging > 0)
     resident = work.k_rounds * ceil(sizes.c / tile.cb) * sizes.r * sizes.s
@@ -291,7 +318,11 @@ def _problem(
         "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * n * row_bytes, 0),
         "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
-    p, q = (sizes.p // 2, sizes.q // 2) if sizes.pool else (sizes.p, sizes.q)
+    p, q = sizes.pooled
+    pooled_w, pooled_h, windows = max(1, w // 2), max(1, h // 2), (0,) * 8
+    if window := sizes.window:
+        pooled_w, pooled_h = tiles.pooled_by(window, w, 1), tiles.pooled_by(window, h, 0)
+        windows = (*window.kernel, *window.stride, *window.pad, sizes.p, sizes.q)
     group_bytes = (tile.pitch if variant.serves == "window" else 8) * row_bytes
     swizzle = 1 if tile.cb == 64 else 2
     before = (
@@ -309,7 +340,7 @@ def _problem(
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (
         *sizes.dilation, of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, variant.x_stages, variant.w_stages,
-        max(1, w // 2), max(1, h // 2),
+        pooled_w, pooled_h,
     )  # fmt: skip
     kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
     classes = (v for c in kinds for v in (*c.taps, *c.pad, c.tap, *c.first))
@@ -320,7 +351,7 @@ def _problem(
             *(np.int32(v) for v in after),
             np.uint32(0 if act == "relu" else _NEGATIVE_INFINITIES),
             *(fast_div(d) for d in divisors),
-            *(np.int32(v) for v in classes),
+            *(np.int32(v) for v in (*classes, *windows)),
         )
     )
 

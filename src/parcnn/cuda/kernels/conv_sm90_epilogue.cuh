@@ -197,3 +197,46 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
         }
     }
 }
+
+#if POOL == 3
+// The maxima of a staged tile's windows, and which element won. y (N,P,Q,K), idx (N,P,Q,K/4 or K/2 bytes).
+__device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
+    const int chunk = thread & 7, across = g.by_pooled_w.d, down = g.by_pooled_h.d;
+    const int q0 = (t.w + g.window_pad_w) / g.window_stride_w, p0 = (t.h + g.window_pad_h) / g.window_stride_h;
+    const bool narrow = g.window_h * g.window_w <= 4;
+    for (int pixel = thread >> 3; pixel < across * down * g.tile_n; pixel += 16) {
+        int x, row;
+        const int image = divide(divide(pixel, g.by_pooled_w, x), g.by_pooled_h, row);
+        const int top = row * g.window_stride_h, left = x * g.window_stride_w, corner = (image * g.tile_h + top) * g.tile_w + left;
+        // What lies inside of the convolution's outputs.
+        const int r0 = max(0, -(t.h + top)), r1 = min(g.window_h, g.conv_p - t.h - top);
+        const int s0 = max(0, -(t.w + left)), s1 = min(g.window_w, g.conv_q - t.w - left);
+        Best best[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) best[e] = {0xff80ff80u, (u32)(r0 * g.window_w + s0) * 0x10001u};
+#pragma unroll 1
+        for (int r = r0; r < r1; ++r)
+#pragma unroll 1
+            for (int s = s0; s < s1; ++s) {
+                const uint4 v = load_shared16(chunk_address(staging, corner + r * g.tile_w + s, chunk));
+                const u32 position = r * g.window_w + s;
+                best[0].consider(v.x, position), best[1].consider(v.y, position);
+                best[2].consider(v.z, position), best[3].consider(v.w, position);
+            }
+        const int q = q0 + x, p = p0 + row, n = t.n + image;
+        if (k + chunk * 8 >= g.k || q >= g.q || p >= g.p || n >= g.n) continue;
+        const u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
+        *reinterpret_cast<uint4 *>(y + at) = make_uint4(best[0].value, best[1].value, best[2].value, best[3].value);
+        u32 packed = 0;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const u32 two = best[e].index;
+            packed |= narrow ? ((two | two >> 14) & 0xf) << 4 * e : ((two | two >> 12) & 0xff) << 8 * e;
+        }
+        if (narrow)
+            *reinterpret_cast<u16 *>(idx + at / 4) = (u16)packed;
+        else
+            *reinterpret_cast<u32 *>(idx + at / 2) = packed;
+    }
+}
+#endif

@@ -6,11 +6,12 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, inf
 from typing import NamedTuple
 
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US
 from parcnn.cuda.launch import Device
+from parcnn.ops.pool import PoolWindow
 
 MAX_BOX = 256  # of TMA, a dimension
 BARRIER_BYTES = 512
@@ -21,6 +22,8 @@ PIXELS = {
     (128, 64): (64, 128, 160, 200, 224, 256),
     (64, 32): (64, 128, 240, 248),
 }
+# The same of tiles that are pooled by another window than 2x2.
+WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
 MOST_CANDIDATES = 8
 
 
@@ -58,6 +61,14 @@ class Sizes:
     tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
     flipped: bool = False
     mean: bool = False  # the pool's, which only threads that have whole windows take
+    window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
+
+    @property
+    def pooled(self) -> tuple[int, int]:
+        """Rows and columns that are stored."""
+        if self.window:
+            return self.window.output_hw(self.p, self.q)
+        return (self.p // 2, self.q // 2) if self.pool else (self.p, self.q)
 
     @property
     def plain(self) -> bool:
@@ -122,8 +133,9 @@ class Footprint:
         """None where no compiled kernel or no copy takes such a tile."""
         w, h, n = tile
         cb = 32 if sizes.c <= 32 and channels == 64 else 64
-        in_registers = pools_in_registers(sizes.pool, w, channels)
-        pixels = next((p for p in PIXELS[channels, cb] if p >= w * h * n and not (in_registers and p % 16)), None)
+        in_registers = pools_in_registers(sizes, w, channels)
+        compiled = (WINDOW_PIXELS if sizes.window else PIXELS)[channels, cb]
+        pixels = next((p for p in compiled if p >= w * h * n and not (in_registers and p % 16)), None)
         halo = serves != "tap"
         pitch = w + sizes.s - 1 if serves == "window" else w
         rows = h + sizes.r - 1 if halo else h
@@ -132,7 +144,10 @@ class Footprint:
         if halo:
             fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and not sizes.pool))
             fits = fits and (serves == "column" or w == 8)
-        if sizes.pool:
+        if sizes.window:
+            fits = fits and (serves == "tap" or (serves == "column" and sizes.r == sizes.s == 3))
+            fits = fits and min(pooled_by(sizes.window, w, 1), pooled_by(sizes.window, h, 0)) > 0
+        elif sizes.pool:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
             return None
@@ -151,16 +166,35 @@ def images_inner(serves: str, images: int) -> bool:
 def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
     """FILTER and COLUMNS of the kernel: what is constant in it of filters of side 1, of side 3 where taps share a stage, and
     where a stage serves one tap."""
-    if sizes.r == sizes.s == len(sizes.classes) == 1:
+    if sizes.r == sizes.s == len(sizes.classes) == 1 and not sizes.window:
         return 1, 1
     if sizes.r == sizes.s == 3 and serves != "tap":
         return 3, {"column": 1, "window": 3}[serves]
     return 0, int(serves == "tap")
 
 
-def pools_in_registers(pool: bool, width: int, channels: int) -> bool:
+def pools_in_registers(sizes: Sizes, width: int, channels: int) -> bool:
     """Whether the 2x2 windows of such a tile lie within threads, and the kernel uses it."""
-    return pool and width == 8 and channels == 64
+    return sizes.pool and sizes.window is None and width == 8 and channels == 64
+
+
+def pooled_by(window: PoolWindow, extent: int, axis: int) -> int:
+    """Windows that lie in so many neighbouring rows (axis 0) or columns of a convolution's outputs, side by side."""
+    return (extent - window.kernel[axis]) // window.stride[axis] + 1
+
+
+def computed_again(window: PoolWindow, p: int, q: int) -> float:
+    """Outputs that the best tiles of an image's p x q compute, halos twice, by those that there are."""
+    rows, columns = window.output_hw(p, q)
+    most = max(PIXELS[64, 64])
+    areas = []
+    for across in range(1, columns + 1):
+        width = (across - 1) * window.stride[1] + window.kernel[1]
+        down = min(rows, pooled_by(window, most // width, 0))
+        if down > 0:
+            height = (ceil(rows / ceil(rows / down)) - 1) * window.stride[0] + window.kernel[0]
+            areas.append(ceil(rows / down) * ceil(columns / across) * width * height)
+    return min(areas, default=inf) / (p * q)
 
 
 def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
@@ -179,6 +213,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         return None
     if serves == "tap":
         least = min(min(live_taps(sizes, c, 0, tile[1])) * min(live_taps(sizes, c, 1, tile[0])) for c in sizes.classes)
+        least = 1 if sizes.window else least
     else:
         least = {"column": sizes.s, "window": 1}[serves]
     scarce = blocks * least < (1 if channels == 64 else 2)
@@ -217,7 +252,10 @@ def live_taps(sizes: Sizes, kind: Class, axis: int, extent: int) -> tuple[int, .
 def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
     """Tiles of a class along the width, the height and the images."""
     p, q = sizes.class_outputs
-    return ceil(q / tile[0]), ceil(p / tile[1]), ceil(sizes.n / tile[2])
+    w, h = tile[:2]
+    if sizes.window:
+        (p, q), h, w = sizes.pooled, pooled_by(sizes.window, h, 0), pooled_by(sizes.window, w, 1)
+    return ceil(q / w), ceil(p / h), ceil(sizes.n / tile[2])
 
 
 def items(sizes: Sizes, tile: tuple[int, int, int]) -> int:
@@ -263,7 +301,7 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     tile = _footprint(sizes, variant)
     blocks = ceil(sizes.c / tile.cb)
     count = items(sizes, variant.tile) * work.k_inner
-    if variant.serves == "tap":
+    if variant.serves == "tap" and not sizes.window:
         each = _taps_of_tiles(sizes, variant)
         taps, most = sum(each) / len(each), max(each)
         uneven = min(each) < most
@@ -287,7 +325,7 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
     waves = ceil(work.slots * work.k_groups / device.sm_count)
     rounds = ceil(items(sizes, variant.tile) * work.k_inner / work.slots) * waves
     taps = sizes.r * sizes.s / len(sizes.classes)
-    if variant.serves == "tap":
+    if variant.serves == "tap" and not sizes.window:
         each = _taps_of_tiles(sizes, variant)
         taps = sum(each) / len(each)
     steps = rounds * ceil(sizes.c / tile.cb) * taps
@@ -317,6 +355,9 @@ def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
 
 def _shapes(sizes: Sizes) -> Iterator[Shape]:
     """Tiles that may pay: whole rows or even parts of them, whole images, one or two pixels of many images."""
+    if sizes.window:
+        yield from _window_shapes(sizes, sizes.window)
+        return
     even = 2 if sizes.pool else 1
     p, q = sizes.class_outputs
     widths = {_round_up(ceil(q / parts), even) for parts in range(1, 9)} | {8, even}
@@ -340,12 +381,30 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                         yield Shape("tap", tile, channels, shared=True)
 
 
+def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
+    """Tiles of whole windows: rows of them or even parts of rows, and whole images."""
+    rows, columns = sizes.pooled
+    for (channels, _), compiled in WINDOW_PIXELS.items():
+        if channels == 128 and sizes.k <= 64:
+            continue
+        for pixels in compiled:
+            for across in {ceil(columns / parts) for parts in range(1, min(columns, 16) + 1)}:
+                w = (across - 1) * window.stride[1] + window.kernel[1]
+                down = min(rows, pooled_by(window, pixels // w, 0))
+                if down < 1:
+                    continue
+                h = (ceil(rows / ceil(rows / down)) - 1) * window.stride[0] + window.kernel[0]
+                yield Shape("column", (w, h, 1), channels)
+                yield Shape("tap", (w, h, 1), channels)
+                yield Shape("tap", (w, h, min(pixels // (w * h), sizes.n, MAX_BOX)), channels)
+
+
 def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
     """The items of each slot, heaviest first to the least loaded; None where all items are equal.
 
     An item is (class, image group, row, column, group of channels), counted in this order.
     """
-    if variant.serves != "tap":
+    if variant.serves != "tap" or sizes.window:
         return None
     taps = _taps_of_tiles(sizes, variant)
     if len(set(taps)) == 1:
@@ -398,6 +457,8 @@ def _round_up(value: int, multiple: int = 1024) -> int:
 def _key(sizes: Sizes) -> tuple[int | bool, ...]:
     pad = sizes.classes[0].pad
     side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, pad[0], sizes.pool)
+    if sizes.window:
+        return ()
     square = sizes.r == sizes.s and pad[0] == pad[1]
     return side if square and sizes.stride == sizes.dilation == sizes.spread == (1, 1) else ()
 

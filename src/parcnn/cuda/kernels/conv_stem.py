@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, refuse_window
 from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
@@ -106,6 +106,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, other = inputs[:2]
     if x.dtype != "bf16" or other.dtype != "bf16":
         return f"the kernels of few channels take bf16 operands, not {x.dtype} and {other.dtype}"
+    if reason := refuse_window(op):
+        return reason
     sizes = _sizes(op, inputs)
     if op.groups != 1 or op.dilation[1] != 1:
         return f"the kernels of few channels have one group and no dilated width, not {op.groups} and {op.dilation[1]}"
