@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parcnn.cpu import CpuExecutor
-from parcnn.ops.base import ACTIVATIONS
+from parcnn.ops.base import ACTIVATIONS, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.pool import PoolFprop, PoolWindow
 from tests import reference
 from tests.op_runner import run_op
 
@@ -279,3 +280,29 @@ def test_any_geometry(cpu: CpuExecutor, problem: Problem, pool: str | None, seed
     )
     agree(actual_dw, dw)
     agree(actual_db, db)
+
+
+@problems
+@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_pool_by_another_window(random: np.random.Generator, problem: Problem, kind: str, threads: int) -> None:
+    window = PoolWindow(kind, (3, 2), (2, 1), (1, 1))
+    if min(window.output_hw(*problem.pq)) < 1:
+        pytest.skip("nothing to pool")
+    x, w, b = tensors(random, problem)
+    plain = ConvFprop(**problem.geometry, bias=True, act="relu")
+    executor = CpuExecutor(threads)
+    (before,) = run_op(executor, plain, [x, w, b])
+    expected = run_op(executor, PoolFprop(**asdict(window)), [before])
+    results = run_op(executor, replace(plain, pool=kind, window=window), [x, w, b])
+    executor.close()
+    for result, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(result, wanted)
+
+
+def test_products_that_no_window_needs_are_not_counted() -> None:
+    x, w = Spec((2, 11, 8, 5)), Spec((3, 1, 1, 5))
+    apart = ConvFprop(pool="max", window=PoolWindow("max", (3, 2), (4, 3)))
+    assert apart.flops((x, w), apart.infer(x, w)) == 2 * 2 * 3 * 5 * (3 * 3 * 3 * 2)
+    overlapping = ConvFprop(pool="max", window=PoolWindow("max", (3, 3), (2, 2), (1, 1)))
+    assert overlapping.flops((x, w), overlapping.infer(x, w)) == 2 * 2 * 3 * 5 * (11 * 8)

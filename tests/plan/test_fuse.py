@@ -13,7 +13,7 @@ from parcnn.nn import functional as F
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.pointwise import ActDgrad
-from parcnn.ops.pool import PoolFprop
+from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call
 from parcnn.ops.update import MAX_GROUP, Update
 from parcnn.plan.options import Options
@@ -167,6 +167,34 @@ def test_the_error_signal_takes_sum_and_derivative_along(cpu: CpuExecutor) -> No
     dgrads = [c.op for c in calls if isinstance(c.op, ConvDgrad)]
     assert [(op.act, op.add) for op in dgrads] == [(None, False), ("relu", True)]
     assert not [c for c in calls if c.op.name in ("act_dgrad", "add") and c.phase == "backward"]
+
+
+class Greedy(CpuExecutor):
+    """An executor that pools by any window as it convolves."""
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("pool", [(3, 2, 1), (3, 3), (2, 1), (2, 2, 1)])
+@pytest.mark.parametrize("kind", ["max", "avg"])
+def test_a_pool_by_another_window(mode: str, pool: tuple[int, ...], kind: str) -> None:
+    """Where the executor says that it can, it is the convolution's; its error goes back through the window first."""
+    greedy = Greedy(threads=1)
+    reduce = F.max_pool2d if kind == "max" else F.avg_pool2d
+    (p, q) = PoolFprop(kind, *((v, v) for v in pool)).output_hw(5, 7)
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        return reduce(F.relu(net.other(x)) if kind == "max" else net.other(x), *pool)
+
+    calls = _calls(greedy, middle, mode, 3 * p * q)
+    greedy.close()
+    assert _forward(calls) == ["conv_fprop", "conv_fprop relu max" if kind == "max" else "conv_fprop avg"]
+    (op,) = (c.op for c in calls if isinstance(c.op, ConvFprop) and c.op.window)
+    assert (op.window.kernel, op.window.stride) == ((pool[0],) * 2, (pool[1] if len(pool) > 1 else pool[0],) * 2)
+    assert len([c for c in calls if isinstance(c.op, PoolDgrad)]) == (mode == "train")
+    assert not [c for c in calls if isinstance(c.op, ConvDgrad) and c.op.pool]
 
 
 class Choosy(CpuExecutor):

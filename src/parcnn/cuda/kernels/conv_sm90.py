@@ -28,7 +28,8 @@ THREADS, UNPOOL_THREADS = 384, 256
 ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
 WINDOWS = 3  # POOL: by other windows than 2x2
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
-RECOMPUTED = 300  # multiplications an output
+# Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
+MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 _NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _NO_MAP = bytes(tensormap.NBYTES)
@@ -78,17 +79,18 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) -> str | None:
     """Why another window than 2x2 is not fused; None where it is.
 
-    A pool on its own writes and reads the tensor before it, four bytes an output, or about RECOMPUTED multiplications at a
-    GPU's rates. Where windows overlap, tiles compute their halos again.
+    Where windows overlap, tiles that have not the whole image compute their halos again, and a pool on its own is faster: of
+    56x56 outputs of 64 channels, 3x3 stride 2 (15 % more outputs), 134 us against 163 on an H200; 2x2 stride 1, 132 and 180.
     """
     x, w = inputs[0].shape, inputs[1].shape
     if window.kind != "max" or window.dilation != (1, 1):
         return "only maxima of windows without dilation are fused"
     if window.kernel[0] * window.kernel[1] > 16 or min(window.kernel) < 1:
         return f"windows have at most 16 elements, not {window.kernel}"
-    again = tiles.computed_again(window, *op.output_hw(*x[1:3], *w[1:3])) - 1
-    if again * w[1] * w[2] * w[3] > RECOMPUTED:
-        return f"a pool of its own is faster than {again:.0%} more outputs of {w[1] * w[2] * w[3]} multiplications"
+    if window.kernel[0] * window.kernel[1] > MOST_OVERLAP * window.stride[0] * window.stride[1]:
+        return f"a pool of its own is faster where outputs lie in more than {MOST_OVERLAP:g} windows"
+    if (computed := tiles.computed(window, *op.output_hw(*x[1:3], *w[1:3]))) > MOST_COMPUTED:
+        return f"a pool of its own is faster than {computed - 1:.0%} more outputs"
     return None
 
 

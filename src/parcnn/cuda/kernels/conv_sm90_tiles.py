@@ -183,7 +183,7 @@ def pooled_by(window: PoolWindow, extent: int, axis: int) -> int:
     return (extent - window.kernel[axis]) // window.stride[axis] + 1
 
 
-def computed_again(window: PoolWindow, p: int, q: int) -> float:
+def computed(window: PoolWindow, p: int, q: int) -> float:
     """Outputs that the best tiles of an image's p x q compute, halos twice, by those that there are."""
     rows, columns = window.output_hw(p, q)
     most = max(PIXELS[64, 64])

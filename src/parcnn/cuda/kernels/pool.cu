@@ -1,7 +1,7 @@
 // Pooling of x (N,H,W,C) into y (N,P,Q,C), and the way back.
 //   max        y = largest element of the window, idx = its position (row-major, the first of equals; the first NaN wins)
-//              of act(x): monotone activations are applied to the maximum, others (ACT = 1) to each element, and `kept`
-//              (where it is not null) gets the winner's x
+//              of act(x): monotone activations are applied to the maximum. Others (ACT = 1) fall up to a point and then rise:
+//              the largest of them is that of the largest x or of the least. `kept` (if not null) gets the winner's x.
 //   avg        y = sum of the window / divisor; divisor given, or the window's overlap with the (padded) image
 //   adaptive   y = mean of rows floor(p*H/P) .. ceil((p+1)*H/P), columns likewise
 //   dgrad      dx[pixel] = sum over the windows that cover it of dy (max: where idx says so; else dy / divisor)
@@ -12,6 +12,8 @@
 // pool_dgrad: a thread makes VEC channels of one pixel; a gather, so nothing is added to memory.
 // pool_dgrad_apart, for windows that do not overlap: a thread makes VEC channels of `stride` pixels of an image's row, those
 //   from one window's start to the next one's; it reads that window's error once.
+// pool_dgrad_twos, for windows of 3 or 4 and strides of 2: a thread makes VEC channels of 2 x 2 pixels, which four windows
+//   cover, so that each error is read four times, not nine.
 // Bytes: x (dy, idx) read once where windows do not overlap, else from cache; y, idx (dx) written once.
 // Sums are floats; what is stored is rounded once.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; every count below 2^31.
@@ -79,8 +81,107 @@ struct Result {
     Floats<VEC> value;
     int position[VEC];
 #if ACT
-    Floats<VEC> kept;
+    Floats<VEC> least;
+    int least_at[VEC];
 #endif
+};
+
+// Two bf16 at once.
+#if defined(HOST_EMULATION) || __CUDA_ARCH__ >= 900
+constexpr bool PAIRED = KIND == MAX && sizeof(ELEMENT) == 2 && VEC > 1;
+#else
+constexpr bool PAIRED = false;
+#endif
+
+#ifdef HOST_EMULATION
+__device__ __forceinline__ u32 mask_of(bool low, bool high) { return (low ? 0xffffu : 0) | (high ? 0xffff0000u : 0); }
+__device__ __forceinline__ u32 beats_pair(u32 v, u32 best) {
+    return mask_of(beats(low_bf16(v), low_bf16(best)), beats(high_bf16(v), high_bf16(best)));
+}
+__device__ __forceinline__ u32 less_pair(u32 v, u32 least) {
+    return mask_of(low_bf16(v) < low_bf16(least), high_bf16(v) < high_bf16(least));
+}
+#elif __CUDA_ARCH__ >= 900
+// All bits of a half are set where v takes the place of `best`.
+__device__ __forceinline__ u32 beats_pair(u32 v, u32 best) {
+    u32 not_less_or_equal, is_number;
+    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(not_less_or_equal) : "r"(v), "r"(best));
+    asm("set.eq.u32.bf16x2 %0, %1, %1;" : "=r"(is_number) : "r"(best));
+    return not_less_or_equal & is_number;
+}
+__device__ __forceinline__ u32 less_pair(u32 v, u32 least) {
+    u32 mask;
+    asm("set.lt.u32.bf16x2 %0, %1, %2;" : "=r"(mask) : "r"(v), "r"(least));
+    return mask;
+}
+#else
+__device__ __forceinline__ u32 beats_pair(u32, u32) { return 0; }
+__device__ __forceinline__ u32 less_pair(u32, u32) { return 0; }
+#endif
+
+// What a thread has seen of its window.
+struct Seen {
+    Result r;
+    u32 value[VEC / 2 + 1], at[VEC / 2 + 1];  // PAIRED: two values, two positions a word
+    u32 least[VEC / 2 + 1], least_at[VEC / 2 + 1];
+
+    __device__ __forceinline__ Seen(int first) {
+        const float infinity = __int_as_float(0x7f800000);
+        r.value = splat<VEC>(KIND == MAX ? -infinity : 0.0f);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) r.position[e] = first;
+#pragma unroll
+        for (int e = 0; e < VEC / 2; ++e) value[e] = 0xff80ff80u, least[e] = 0x7f807f80u, at[e] = least_at[e] = first * 0x10001u;
+#if ACT
+        r.least = splat<VEC>(infinity);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) r.least_at[e] = first;
+#endif
+    }
+
+    template <class Elements> __device__ __forceinline__ void take(const Elements &x, int position) {
+        if constexpr (PAIRED) {
+            const u32 positions = position * 0x10001u;
+#pragma unroll
+            for (int e = 0; e < VEC / 2; ++e) {
+                const u32 v = x.word[e], wins = beats_pair(v, value[e]);
+                value[e] = (v & wins) | (value[e] & ~wins), at[e] = (positions & wins) | (at[e] & ~wins);
+#if ACT
+                const u32 loses = less_pair(v, least[e]);
+                least[e] = (v & loses) | (least[e] & ~loses), least_at[e] = (positions & loses) | (least_at[e] & ~loses);
+#endif
+            }
+            return;
+        }
+        const Floats<VEC> v = widen(x);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            if (KIND != MAX) {
+                r.value.v[e] += v.v[e];
+            } else if (beats(v.v[e], r.value.v[e])) {
+                r.value.v[e] = v.v[e];
+                r.position[e] = position;
+            }
+#if ACT
+            if (v.v[e] < r.least.v[e]) r.least.v[e] = v.v[e], r.least_at[e] = position;
+#endif
+        }
+    }
+
+    __device__ __forceinline__ Result result() {
+        if constexpr (PAIRED) {
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) {
+                r.value.v[e] = e % 2 ? high_bf16(value[e / 2]) : low_bf16(value[e / 2]);
+                r.position[e] = e % 2 ? at[e / 2] >> 16 : at[e / 2] & 0xffff;
+#if ACT
+                r.least.v[e] = e % 2 ? high_bf16(least[e / 2]) : low_bf16(least[e / 2]);
+                r.least_at[e] = e % 2 ? least_at[e / 2] >> 16 : least_at[e / 2] & 0xffff;
+#endif
+            }
+        }
+        return r;
+    }
 };
 
 // Whether (v, at) takes the place of (best, best_at) when two parts of a window are merged.
@@ -91,15 +192,9 @@ __device__ __forceinline__ bool takes_over(float v, int at, float best, int best
 // Taps part, part + parts, ... of the window, in that order. x points at the image's channels of this thread.
 __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, const Window &window, int channels, int part,
                                               int parts) {
-    Result r;
-    r.value = splat<VEC>(KIND == MAX ? __int_as_float(0xff800000) : 0.0f);
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) r.position[e] = h.first * window.w.kernel + w.first;
-#if ACT
-    r.kept = r.value;
-#endif
+    Seen seen(h.first * window.w.kernel + w.first);
     int width = w.last - w.first, count = (h.last - h.first) * width;
-    if (count == 0) return r;
+    if (count == 0) return seen.result();
     int step_h = parts / width, step_w = parts - step_h * width;
     int th = part / width, tw = part - th * width;
     for (int t = part; t < count; t += BATCHED * parts) {
@@ -117,25 +212,26 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
 #pragma unroll
         for (int j = 0; j < BATCHED; ++j) {
             if (t + j * parts >= count) break;
-            Floats<VEC> v = widen(fetched[j]);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-#if ACT
-                float value = activation_of(v.v[e], window.act);
-                if (beats(value, r.value.v[e])) r.value.v[e] = value, r.kept.v[e] = v.v[e], r.position[e] = position[j];
-#else
-                if (KIND != MAX) {
-                    r.value.v[e] += v.v[e];
-                } else if (beats(v.v[e], r.value.v[e])) {
-                    r.value.v[e] = v.v[e];
-                    r.position[e] = position[j];
-                }
-#endif
-            }
+            seen.take(fetched[j], position[j]);
         }
     }
-    return r;
+    return seen.result();
 }
+
+#if ACT
+// The activation of every element's largest and least x, of which the larger remains: in r.value, with its x in r.least.
+template <int Kind> __device__ __forceinline__ void activate_result(Result &r) {
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) {
+        float of_largest = activate<Kind>(r.value.v[e]), of_least = activate<Kind>(r.least.v[e]);
+        if (takes_over(of_least, r.least_at[e], of_largest, r.position[e])) {
+            r.value.v[e] = of_least, r.position[e] = r.least_at[e];
+        } else {
+            r.least.v[e] = r.value.v[e], r.value.v[e] = of_largest;
+        }
+    }
+}
+#endif
 
 // Indices of a vector as they lie in memory, at the element `at` of idx.
 constexpr int INDEX_BITS = VEC * BITS;
@@ -165,32 +261,45 @@ __device__ __forceinline__ void store_index(u8 *idx, size_t at, const int (&posi
     }
 }
 
-__device__ __forceinline__ void load_index(const u8 *idx, size_t at, int (&position)[VEC]) {
-    const u8 *p = idx + at * BITS / 8;
-    constexpr int InWord = INDEX_BITS < 32 ? VEC : 32 / BITS;
+// As they are: nothing waits for the load until one is asked for.
+struct Indices {
+    static constexpr int InWord = INDEX_BITS < 32 ? VEC : 32 / BITS;
     IndexWord words[VEC / InWord];
+
+    __device__ __forceinline__ int operator[](int e) const {
+        return BITS == 32 ? words[e / InWord] : words[e / InWord] >> BITS * (e % InWord) & ((1u << BITS % 32) - 1);
+    }
+};
+
+__device__ __forceinline__ Indices load_index(const u8 *idx, size_t at) {
+    const u8 *p = idx + at * BITS / 8;
+    Indices r;
     if constexpr (INDEX_BITS % 128 == 0) {
 #pragma unroll
-        for (int i = 0; i < VEC / InWord; i += 4) {
+        for (int i = 0; i < VEC / Indices::InWord; i += 4) {
             uint4 four = load_word<uint4>(p + 4 * i);
-            words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+            r.words[i] = four.x, r.words[i + 1] = four.y, r.words[i + 2] = four.z, r.words[i + 3] = four.w;
         }
     } else if constexpr (INDEX_BITS == 64) {
         uint2 two = load_word<uint2>(p);
-        words[0] = two.x, words[1] = two.y;
+        r.words[0] = two.x, r.words[1] = two.y;
     } else {
-        words[0] = load_word<IndexWord>(p);
+        r.words[0] = load_word<IndexWord>(p);
     }
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) position[e] = BITS == 32 ? words[e / InWord] : words[e / InWord] >> BITS * (e % InWord) & ((1u << BITS % 32) - 1);
+    return r;
 }
 
 __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &window, ELEMENT *y, u8 *idx, ELEMENT *kept,
                                        size_t at) {
 #if KIND == MAX
-    store_index(idx, at, r.position);
 #if ACT
-    if (kept) store<VEC>(kept + at, r.kept);
+    if (window.act == ACT_GELU)
+        activate_result<ACT_GELU>(r);
+    else if (window.act == ACT_GELU_TANH)
+        activate_result<ACT_GELU_TANH>(r);
+    else
+        activate_result<ACT_SILU>(r);
+    if (kept) store<VEC>(kept + at, r.least);
 #else
     if (window.act == ACT_RELU) {
 #pragma unroll
@@ -200,6 +309,7 @@ __device__ __forceinline__ void finish(Result r, Taps h, Taps w, const Window &w
         for (int e = 0; e < VEC; ++e) r.value.v[e] = window.act == ACT_TANH ? activate<ACT_TANH>(r.value.v[e]) : activate<ACT_SIGMOID>(r.value.v[e]);
     }
 #endif
+    store_index(idx, at, r.position);
 #else
     float share = 1.0f / divisor_of(h, w, window);
 #pragma unroll
@@ -305,8 +415,7 @@ pool_dgrad(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELEMENT *
             size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
             Floats<VEC> error = load<VEC>(dy + at);
 #if KIND == MAX
-            int winner[VEC];
-            load_index(idx, at, winner);
+            const Indices winner = load_index(idx, at);
 #pragma unroll
             for (int e = 0; e < VEC; ++e)
                 if (winner[e] == r * window.w.kernel + s) sum.v[e] += error.v[e];
@@ -331,12 +440,12 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELE
     int row = divide(divide(i, by_vectors, vector), by_cells, q), n = divide(row, by_height, y);
     int p = divide(y + window.h.pad, window.h.by_stride, r), width = window.w.kernel;
     Floats<VEC> error = splat<VEC>(0.0f);
-    int winner[VEC] = {};
+    Indices winner = {};
     if (p < window.h.out && q < window.w.out && r < window.h.kernel) {
         size_t at = (((size_t)n * window.h.out + p) * window.w.out + q) * channels + vector * VEC;
         error = load<VEC>(dy + at);
 #if KIND == MAX
-        load_index(idx, at, winner);
+        winner = load_index(idx, at);
 #else
         float share = 1.0f / divisor_of(taps_of(p, window.h), taps_of(q, window.w), window);
 #pragma unroll
@@ -352,5 +461,56 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELE
         for (int e = 0; e < VEC; ++e)
             value.v[e] = s < width && (KIND != MAX || winner[e] == r * width + s) ? error.v[e] : 0.0f;
         if (x >= 0 && x < window.w.in) store<VEC>(result, value);
+    }
+}
+
+// count: rows of 2 x 2 pixels, from windows' starts on, times the cells of a row times vectors of channels.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+pool_dgrad_twos(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
+                FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
+    await_predecessors();
+    int i = blockIdx.x * THREADS + threadIdx.x;
+    if (i >= count) return;
+    int vector, q, p;
+    const int n = divide(divide(divide(i, by_vectors, vector), by_cells, q), by_height, p);
+    // The windows that start here, and one before in each direction.
+    Fetched<ELEMENT, VEC> fetched[4] = {};
+    Indices winners[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const int row = p - 1 + k / 2, column = q - 1 + k % 2;
+        if ((u32)row >= (u32)window.h.out || (u32)column >= (u32)window.w.out) continue;
+        const size_t at = (((size_t)n * window.h.out + row) * window.w.out + column) * channels + vector * VEC;
+        fetched[k] = fetch<VEC>(dy + at);
+#if KIND == MAX
+        winners[k] = load_index(idx, at);
+#endif
+    }
+    Floats<VEC> sum[4];
+#pragma unroll
+    for (int pixel = 0; pixel < 4; ++pixel) sum[pixel] = splat<VEC>(0.0f);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const Floats<VEC> error = widen(fetched[k]);
+        float share = 1.0f;
+#if KIND != MAX
+        share = 1.0f / divisor_of(taps_of(p - 1 + k / 2, window.h), taps_of(q - 1 + k % 2, window.w), window);
+#endif
+#pragma unroll
+        for (int pixel = 0; pixel < 4; ++pixel) {
+            const int r = pixel / 2 + 2 - k / 2 * 2, s = pixel % 2 + 2 - k % 2 * 2;
+            if (r >= window.h.kernel || s >= window.w.kernel) continue;
+            const int tap = r * window.w.kernel + s;
+#pragma unroll
+            for (int e = 0; e < VEC; ++e)
+                if (KIND != MAX || winners[k][e] == tap) sum[pixel].v[e] += KIND == MAX ? error.v[e] : error.v[e] * share;
+        }
+    }
+    const int y = 2 * p - window.h.pad, x = 2 * q - window.w.pad;
+#pragma unroll
+    for (int pixel = 0; pixel < 4; ++pixel) {
+        const int row = y + pixel / 2, column = x + pixel % 2;
+        if ((u32)row < (u32)window.h.in && (u32)column < (u32)window.w.in)
+            store<VEC>(dx + (((size_t)n * window.h.in + row) * window.w.in + column) * channels + vector * VEC, sum[pixel]);
     }
 }

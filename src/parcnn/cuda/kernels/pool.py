@@ -61,7 +61,7 @@ def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
     entries = (
         *(("pool_fprop", FEW_TAPS), ("pool_fprop", MANY_TAPS), ("pool_fprop_shared", MANY_TAPS)),
-        *(("pool_dgrad", None), ("pool_dgrad_apart", None)),
+        *(("pool_dgrad", None), ("pool_dgrad_apart", None), ("pool_dgrad_twos", None)),
     )
     for dtype in ELEMENTS:
         for (entry, taps), width in product(entries, VECTOR_WIDTHS[dtype]):
@@ -70,12 +70,14 @@ def variants() -> Iterable[Kernel]:
                 indices = indices[:1]
             elif taps:
                 indices = tuple(index for index in indices if index != "u2")
+            elif entry == "pool_dgrad_twos":
+                indices = ("u8" if width == 1 else "u4",)
             for index in indices:
                 yield _kernel(entry, dtype, MAX, index, width, taps)
                 if entry == "pool_fprop":
                     yield _kernel(entry, dtype, MAX, index, width, taps, applied=True)
             yield _kernel(entry, dtype, AVG, None, width, taps)
-            if entry != "pool_dgrad_apart":
+            if entry not in ("pool_dgrad_apart", "pool_dgrad_twos"):
                 yield _kernel(entry, dtype, ADAPTIVE, None, width, taps)
 
 
@@ -147,11 +149,13 @@ def _dgrad(call: Call) -> Launch:
     vectors = channels // width
     op = _as_window(call.op, dx.spec, dy.spec)
     if op and op.dilation == (1, 1) and op.kernel[0] <= op.stride[0] and op.kernel[1] <= op.stride[1]:
-        entry, cells = "pool_dgrad_apart", -(-(w + op.pad[1]) // op.stride[1])
+        entry, rows, cells = "pool_dgrad_apart", h, -(-(w + op.pad[1]) // op.stride[1])
+    elif op and op.dilation == (1, 1) and op.stride == (2, 2) and all(side in (3, 4) for side in op.kernel):
+        entry, rows, cells = "pool_dgrad_twos", -(-(h + op.pad[0]) // 2), -(-(w + op.pad[1]) // 2)
     else:
-        entry, cells = "pool_dgrad", w
-    count = n * h * cells * vectors
-    sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(h))
+        entry, rows, cells = "pool_dgrad", h, w
+    count = n * rows * cells * vectors
+    sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(rows))
     kernel = _kernel(entry, dx.spec.dtype, _kind(op), index.spec.dtype if index else None, width, None)
     args = (dy, index, dx, *sizes, _window(op, dx.spec, dy.spec))
     return Launch(kernel, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)

@@ -1,0 +1,152 @@
+"""Convolutions on Hopper that pool by other windows than 2x2: as exact as the rest, in every tile; what is fused, and where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import REGISTRY, conv_sm90
+from parcnn.cuda.kernels import conv_sm90_tiles as tiles
+from parcnn.cuda.kernels.conv_sm90_tiles import Shape
+from parcnn.cuda.launch import Kernel
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvFprop
+from parcnn.ops.pool import PoolWindow
+from tests.cuda.test_conv_sm90 import H200, Problem, bits_of, call_of, check_exact, forced, random_of, sizes_of
+from tests.op_runner import run_op
+
+WINDOWS = {
+    "3x3": PoolWindow("max", (3, 3), (3, 3)),
+    "3x3 stride 2": PoolWindow("max", (3, 3), (2, 2)),
+    "3x3 stride 2, padded": PoolWindow("max", (3, 3), (2, 2), (1, 1)),
+    "3x3 stride 2, ceil": PoolWindow("max", (3, 3), (2, 2), ceil_mode=True),
+    "2x2 stride 1": PoolWindow("max", (2, 2), (1, 1)),
+    "2x2 padded": PoolWindow("max", (2, 2), (2, 2), (1, 1)),
+    "gaps": PoolWindow("max", (2, 1), (3, 4)),
+    "4x3 stride 3x1": PoolWindow("max", (4, 3), (3, 1), (2, 0)),
+}
+PROBLEMS = {
+    "few channels": Problem(5, 13, 11, 24, 64),
+    "64 channels": Problem(5, 13, 11, 64, 72),
+    "many channels": Problem(3, 9, 10, 128, 256),
+    "pointwise": Problem(5, 14, 13, 64, 128, 1, 1, (0, 0, 0, 0)),
+    "5x5": Problem(3, 27, 27, 64, 64, 5, 5, (2, 2, 2, 2)),
+    "stride 2": Problem(4, 21, 30, 64, 128, stride=(2, 2)),
+    "dilated": Problem(2, 14, 15, 64, 72, pad=(2, 2, 2, 2), dilation=(2, 3)),
+    "larger than a tile": Problem(2, 40, 37, 32, 64),
+    "small images": Problem(70, 6, 5, 64, 64),
+}
+windows = pytest.mark.parametrize("window", WINDOWS)
+problems = pytest.mark.parametrize("name", PROBLEMS)
+
+
+@pytest.fixture(autouse=True)
+def every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of which a pool of its own is faster."""
+    monkeypatch.setattr(conv_sm90, "MOST_COMPUTED", np.inf)
+    monkeypatch.setattr(conv_sm90, "MOST_OVERLAP", np.inf)
+
+
+def op_and_operands(name: str, window: str) -> tuple[Op, list[np.ndarray]]:
+    kind = "pooled" if len(name) % 2 else "plain pooled"
+    op = replace(PROBLEMS[name].op(kind), window=WINDOWS[window])
+    return op, PROBLEMS[name].integers(kind, random_of(name, window))
+
+
+@windows
+@problems
+def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, window: str) -> None:
+    op, operands = op_and_operands(name, window)
+    call = call_of(op, operands)
+    found, listed = conv_sm90.candidates(call, H200), set(conv_sm90.variants())
+    assert found
+    for variant in found:
+        assert {launch.kernel for launch in conv_sm90.launches(call, H200, variant)} <= listed
+        run_op(forced(null, variant, monkeypatch), op, bits_of(op, operands))
+
+
+@windows
+@problems
+def test_tiles_cover_every_output_once(name: str, window: str) -> None:
+    op, operands = op_and_operands(name, window)
+    sizes = sizes_of(op, operands)
+    for variant in tiles.candidates(sizes, H200):
+        w, h, n = variant.tile
+        across, down = tiles.pooled_by(WINDOWS[window], w, 1), tiles.pooled_by(WINDOWS[window], h, 0)
+        x, y, z = tiles.patches(sizes, variant.tile)
+        p, q = sizes.pooled
+        assert (x - 1) * across < q <= x * across
+        assert (y - 1) * down < p <= y * down
+        assert (z - 1) * n < sizes.n <= z * n
+
+
+def test_only_hopper_fuses_them_and_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+
+    def fused(window: PoolWindow, side: int, c: int, k: int, arch: str = "sm_90a") -> bool:
+        x, w = Spec((64, side, side, c), "bf16"), Spec((k, 3, 3, c), "bf16")
+        return REGISTRY.on(arch).supports(ConvFprop(pad=(1, 1, 1, 1), pool=window.kind, window=window), (x, w))
+
+    overlapping, apart = WINDOWS["3x3 stride 2"], WINDOWS["3x3"]
+    assert fused(overlapping, 13, 256, 256)  # a tile has the whole image
+    assert not fused(overlapping, 56, 64, 64)
+    assert not fused(WINDOWS["2x2 stride 1"], 13, 64, 64)
+    assert fused(apart, 56, 512, 512)
+    assert not fused(apart, 56, 512, 512, "sm_90")
+    assert not fused(apart, 56, 512, 512, "sm_80")
+    assert not fused(apart, 56, 66, 64)  # channels by eights
+    assert not fused(replace(apart, dilation=(2, 2)), 56, 64, 64)
+    assert not fused(replace(apart, kind="avg"), 56, 64, 64)
+    assert not fused(PoolWindow("max", (5, 5), (5, 5)), 56, 64, 64)
+
+
+# On the device
+
+
+@pytest.mark.gpu
+@windows
+@problems
+def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, window: str) -> None:
+    op, operands = op_and_operands(name, window)
+    for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
+        check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+
+
+@pytest.mark.gpu
+def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel, of several images where a stage serves one tap, and of several steps of channels."""
+    kernels: set[Kernel] = set()
+    window = WINDOWS["3x3 stride 2, padded"]
+    for (channels, cb), compiled in tiles.WINDOW_PIXELS.items():
+        problem = Problem(9, 12, 15, 32 if cb == 32 else 136, 136)
+        op = replace(problem.op("pooled"), window=window)
+        operands = problem.integers("pooled", random_of(channels, cb))
+        for pixels in compiled:
+            for shape in (
+                Shape("tap", (5, 3, pixels // 15), channels),
+                Shape("column", (15, pixels // 15, 1), channels),
+            ):
+                variant = tiles.fit(sizes_of(op, operands), shape, cuda.device)
+                assert variant is not None
+                check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+                kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands), H200, variant)}
+    assert kernels == {k for k in conv_sm90.variants() if ("POOL", conv_sm90.WINDOWS) in k.defines}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
+    """The default choice on odd problems."""
+    random = np.random.default_rng(seed)
+    n, h, w, c, k = (int(random.integers(*limits)) for limits in ((1, 6), (4, 40), (4, 40), (1, 20), (1, 20)))
+    problem = Problem(n, h, w, 8 * c, 8 * k, *(int(v) for v in random.choice([1, 3, 5], 2)), (2, 2, 2, 2))
+    kernel, stride = random.integers(1, 5, 2), random.integers(1, 4, 2)
+    pad = [int(random.integers(0, side // 2 + 1)) for side in kernel]
+    window = PoolWindow("max", (int(kernel[0]), int(kernel[1])), (int(stride[0]), int(stride[1])), (pad[0], pad[1]))
+    kind = ("pooled", "plain pooled")[seed % 2]
+    op = replace(problem.op(kind), window=window)
+    if min(op.pooled_hw(h, w, problem.r, problem.s)) > 0:
+        check_exact(cuda, op, problem.integers(kind, random), f"{problem} {window}")
