@@ -86,13 +86,16 @@ __device__ __forceinline__ float4 load_channels(const float *row, int n, int k, 
 template <int BlockM, int BlockN, int ThreadM, int ThreadN, int Slices> struct Place {
     static constexpr int Rows = BlockM / ThreadM, Columns = BlockN / ThreadN, Threads = Slices * Rows * Columns;
     static constexpr int LanesN = Columns < 8 ? Columns : 8;
+    static constexpr bool Paired = Slices == 1 && LanesN == 8 && Rows % 4 == 0;
     int slice, tm, tn;
 
+    // Lanes read 16 bytes in halves of a warp, at once where lane i reads the word of lane i ^ 1, or lane i ^ 2, for all i
+    // of a half: so a warp's 4 x 8 places have the lowest bit of tm in bit 0 of the lane, tn in the next three.
     __device__ __forceinline__ Place() {
         int t = threadIdx.x / Slices;
         slice = threadIdx.x % Slices;
-        tm = t / LanesN % Rows;
-        tn = t % LanesN + t / (LanesN * Rows) * LanesN;
+        tm = Paired ? t / 32 * 4 % Rows + t / 16 % 2 * 2 + t % 2 : t / LanesN % Rows;
+        tn = (Paired ? t / 2 % 8 : t % LanesN) + t / (LanesN * Rows) * LanesN;
     }
 
     // Row (column) of the tile that the thread's i-th one is.

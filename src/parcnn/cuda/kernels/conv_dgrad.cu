@@ -155,19 +155,19 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 #pragma unroll UNROLL
         for (int kk = 0; kk < BK / 4 / SLICES; ++kk) {
             int k4 = kk * SLICES + thread.slice;
-            float4 a[TM];
+            float4 b[4][TN / 4];
 #pragma unroll
-            for (int i = 0; i < TM; ++i) a[i] = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
+            for (int u = 0; u < 4; ++u)
 #pragma unroll
-            for (int u = 0; u < 4; ++u) {
+                for (int j = 0; j < TN; j += 4)
+                    b[u][j / 4] = load4(b_tile + slot<BK>(4 * k4 + u) * (BN + 4) + thread.column(j));
 #pragma unroll
-                for (int j = 0; j < TN; j += 4) {
-                    float4 b = load4(b_tile + slot<BK>(4 * k4 + u) * (BN + 4) + thread.column(j));
+            for (int i = 0; i < TM; ++i) {
+                float4 a = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
+                for (int u = 0; u < 4; ++u)
 #pragma unroll
-                        for (int i = 0; i < TM; ++i) acc[i][j + e] += at(a[i], u) * at(b, e);
-                }
+                    for (int j = 0; j < TN; ++j) acc[i][j] += at(a, u) * at(b[u][j / 4], j % 4);
             }
         }
         store_routed(tile + STAGES - 1);  // its stage was read a tile ago, before this tile's barrier

@@ -38,7 +38,7 @@ TILES = (
 )
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 4, 4): TILES,
+    (0, 4, 4): (*TILES, Tile(128, 128, 16, 8, 8, 1, 3), Tile(128, 128, 16, 16, 8, 1, 3), Tile(128, 64, 16, 8, 8, 1, 3), Tile(128, 64, 16, 16, 8, 1, 3)),
     (0, 4, 1): (TILES[0], TILES[2]),
     (0, 1, 1): (TILES[0], TILES[2], TILES[4]),
     (1, 4, 4): (TILES[0], TILES[3]),

@@ -94,16 +94,16 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 #pragma unroll UNROLL
         for (int kk = 0; kk < BK / 4 / SLICES; ++kk) {
             int k4 = kk * SLICES + thread.slice;
-            float4 a[TM];
+            float4 b[TN];
 #pragma unroll
-            for (int i = 0; i < TM; ++i) a[i] = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
+            for (int j = 0; j < TN; ++j) b[j] = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
 #pragma unroll
-            for (int j = 0; j < TN; ++j) {
-                float4 b = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
+            for (int i = 0; i < TM; ++i) {
+                float4 a = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
 #pragma unroll
                 for (int u = 0; u < 4; ++u)
 #pragma unroll
-                    for (int i = 0; i < TM; ++i) acc[i][j] += at(a[i], u) * at(b, u);
+                    for (int j = 0; j < TN; ++j) acc[i][j] += at(a, u) * at(b[j], u);
             }
         }
     }

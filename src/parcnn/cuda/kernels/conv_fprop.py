@@ -34,6 +34,7 @@ TILES = (
     Tile(32, 32, 32, 4, 4, 4, 4),
     Tile(16, 16, 64, 4, 4, 8, 4),
     Tile(8, 8, 128, 4, 4, 32, 4),
+    Tile(128, 128, 16, 16, 8, 1, 3), Tile(128, 64, 16, 8, 8, 1, 3), Tile(128, 64, 16, 16, 8, 1, 3), Tile(256, 64, 16, 16, 8, 1, 3),
 )
 # C not a multiple of 4. 128x16 is the fastest tile of LeNet-5's first layer, which has a direct kernel only if pooled.
 SCALAR_TILES = (TILES[1], Tile(128, 16, 16, 4, 4, 2, 3), Tile(64, 16, 32, 4, 4, 4, 3), TILES[4])

@@ -28,25 +28,26 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr int LOADS_A = (ROWS_A + STEP_A - 1) / STEP_A;
     constexpr int CHUNKS_B = BN / VEC_C, STEP_B = THREADS / CHUNKS_B, LOADS_B = (BK + STEP_B - 1) / STEP_B;
     constexpr int A_TILE = BK * (BM + 4), STAGE = A_TILE + BK * (BN + 4), PARTS = THREADS / BM;
+    constexpr int TURN = THREADS / BK;  // tiles whose pixels are located together, one a thread
     constexpr int UNROLL = TM * TN >= 32 ? 4 : 8;
     static_assert(THREADS % CHUNKS_A == 0 && THREADS % CHUNKS_B == 0 && BK % SLICES == 0 && THREADS % BM == 0 && BK % PARTS == 0,
                   "threads do not divide the tile");
+    static_assert((THREADS & THREADS - 1) == 0 && TURN >= STAGES, "a turn's pixels are located before its copies start");
     DYNAMIC_SHARED(float, shared);
-    int2 *pixels = reinterpret_cast<int2 *>(shared + STAGES * STAGE);  // [STAGES][BK]: where a pixel's receptive field starts
+    int2 *pixels = reinterpret_cast<int2 *>(shared + STAGES * STAGE);  // [2][THREADS]: where a pixel's receptive field starts
 
     const Thread thread;
     const int m0 = blockIdx.x * BM, n0 = blockIdx.y * BN;
     const int begin = blockIdx.z * chunk, end = min(g.rows, begin + chunk);
     const int tiles = (end - begin + BK - 1) / BK;
 
+    // Locate the pixels of TURN tiles from `tile` on; those of the TURN tiles before stay.
     auto locate_pixels = [&](int tile) {
-        for (int i = threadIdx.x; i < BK; i += THREADS) {
-            int m = begin + tile * BK + i;
-            Pixel o = output_pixel(g, m < end ? m : 0);
-            int h = o.p * g.stride_h - g.pad_h, left = o.q * g.stride_w - g.pad_w;
-            pixels[tile % STAGES * BK + i] =
-                make_int2(((o.n * g.h + h) * g.w + left) * g.c, m < end ? pack_hw(h, left) : ROW_DEAD);
-        }
+        int m = begin + tile * BK + threadIdx.x;
+        Pixel o = output_pixel(g, m < end ? m : 0);
+        int h = o.p * g.stride_h - g.pad_h, left = o.q * g.stride_w - g.pad_w;
+        pixels[(tile * BK & THREADS) + threadIdx.x] =
+            make_int2(((o.n * g.h + h) * g.w + left) * g.c, m < end ? pack_hw(h, left) : ROW_DEAD);
     };
 
     const int chunk_a = threadIdx.x % CHUNKS_A * VEC_K, first_a = threadIdx.x / CHUNKS_A, k = m0 + chunk_a;
@@ -93,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
             for (int i = 0; i < LOADS_B; ++i) {
                 int row = first_b + i * STEP_B;
                 if (BK % STEP_B != 0 && row >= BK) continue;
-                int2 pixel = pixels[tile % STAGES * BK + row];
+                int2 pixel = pixels[(tile * BK & 2 * THREADS - 1) + row];
                 bool here = live_b && inside(pixel.y, dh, dx, g.h, g.w);
                 copy_async<VEC_C>(b + row * (BN + 4) + chunk_b, here ? x + pixel.x + offset : x, here);
             }
@@ -120,8 +121,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 #endif
     };
 
-#pragma unroll
-    for (int tile = 0; tile < STAGES; ++tile) locate_pixels(tile);
+    locate_pixels(0);
     __syncthreads();
     float acc[TM][TN] = {}, bias_sum = 0.0f;
     const bool sums_bias = db && blockIdx.y == 0;
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         copy_tile(tile + STAGES - 1);
-        locate_pixels(tile + STAGES);  // in the place of this tile's, whose copies have started before the barrier
+        if ((tile + STAGES) % TURN == 0) locate_pixels(tile + STAGES);  // whose copies start behind the next barrier
         const float *a_tile = shared + tile % STAGES * STAGE, *b_tile = a_tile + A_TILE;
 #pragma unroll UNROLL
         for (int kk = 0; kk < BK / SLICES; ++kk) {

@@ -45,7 +45,7 @@ TILES = (
 )
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 4, 4): (TILES[0], TILES[2], TILES[5]),
+    (0, 4, 4): (TILES[0], TILES[1], TILES[2], TILES[5], Tile(128, 128, 16, 16, 8, 1, 3), Tile(64, 256, 16, 16, 8, 1, 3), Tile(64, 64, 16, 8, 8, 1, 4)),
     (0, 4, 1): (TILES[2], TILES[3]),
     (0, 1, 1): (TILES[2], TILES[5], TILES[6]),
     (1, 4, 4): (TILES[1], TILES[2]),
@@ -115,7 +115,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     else:
         chunk = np.int32(_chunk(conv, form, splits))
         grid = (ceil(conv.k / form.bm), ceil(conv.taps_c / form.bn), splits)
-        shared_bytes = form.stages * form.bk * (4 * (form.bm + form.bn + 8) + 8)
+        shared_bytes = 4 * form.stages * form.bk * (form.bm + form.bn + 8) + 16 * form.threads
         result = [Launch(_kernel(form, _key(op, conv)), grid, (form.threads, 1, 1), (*args, chunk), shared_bytes)]
     if splits > 1:
         row_size = _row_size(op, conv)
