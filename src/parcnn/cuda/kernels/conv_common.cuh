@@ -167,3 +167,14 @@ template <int Rows, int Columns> __device__ __forceinline__ void activate_all(fl
         for (int j = 0; j < Columns; ++j) v[Rows - 1][j] = row[j];
     }
 }
+
+// Pool the four values of a window; `bits` gets the winner.
+__device__ __forceinline__ float pool_window(float v0, float v1, float v2, float v3, int pool, u32 &bits) {
+    if (pool == POOL_AVG) return 0.25f * ((v0 + v1) + (v2 + v3));
+    float best = v0;
+    bits = 0;
+    if (beats(v1, best)) best = v1, bits = 1;
+    if (beats(v2, best)) best = v2, bits = 2;
+    if (beats(v3, best)) best = v3, bits = 3;
+    return best;
+}

@@ -1,0 +1,130 @@
+"""Winograd's kernels against the CPU executor, on the host's emulation and on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from parcnn.cuda.kernels import Registry, conv_winograd
+from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.cuda.launch import Launcher
+from parcnn.ops.base import ACTIVATIONS, Op
+from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.program import Executor
+from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, on_cpu, random_fixture  # noqa: F401
+from tests.cuda.host_emulation import runner
+from tests.cuda.test_conv import Problem, call_of
+from tests.op_runner import run_op
+
+MakeExecutor = Callable[[Sequence[Launcher]], Executor]
+PROBLEMS = {
+    "one tile": Problem(1, 2, 2, 8, 8, 3, 3, pad=(1, 1, 1, 1)),
+    "odd sides": Problem(3, 9, 7, 16, 72, 3, 3, pad=(1, 1, 1, 1)),
+    "no padding": Problem(2, 6, 7, 24, 8, 3, 3),
+    "asymmetric": Problem(2, 7, 6, 8, 16, 3, 3, pad=(3, 2, 1, 0)),
+    "small images": Problem(19, 3, 3, 32, 136, 3, 3, pad=(1, 1, 1, 1)),
+}
+problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+
+
+@pytest.fixture(params=WHERE)
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
+    """Makes an executor that runs the given launchers."""
+    if request.param == "gpu":
+        cuda = request.getfixturevalue("cuda")
+
+        def on_device(launchers: Sequence[Launcher]) -> Executor:
+            monkeypatch.setattr(cuda, "registry", Registry(launchers, runner.KERNELS))
+            return cuda
+
+        return on_device
+    if not runner.available():
+        pytest.skip("the emulation needs g++")
+    return lambda launchers: CheckedEmulation(launchers, descending=request.param == "descending")
+
+
+def ulps(channels: int) -> float:
+    """What the algorithm may err, in ulps of the largest output.
+
+    Each product's running sum walks at random, a third of a ulp for each channel, and transforms and epilogue round a few
+    times. For random operands the nine products of an output have 25/9 of its variance: the transforms' rows have 4 and
+    (1 + 3/4 + 3/4)**2 = 25/4 as sums of squares, where the filter's taps have 9.
+    """
+    return 5 / 3 * (4 + np.sqrt(channels) / 3)
+
+
+def forward(problem: Problem, random: np.random.Generator, **epilogue: object) -> tuple[ConvFprop, list[np.ndarray]]:
+    tensors = problem.tensors(random, None)
+    op = ConvFprop(**problem.geometry, bias=True, **epilogue)
+    return op, [tensors["x"], tensors["w"], tensors["b"]]
+
+
+def backward(problem: Problem, random: np.random.Generator, **epilogue: object) -> tuple[ConvDgrad, list[np.ndarray]]:
+    tensors = problem.tensors(random, None)
+    op = ConvDgrad(**problem.geometry, image=(problem.h, problem.w), **epilogue)
+    extra = [normal(random, *tensors["x"].shape) for name in ("saved", "addend") if epilogue]
+    return op, [tensors["dy"], tensors["w"], *extra]
+
+
+@problems
+@pytest.mark.parametrize("pool", [None, "max", "avg"])
+def test_fprop(make: MakeExecutor, random: np.random.Generator, problem: Problem, pool: str | None) -> None:
+    if 0 in problem.output_hw(pool):
+        pytest.skip("no pooled output")
+    op, arrays = forward(problem, random, act="relu", pool=pool)
+    for variant in conv_winograd.candidates(call_of(op, arrays), None):
+        check(make([Forced(conv_winograd, variant)]), op, arrays, ulps=ulps(problem.c))
+
+
+@problems
+@pytest.mark.parametrize("epilogue", [{}, {"act": "relu", "add": True}, {"act": "tanh", "add": True}])
+def test_dgrad(
+    make: MakeExecutor, random: np.random.Generator, problem: Problem, epilogue: dict[str, object]
+) -> None:
+    op, arrays = backward(problem, random, **epilogue)
+    for variant in conv_winograd.candidates(call_of(op, arrays), None):
+        check(make([Forced(conv_winograd, variant)]), op, arrays, ulps=ulps(problem.k))
+
+
+@pytest.mark.parametrize("act", [None, *ACTIVATIONS])
+def test_activations(make: MakeExecutor, random: np.random.Generator, act: str | None) -> None:
+    op, arrays = forward(PROBLEMS["odd sides"], random, act=act)
+    check(make([conv_winograd]), op, arrays, ulps=ulps(16))
+
+
+@problems
+def test_integers_are_exact(make: MakeExecutor, random: np.random.Generator, problem: Problem) -> None:
+    """Quarters of small integers are exact in every transform."""
+    for op, arrays in (forward(problem, random), backward(problem, random)):
+        whole = [random.integers(-4, 5, a.shape).astype(np.float32) for a in arrays]
+        (exact,) = on_cpu(op, [a.astype(np.float64) for a in whole])
+        (got,) = run_op(make([conv_winograd]), op, whole)
+        np.testing.assert_array_equal(got, exact)
+
+
+def test_what_is_not_finite_stays_where_it_was(make: MakeExecutor, random: np.random.Generator) -> None:
+    """NaN where NaN is due; an infinity gives infinities or NaN where a plain sum gives them, and nowhere else."""
+    for op, arrays in (forward(PROBLEMS["odd sides"], random), backward(PROBLEMS["odd sides"], random)):
+        first = arrays[0]
+        first[0, 3, 2, 5], first[1, 0, 0, 0], first[2, 8, 6, 7] = np.nan, np.inf, -np.inf
+        (exact,) = on_cpu(op, [a.astype(np.float64) for a in arrays])
+        (got,) = run_op(make([conv_winograd]), op, arrays)
+        np.testing.assert_array_equal(np.isfinite(got), np.isfinite(exact))
+        assert np.isnan(got[np.isnan(exact)]).all()
+        assert np.isinf(exact).any()
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "reason"),
+    [
+        (ConvFprop(stride=(2, 2)), (8, 3, 3, 8), "stride"),
+        (ConvFprop(), (8, 5, 5, 8), "3x3"),
+        (ConvFprop(), (8, 3, 3, 12), "multiples of 8"),
+        (ConvFprop(), (6, 3, 3, 8), "multiples of 4"),
+    ],
+)
+def test_refusals_say_why(op: Op, shape: tuple[int, ...], reason: str) -> None:
+    call = call_of(op, [np.zeros((2, 9, 9, shape[3]), np.float32), np.zeros(shape, np.float32)])
+    assert reason in (conv_winograd.supports(op, call.input_specs) or "")
