@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
 
-from parcnn.cuda.kernels import Registry, conv_winograd
+from parcnn.cuda.kernels import Registry, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
-from parcnn.cuda.launch import Launcher
+from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
+from parcnn.cuda.launch import Kernel, Launcher
 from parcnn.ops.base import ACTIVATIONS, Op
-from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Executor
 from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, on_cpu, random_fixture  # noqa: F401
 from tests.cuda.host_emulation import runner
@@ -61,6 +62,11 @@ def forward(problem: Problem, random: np.random.Generator, **epilogue: object) -
     return op, [tensors["x"], tensors["w"], tensors["b"]]
 
 
+def filter_gradient(problem: Problem, random: np.random.Generator, bias: bool) -> tuple[ConvWgrad, list[np.ndarray]]:
+    tensors = problem.tensors(random, None)
+    return ConvWgrad(**problem.geometry, filter=(3, 3), bias=bias), [tensors["x"], tensors["dy"]]
+
+
 def backward(problem: Problem, random: np.random.Generator, **epilogue: object) -> tuple[ConvDgrad, list[np.ndarray]]:
     tensors = problem.tensors(random, None)
     op = ConvDgrad(**problem.geometry, image=(problem.h, problem.w), **epilogue)
@@ -86,6 +92,25 @@ def test_dgrad(
     op, arrays = backward(problem, random, **epilogue)
     for variant in conv_winograd.candidates(call_of(op, arrays), None):
         check(make([Forced(conv_winograd, variant)]), op, arrays, ulps=ulps(problem.k))
+
+
+class ForcedWgrad(Forced):
+    """With the kernel that adds the splits."""
+
+    def variants(self) -> Iterable[Kernel]:
+        return [*self.family.variants(), SUM_KERNEL]
+
+
+@problems
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_wgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem, bias: bool, splits: int) -> None:
+    op, arrays = filter_gradient(problem, random, bias)
+    steps = -(-problem.n * int(np.prod([-(-side // 2) for side in problem.output_hw(None)])) // conv_winograd_wgrad.DEPTH)
+    splits = -(-steps // -(-steps // min(splits, steps)))  # none is empty
+    for unroll in conv_winograd_wgrad.UNROLLS:
+        launcher = ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(unroll, splits))
+        check(make([launcher]), op, arrays, ulps=ulps(problem.n * int(np.prod(problem.output_hw(None)))))
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS])

@@ -1,0 +1,152 @@
+"""Launcher of conv_winograd_wgrad.cu: gradient of 3x3 filters of stride 1 by Winograd's algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import ceil
+from typing import NamedTuple
+
+import numpy as np
+
+from parcnn.cuda.kernels.common import refuse_dtype
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, Conv, unsupported
+from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvWgrad
+from parcnn.ops.program import Call
+
+OPS: tuple[type[Op], ...] = (ConvWgrad,)
+FILTERS, CHANNELS, DEPTH, THREADS = 64, 32, 8, 256  # twins of conv_winograd_wgrad.cu's
+SHARED_BYTES = 2 * 4 * DEPTH * 16 * (FILTERS + CHANNELS)
+# A block's start and end, a step of DEPTH tiles, in clock cycles; the sum of the splits: its start, bytes a cycle.
+BLOCK_CYCLES, STEP_CYCLES = 6000.0, 2900.0
+SUM_CYCLES, SUM_BYTES = 3000.0, 915.0
+
+
+class Variant(NamedTuple):
+    """How often the loop over a step's tiles is written out, and into how many runs of tiles the sum is cut."""
+
+    unroll: int
+    splits: int
+
+    def __str__(self) -> str:
+        return f"2x2 of 3x3, {self.unroll} in {self.splits}"
+
+
+UNROLLS = (4, 8)
+
+
+class _Problem(NamedTuple):
+    """The convolution with p and q counted in tiles, and the sides of dy."""
+
+    conv: Conv
+    height: int
+    width: int
+
+    @property
+    def tiles(self) -> int:
+        return self.conv.n * self.conv.p * self.conv.q
+
+    @property
+    def blocks(self) -> int:
+        return ceil(self.conv.k / FILTERS) * ceil(self.conv.c / CHANNELS)
+
+
+def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
+    """None where the kernels run the op on these operands, else the reason why not."""
+    if not isinstance(op, ConvWgrad):
+        return f"{op.name} is not a convolution's filter gradient"
+    x, dy = inputs[:2]
+    outputs = op.infer(*inputs)
+    if (*op.filter, *op.stride, *op.dilation) != (3, 3, 1, 1, 1, 1):
+        return "Winograd's algorithm runs 3x3 filters of stride and dilation 1"
+    if op.pool:
+        return "Winograd's filter gradient has no pool"
+    if reason := refuse_dtype(x, dy) or unsupported(op, (x, dy), (x.shape[1], x.shape[2]), op.filter):
+        return reason
+    if not all(spec.size for spec in (*inputs, *outputs)):
+        return "there is nothing to compute"
+    if x.shape[3] % 4 or dy.shape[3] % 4:
+        return f"Winograd's filter gradient takes multiples of 4 channels, not {x.shape[3]} and {dy.shape[3]}"
+    return None
+
+
+def workspace_bytes(
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+) -> int:
+    """The splits' partial sums; nothing where there is one split."""
+    problem = _problem(op, inputs)
+    splits = (variant or _ranked(op, problem, device)[0]).splits
+    return 4 * splits * _row_size(op, problem.conv) if splits > 1 else 0
+
+
+def candidates(call: Call, device: Device) -> list[Variant]:
+    """Variants that can run the call, best estimate first."""
+    return _ranked(call.op, _problem(call.op, call.input_specs), device)
+
+
+def cost_us(call: Call, device: Device) -> float:
+    """Estimated microseconds of the best variant."""
+    return min(_cycles(call.op, _problem(call.op, call.input_specs), device).values()) / CYCLES_PER_US
+
+
+def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
+    """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
+    op, problem = call.op, _problem(call.op, call.input_specs)
+    conv = problem.conv
+    unroll, splits = variant or _ranked(op, problem, device)[0]
+    x, dy = call.inputs[:2]
+    dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
+    partial = call.workspace if splits > 1 else None
+    sides = (np.int32(problem.tiles), np.int32(problem.height), np.int32(problem.width))
+    chunk = np.int32(DEPTH * ceil(ceil(problem.tiles / DEPTH) / splits))
+    args: tuple[Argument, ...] = (x, dy, dw, db, partial, conv.argument(), *sides, chunk)
+    grid = (ceil(conv.k / FILTERS), ceil(conv.c / CHANNELS), splits)
+    result = [Launch(_kernel(unroll), grid, (THREADS, 1, 1), args, SHARED_BYTES)]
+    if splits > 1:
+        row_size = _row_size(op, conv)
+        sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
+        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+    return result
+
+
+def variants() -> Iterable[Kernel]:
+    """Every kernel that `launches` may name."""
+    yield from map(_kernel, UNROLLS)
+
+
+def _kernel(unroll: int) -> Kernel:
+    return Kernel("conv_winograd_wgrad.cu", "conv_winograd_wgrad", (("UNROLL", unroll),))
+
+
+def _problem(op: Op, inputs: tuple[Spec, ...]) -> _Problem:
+    if not isinstance(op, ConvWgrad):
+        raise TypeError(f"{op.name} is not a convolution's filter gradient")
+    (n, h, w, c), (_, height, width, k) = inputs[0].shape, inputs[1].shape
+    conv = Conv(n, h, w, c, k, 3, 3, ceil(height / 2), ceil(width / 2), (1, 1), op.pad[:2], (1, 1), None)
+    return _Problem(conv, height, width)
+
+
+def _row_size(op: Op, conv: Conv) -> int:
+    return conv.k * (conv.taps_c + bool(getattr(op, "bias", False)))
+
+
+def _ranked(op: Op, problem: _Problem, device: Device) -> list[Variant]:
+    costs = _cycles(op, problem, device)
+    return sorted(costs, key=costs.__getitem__)
+
+
+def _cycles(op: Op, problem: _Problem, device: Device) -> dict[Variant, float]:
+    """Estimated clock cycles of the variants that can run the problem."""
+    steps = ceil(problem.tiles / DEPTH)
+    costs: dict[Variant, float] = {}
+    for waves in (1, 2, 3, 4):
+        each = ceil(steps / max(1, min(steps, waves * device.sm_count // problem.blocks)))
+        splits = ceil(steps / each)  # none is empty
+        rounds = ceil(problem.blocks * splits / device.sm_count)
+        product = rounds * (BLOCK_CYCLES + each * STEP_CYCLES)
+        total = SUM_CYCLES + 4 * splits * _row_size(op, problem.conv) / SUM_BYTES if splits > 1 else 0.0
+        for unroll in UNROLLS:
+            costs[Variant(unroll, splits)] = product + total
+    return costs
