@@ -204,9 +204,9 @@ CIFARNET_MIDDLE = Problem(0, 8, 8, 128, 128, 3, 3, pad=(1, 1, 1, 1))
         (LENET_CONV_2, None, "wgrad", [f"64x32x32/4x4/2/3 in {splits}" for splits in (25, 52, 105)]),
         (CIFARNET_FIRST, "max", "fprop", [None, "64x64x16/8x4/1/4", None]),
         (CIFARNET_FIRST, "max", "wgrad", [None, "direct 8x1 in 256", None]),
-        (CIFARNET_MIDDLE, None, "fprop", [None, "128x128x16/8x8/1/3", None]),
-        (CIFARNET_MIDDLE, None, "dgrad", [None, "64x64x16/8x4/1/4", None]),
-        (CIFARNET_MIDDLE, None, "wgrad", [None, "128x128x16/8x8/1/3 in 29", None]),
+        (CIFARNET_MIDDLE, None, "fprop", [None, "128x64x16/16x8/1/3", None]),
+        (CIFARNET_MIDDLE, None, "dgrad", [None, "128x64x16/8x8/1/3", None]),
+        (CIFARNET_MIDDLE, None, "wgrad", [None, "128x128x16/16x8/1/3 in 29", None]),
     ],
 )
 def test_choices(problem: Problem, pool: str | None, kind: str, expected: list[str | None]) -> None:

@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr int THREADS = Thread::Threads, CHUNKS = BK / VEC, STEP = THREADS / CHUNKS;
     constexpr int A_LOADS = (BM + STEP - 1) / STEP, B_LOADS = (BN + STEP - 1) / STEP;
     constexpr int A_TILE = BM * (BK + 4), STAGE = A_TILE + BN * (BK + 4);
-    constexpr int UNROLL = TM * TN >= 32 ? 1 : 4;  // more would cost registers: 128 hold an 8 x 8 tile without spills
+    constexpr int UNROLL = TM * TN >= 32 ? 1 : 4;  // more would cost registers
     static_assert(THREADS % CHUNKS == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
     DYNAMIC_SHARED(float, shared);
 
@@ -83,16 +83,30 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 #pragma unroll UNROLL
         for (int kk = 0; kk < BK / 4 / SLICES; ++kk) {
             int k4 = kk * SLICES + thread.slice;
-            float4 b[TN];
+            if constexpr (TM > TN) {  // what there is less of stays in registers
+                float4 b[TN];
 #pragma unroll
-            for (int j = 0; j < TN; ++j) b[j] = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
+                for (int j = 0; j < TN; ++j) b[j] = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
 #pragma unroll
-            for (int i = 0; i < TM; ++i) {
-                float4 a = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
+                for (int i = 0; i < TM; ++i) {
+                    float4 a = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
 #pragma unroll
-                for (int u = 0; u < 4; ++u)
+                    for (int u = 0; u < 4; ++u)
 #pragma unroll
-                    for (int j = 0; j < TN; ++j) acc[i][j] += at(a, u) * at(b[j], u);
+                        for (int j = 0; j < TN; ++j) acc[i][j] += at(a, u) * at(b[j], u);
+                }
+            } else {
+                float4 a[TM];
+#pragma unroll
+                for (int i = 0; i < TM; ++i) a[i] = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
+#pragma unroll
+                for (int j = 0; j < TN; ++j) {
+                    float4 b = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
+#pragma unroll
+                    for (int u = 0; u < 4; ++u)
+#pragma unroll
+                        for (int i = 0; i < TM; ++i) acc[i][j] += at(a[i], u) * at(b, u);
+                }
             }
         }
     }

@@ -35,7 +35,7 @@ SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sum", (("PARTS", PARTS),))
 
 # Filters x filter elements x pixels: from large filter banks down to LeNet-5's 6 filters of 25 elements.
 TILES = (
-    Tile(128, 128, 16, 8, 8, 1, 3),
+    Tile(128, 128, 16, 16, 8, 1, 3),
     Tile(64, 128, 16, 8, 8, 1, 3),
     Tile(64, 64, 16, 8, 4, 1, 4),
     Tile(64, 32, 32, 4, 4, 2, 3),
@@ -45,7 +45,7 @@ TILES = (
 )
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 4, 4): (TILES[0], TILES[1], TILES[2], TILES[5], Tile(128, 128, 16, 16, 8, 1, 3), Tile(64, 256, 16, 16, 8, 1, 3), Tile(64, 64, 16, 8, 8, 1, 4)),
+    (0, 4, 4): (TILES[0], TILES[1], TILES[2], TILES[5]),
     (0, 4, 1): (TILES[2], TILES[3]),
     (0, 1, 1): (TILES[2], TILES[5], TILES[6]),
     (1, 4, 4): (TILES[1], TILES[2]),

@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < 16; ++i)
         if (tile < tiles && (u32)(top + i / 4) < (u32)g.h && (u32)(left + i % 4) < (u32)g.w) live |= 1u << i;
     const float *patch = x + ((n * g.h + top) * g.w + left) * g.c + channel;
-    const int down = g.w * g.c;
+    const long long across = g.c, down = (long long)g.w * g.c;
 
     // The outputs that it owns.
     const int product = thread / 16;
@@ -100,46 +100,43 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     await_predecessors();
     const int steps = g.c / DEPTH;
-    auto copy_filters = [&](int step) {
-        if (step < steps) {
-            float *to = shared + step % 2 * STAGE + 4 * thread;
-            const float *from = u + (blockIdx.y * steps + step) * U_STAGE + 4 * thread;
-#pragma unroll
-            for (int i = 0; i < U_STAGE; i += 4 * THREADS) copy_async16(to + i, from + i, true);
-        }
-        copy_async_commit();
-    };
+    // Start to fetch a step; it goes to the stage of `turn`.
     float d[4][4];
-    auto load_patch = [&](int step) {
-        if (step >= steps) return;
+    auto fetch = [&](int step, int turn) {
+        float *to = shared + turn * STAGE + 4 * thread;
+        const float *from = u + (blockIdx.y * steps + step) * U_STAGE + 4 * thread;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = live >> i & 1 ? patch[i / 4 * down + i % 4 * g.c + step * DEPTH] : 0.0f;
-    };
-    auto store_patch = [&](int step) {
-        if (step >= steps) return;
-        float *to = shared + step % 2 * STAGE + U_STAGE + channel * V_ROW + place;
+        for (int i = 0; i < U_STAGE; i += 4 * THREADS) copy_async16(to + i, from + i, true);
+        copy_async_commit();
+        const float *row = patch + step * DEPTH;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) transform_input(d[0][j], d[1][j], d[2][j], d[3][j]);
+        for (int i = 0; i < 4; ++i, row += down) {
+            const float *pixel = row;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            transform_input(d[i][0], d[i][1], d[i][2], d[i][3]);
-#pragma unroll
-            for (int j = 0; j < 4; ++j) to[(4 * i + j) * TILES] = d[i][j];
+            for (int j = 0; j < 4; ++j, pixel += across) d[i][j] = live >> (4 * i + j) & 1 ? *pixel : 0.0f;
         }
+    };
+    // Transform a row of the patch, of which the first comes with the transform of the columns, and store it.
+    auto store_row = [&](int i, int turn) {
+        float *to = shared + turn * STAGE + U_STAGE + channel * V_ROW + place + 4 * i * TILES;
+#pragma unroll
+        for (int j = 0; j < 4 && i == 0; ++j) transform_input(d[0][j], d[1][j], d[2][j], d[3][j]);
+        transform_input(d[i][0], d[i][1], d[i][2], d[i][3]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) to[j * TILES] = d[i][j];
     };
 
     float acc[16][8] = {};
-    copy_filters(0);
-    load_patch(0);
-    store_patch(0);
+    fetch(0, 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_row(i, 0);
     for (int step = 0; step < steps; ++step) {
         copy_async_wait<0>();
         __syncthreads();
-        copy_filters(step + 1);
-        load_patch(step + 1);
+        fetch(min(step + 1, steps - 1), (step + 1) % 2);  // the last one for nothing: without a branch, all is one schedule
         const float *a_stage = shared + step % 2 * STAGE + product * FILTERS + 4 * tk;
         const float *b_stage = shared + step % 2 * STAGE + U_STAGE + product * TILES + 4 * tt;
-#pragma unroll UNROLL
+#pragma unroll
         for (int c = 0; c < DEPTH; ++c) {
             float4 b[2];
 #pragma unroll
@@ -152,9 +149,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                     for (int j = 0; j < 8; ++j) acc[i + e][j] += at(a, e) * at(b[j / 4], j % 4);
             }
+            if (c >= STORE_AT && c < STORE_AT + 4) store_row(c - STORE_AT, (step + 1) % 2);
         }
-        store_patch(step + 1);
     }
+    copy_async_wait<0>();
 
     // The outputs that this thread writes: a tile's, of four filters.
     const int four = thread % 8 * 4, mine = blockIdx.x * TILES + thread / 8;

@@ -36,67 +36,70 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     await_predecessors();
     float d[4][4], e[2][4], bias_sum[2] = {};
-    auto load = [&](int step) {
-        if (step >= steps) return;
+    const long long across = g.c, down = (long long)g.w * g.c, right = g.k, below = (long long)width * g.k;
+    // Start to fetch a step's tile, zeros beyond the end.
+    auto fetch = [&](int step) {
         int tile = begin + step * DEPTH + warp, q, p;
         const bool live = tile < end;
         const int n = divide(divide(live ? tile : 0, g.by_q, q), g.by_p, p);
         p *= 2, q *= 2;
         const int top = p - g.pad_h, left = q - g.pad_w;
-        const float *patch = x + ((n * g.h + top) * g.w + left) * g.c + c0 + lane;
+        const float *row = x + ((n * g.h + top) * g.w + left) * g.c + c0 + lane;
         const float *error = dy + ((n * height + p) * width + q) * g.k + k0 + lane;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            bool row = live && live_c && (u32)(top + i) < (u32)g.h;
+        for (int i = 0; i < 4; ++i, row += down) {
+            const bool inside_h = live && live_c && (u32)(top + i) < (u32)g.h;
+            const float *pixel = row;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) d[i][j] = row && (u32)(left + j) < (u32)g.w ? patch[(i * g.w + j) * g.c] : 0.0f;
+            for (int j = 0; j < 4; ++j, pixel += across)
+                d[i][j] = inside_h && (u32)(left + j) < (u32)g.w ? *pixel : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            bool here = live && p + i / 2 < height && q + i % 2 < width;
+            const bool here = live && p + i / 2 < height && q + i % 2 < width;
+            const float *pixel = error + (i / 2 ? below : 0) + (i % 2 ? right : 0);
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
-                e[half][i] = here && live_k[half] ? error[(i / 2 * width + i % 2) * g.k + 32 * half] : 0.0f;
+            for (int half = 0; half < 2; ++half) e[half][i] = here && live_k[half] ? pixel[32 * half] : 0.0f;
         }
     };
-    auto store = [&](int step) {
-        if (step >= steps) return;
-        float *u = shared + step % 2 * STAGE + warp * (16 * FILTERS) + lane;
-        float *v = shared + step % 2 * STAGE + U_STAGE + warp * (16 * CHANNELS) + lane;
+    // Transform and store the errors of half of the filters; a row of the patch, of which the first comes with the
+    // transform of the columns.
+    auto store_errors = [&](int half, int turn) {
+        float *u = shared + turn * STAGE + warp * (16 * FILTERS) + lane + 32 * half;
+        float a = e[half][0], b = e[half][1], c = e[half][2], f = e[half][3];
+        bias_sum[half] += (a + b) + (c + f);
+        float left[4] = {a, a + c, a - c, c}, right[4] = {b, b + f, b - f, f};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float a = e[half][0], b = e[half][1], c = e[half][2], f = e[half][3];
-            if (sums_bias) bias_sum[half] += (a + b) + (c + f);
-            float left[4] = {a, a + c, a - c, c}, right[4] = {b, b + f, b - f, f};
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float *row = u + 4 * i * FILTERS + 32 * half;
-                row[0] = left[i], row[FILTERS] = left[i] + right[i];
-                row[2 * FILTERS] = left[i] - right[i], row[3 * FILTERS] = right[i];
-            }
+        for (int i = 0; i < 4; ++i) {
+            float *row = u + 4 * i * FILTERS;
+            row[0] = left[i], row[FILTERS] = left[i] + right[i];
+            row[2 * FILTERS] = left[i] - right[i], row[3 * FILTERS] = right[i];
         }
+    };
+    auto store_row = [&](int i, int turn) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 4 && i == 0; ++j) {
             float a = d[0][j], b = d[1][j], c = d[2][j], f = d[3][j];
             d[0][j] = a - c, d[1][j] = b + c, d[2][j] = c - b, d[3][j] = f - b;
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float *row = v + 4 * i * CHANNELS;
-            row[0] = d[i][0] - d[i][2], row[CHANNELS] = d[i][1] + d[i][2];
-            row[2 * CHANNELS] = d[i][2] - d[i][1], row[3 * CHANNELS] = d[i][3] - d[i][1];
-        }
+        float *row = shared + turn * STAGE + U_STAGE + warp * (16 * CHANNELS) + lane + 4 * i * CHANNELS;
+        row[0] = d[i][0] - d[i][2], row[CHANNELS] = d[i][1] + d[i][2];
+        row[2 * CHANNELS] = d[i][2] - d[i][1], row[3 * CHANNELS] = d[i][3] - d[i][1];
     };
 
     float acc[16][8] = {};
-    load(0);
-    store(0);
+    fetch(0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (i < 2) store_errors(i, 0);
+        store_row(i, 0);
+    }
     for (int step = 0; step < steps; ++step) {
         __syncthreads();
-        load(step + 1);
+        fetch(step + 1);
         const float *a_stage = shared + step % 2 * STAGE + product * FILTERS + 4 * tk;
         const float *b_stage = shared + step % 2 * STAGE + U_STAGE + product * CHANNELS + 4 * tc;
-#pragma unroll UNROLL
+#pragma unroll
         for (int t = 0; t < DEPTH; ++t) {
             float4 b[2];
 #pragma unroll
@@ -109,8 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                     for (int j = 0; j < 8; ++j) acc[i + f][j] += at(a, f) * at(b[j / 4], j % 4);
             }
+            if (t >= STORE_AT && t < STORE_AT + 2) store_errors(t - STORE_AT, (step + 1) % 2);
+            if (t >= 4) store_row(t - 4, (step + 1) % 2);
         }
-        store(step + 1);
     }
 
     const int row_size = g.k * 9 * g.c + (db ? g.k : 0);
