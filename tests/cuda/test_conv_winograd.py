@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,17 +48,22 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mak
     return lambda launchers: CheckedEmulation(launchers, descending=request.param == "descending")
 
 
-def ulps(channels: int) -> float:
+FORWARD, FILTERS = 25 / 9, 16 / 4
+
+
+def ulps(terms: int, variance: float = FORWARD) -> float:
     """What the algorithm may err, in ulps of the largest output.
 
-    Each product's running sum walks at random, a third of a ulp for each channel, and transforms and epilogue round a few
-    times. For random operands the nine products of an output have 25/9 of its variance: the transforms' rows have 4 and
-    (1 + 3/4 + 3/4)**2 = 25/4 as sums of squares, where the filter's taps have 9.
+    Each of the 16 products is a running sum that walks at random, a third of a ulp for each of its terms; transforms and
+    epilogue round a few times. `variance`: of what enters an output, for random operands, over the output's own. FORWARD:
+    the nine products of an output have 4 * (1 + 3/4 + 3/4)**2 = 25, from transforms whose rows have 2 and (1, 3/4, 3/4) as
+    sums of squares a side, where nine taps have 9. FILTERS: the errors' transforms have (1, 2, 2, 1), the last one takes
+    halves of the middle: 2 * (1 + (2 + 2) / 4) = 4 a side where a tile has 2.
     """
-    return 5 / 3 * (4 + np.sqrt(channels) / 3)
+    return np.sqrt(variance) * (4 + np.sqrt(terms) / 3)
 
 
-def forward(problem: Problem, random: np.random.Generator, **epilogue: object) -> tuple[ConvFprop, list[np.ndarray]]:
+def forward(problem: Problem, random: np.random.Generator, **epilogue: Any) -> tuple[ConvFprop, list[np.ndarray]]:
     tensors = problem.tensors(random, None)
     op = ConvFprop(**problem.geometry, bias=True, **epilogue)
     return op, [tensors["x"], tensors["w"], tensors["b"]]
@@ -67,7 +74,7 @@ def filter_gradient(problem: Problem, random: np.random.Generator, bias: bool) -
     return ConvWgrad(**problem.geometry, filter=(3, 3), bias=bias), [tensors["x"], tensors["dy"]]
 
 
-def backward(problem: Problem, random: np.random.Generator, **epilogue: object) -> tuple[ConvDgrad, list[np.ndarray]]:
+def backward(problem: Problem, random: np.random.Generator, **epilogue: Any) -> tuple[ConvDgrad, list[np.ndarray]]:
     tensors = problem.tensors(random, None)
     op = ConvDgrad(**problem.geometry, image=(problem.h, problem.w), **epilogue)
     extra = [normal(random, *tensors["x"].shape) for name in ("saved", "addend") if epilogue]
@@ -80,18 +87,15 @@ def test_fprop(make: MakeExecutor, random: np.random.Generator, problem: Problem
     if 0 in problem.output_hw(pool):
         pytest.skip("no pooled output")
     op, arrays = forward(problem, random, act="relu", pool=pool)
-    for variant in conv_winograd.candidates(call_of(op, arrays), None):
-        check(make([Forced(conv_winograd, variant)]), op, arrays, ulps=ulps(problem.c))
+    check(make([conv_winograd]), op, arrays, ulps=ulps(problem.c))
 
 
 @problems
 @pytest.mark.parametrize("epilogue", [{}, {"act": "relu", "add": True}, {"act": "tanh", "add": True}])
-def test_dgrad(
-    make: MakeExecutor, random: np.random.Generator, problem: Problem, epilogue: dict[str, object]
-) -> None:
+def test_dgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem, epilogue: dict[str, Any]) -> None:
     op, arrays = backward(problem, random, **epilogue)
-    for variant in conv_winograd.candidates(call_of(op, arrays), None):
-        check(make([Forced(conv_winograd, variant)]), op, arrays, ulps=ulps(problem.k))
+    for alias in ((), *((pair,) for pair in op.inplace())):
+        check(make([conv_winograd]), op, arrays, alias=alias, ulps=ulps(problem.k))
 
 
 class ForcedWgrad(Forced):
@@ -106,11 +110,12 @@ class ForcedWgrad(Forced):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_wgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem, bias: bool, splits: int) -> None:
     op, arrays = filter_gradient(problem, random, bias)
-    steps = -(-problem.n * int(np.prod([-(-side // 2) for side in problem.output_hw(None)])) // conv_winograd_wgrad.DEPTH)
-    splits = -(-steps // -(-steps // min(splits, steps)))  # none is empty
-    for unroll in conv_winograd_wgrad.UNROLLS:
-        launcher = ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(unroll, splits))
-        check(make([launcher]), op, arrays, ulps=ulps(problem.n * int(np.prod(problem.output_hw(None)))))
+    p, q = problem.output_hw(None)
+    tiles = problem.n * ceil(p / 2) * ceil(q / 2)
+    steps = ceil(tiles / conv_winograd_wgrad.DEPTH)
+    splits = ceil(steps / ceil(steps / min(splits, steps)))  # none is empty
+    launcher = ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(splits))
+    check(make([launcher]), op, arrays, ulps=ulps(tiles, FILTERS))
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS])

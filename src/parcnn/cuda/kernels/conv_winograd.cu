@@ -23,6 +23,7 @@
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define V_ROW (16 * TILES + 4)  // of a channel: its four tiles of a warp's stores lie in other banks than the next one's
 #define STAGE (U_STAGE + DEPTH * V_ROW)
+#define STORE_AT 2  // the channel of a step behind which the first row of the next patch is stored
 #define E_ROW (32 + 4)
 
 // A row of G, applied to three values.

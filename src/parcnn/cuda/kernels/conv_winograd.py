@@ -1,9 +1,8 @@
-"""Launcher of conv_winograd.cu: convolutions with 3x3 filters of stride 1, and their input's gradient, by Winograd's algorithm."""
+"""Launcher of conv_winograd.cu: 3x3 convolutions of stride 1, and their input's gradient, by Winograd's algorithm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from math import ceil
 from typing import NamedTuple, cast
 
@@ -18,6 +17,8 @@ from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_winograd.cu"
+KERNEL, FILTERS_KERNEL = Kernel(SOURCE, "conv_winograd"), Kernel(SOURCE, "conv_winograd_filters")
+VARIANT = "2x2 of 3x3"  # the only one
 TILES, FILTERS, DEPTH, THREADS = 32, 64, 8, 256  # twins of conv_winograd.cu's
 SHARED_BYTES = 2 * 4 * DEPTH * (16 * FILTERS + 16 * TILES + 4)
 PRODUCTS = 16
@@ -26,25 +27,18 @@ BLOCK_CYCLES, STEP_CYCLES = 6000.0, 3200.0
 FILTER_CYCLES, FILTER_BYTES = 4000.0, 1000.0
 
 
-class Variant(NamedTuple):
-    """How often the loop over a step's channels is written out."""
-
-    unroll: int
-
-    def __str__(self) -> str:
-        return f"2x2 of 3x3, {self.unroll}"
-
-
-VARIANTS = (Variant(2), Variant(4))
-
-
 class _Problem(NamedTuple):
-    """What is computed, as a forward convolution: of its p and q tiles; the outputs' sides before a pool."""
+    """What is computed, as a forward convolution whose p and q count tiles; the outputs' sides before a pool."""
 
     conv: Conv
     height: int
     width: int
     turned: bool
+    act: str | None
+
+    @property
+    def tiles(self) -> int:
+        return self.conv.n * self.conv.p * self.conv.q
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -72,31 +66,33 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 
 
 def workspace_bytes(
-    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
+    op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: str | None = None
 ) -> int:
     """The transformed filters."""
     conv = _problem(op, inputs, outputs).conv
     return 4 * PRODUCTS * conv.c * ceil(conv.k / FILTERS) * FILTERS
 
 
-def candidates(call: Call, device: Device) -> list[Variant]:
-    """Variants that can run the call, best estimate first."""
-    return list(VARIANTS)
+def candidates(call: Call, device: Device) -> list[str]:
+    """The one variant."""
+    return [VARIANT]
 
 
 def cost_us(call: Call, device: Device) -> float:
-    """Estimated microseconds of the best variant."""
-    conv = _problem(call.op, call.input_specs, call.output_specs).conv
-    blocks = ceil(_tiles(conv) / TILES) * ceil(conv.k / FILTERS)
+    """Estimated microseconds."""
+    problem = _problem(call.op, call.input_specs, call.output_specs)
+    conv = problem.conv
+    blocks = ceil(problem.tiles / TILES) * ceil(conv.k / FILTERS)
     product = ceil(blocks / device.sm_count) * (BLOCK_CYCLES + conv.c // DEPTH * STEP_CYCLES)
     filters = FILTER_CYCLES + 4 * (PRODUCTS + 9) * conv.c * conv.k / FILTER_BYTES
     return (product + filters) / CYCLES_PER_US
 
 
-def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """The filters' transform, and the convolution; `variant` forces one of `candidates`."""
+def launches(call: Call, device: Device, variant: str | None = None) -> list[Launch]:
+    """The filters' transform, and the convolution."""
     op, scratch = call.op, call.workspace
-    conv, height, width, turned = _problem(op, call.input_specs, call.output_specs)
+    problem = _problem(op, call.input_specs, call.output_specs)
+    conv, sides = problem.conv, (problem.tiles, problem.height, problem.width)
     if scratch is None:
         raise ValueError("Winograd's algorithm needs its workspace")
     x, w, *rest = call.inputs
@@ -104,41 +100,25 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     idx = call.outputs[1] if conv.pool == "max" else None
     args: tuple[Argument, ...] = (
         x, scratch, rest[0] if isinstance(op, ConvFprop) and op.bias else None, named.get("saved"), named.get("addend"),
-        call.outputs[0], idx, conv.argument(op.act), np.int32(_tiles(conv)), np.int32(height), np.int32(width),
+        call.outputs[0], idx, conv.argument(problem.act), *map(np.int32, sides),
     )  # fmt: skip
-    filters = (w, scratch, np.int32(conv.c), np.int32(conv.k), np.int32(turned))
-    kernel = _kernel(variant or candidates(call, device)[0])
+    filters = (w, scratch, np.int32(conv.c), np.int32(conv.k), np.int32(problem.turned))
     return [
-        Launch(_filters_kernel(kernel), (2 * ceil(conv.k / FILTERS), ceil(conv.c / 16), 1), (32, 4, 1), filters),
-        Launch(kernel, (ceil(_tiles(conv) / TILES), ceil(conv.k / FILTERS), 1), (THREADS, 1, 1), args, SHARED_BYTES),
+        Launch(FILTERS_KERNEL, (2 * ceil(conv.k / FILTERS), ceil(conv.c / 16), 1), (32, 4, 1), filters),
+        Launch(KERNEL, (ceil(problem.tiles / TILES), ceil(conv.k / FILTERS), 1), (THREADS, 1, 1), args, SHARED_BYTES),
     ]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    for variant in VARIANTS:
-        kernel = _kernel(variant)
-        yield from (_filters_kernel(kernel), kernel)
-
-
-def _kernel(variant: Variant) -> Kernel:
-    return Kernel(SOURCE, "conv_winograd", (("STORE_AT", variant.unroll),))
-
-
-def _filters_kernel(kernel: Kernel) -> Kernel:
-    """In the same cubin."""
-    return replace(kernel, entry="conv_winograd_filters")
-
-
-def _tiles(conv: Conv) -> int:
-    return conv.n * conv.p * conv.q
+    yield from (FILTERS_KERNEL, KERNEL)
 
 
 def _problem(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> _Problem:
     if isinstance(op, ConvFprop):
         n, h, w, c = inputs[0].shape
         k, top, left, turned = inputs[1].shape[0], *op.pad[:2], False
-        height, width = (side + pads - 2 for side, pads in zip((h, w), (op.pad[0] + op.pad[2], op.pad[1] + op.pad[3]), strict=True))
+        height, width = h + op.pad[0] + op.pad[2] - 2, w + op.pad[1] + op.pad[3] - 2
         p, q = op.pooled_hw(h, w, 3, 3)
     elif isinstance(op, ConvDgrad):
         n, h, w, c = inputs[0].shape
@@ -150,4 +130,4 @@ def _problem(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> _Pr
     if not op.pool:
         p, q = ceil(p / 2), ceil(q / 2)
     conv = Conv(n, h, w, c, k, 3, 3, p, q, (1, 1), (top, left), (1, 1), op.pool)
-    return _Problem(conv, height, width, turned)
+    return _Problem(conv, height, width, turned, op.act)

@@ -20,6 +20,7 @@
 #define DEPTH 8
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define STAGE (U_STAGE + DEPTH * 16 * CHANNELS)
+#define STORE_AT 4  // the tile of a step behind which the next errors are stored
 #define E_ROW (CHANNELS + 4)
 
 // Twin of conv_winograd_wgrad.py's arguments: p and q of g count tiles; `height` and `width` are the sides of dy.

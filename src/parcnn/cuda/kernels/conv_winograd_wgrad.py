@@ -17,6 +17,7 @@ from parcnn.ops.conv import ConvWgrad
 from parcnn.ops.program import Call
 
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
+KERNEL = Kernel("conv_winograd_wgrad.cu", "conv_winograd_wgrad")
 FILTERS, CHANNELS, DEPTH, THREADS = 64, 32, 8, 256  # twins of conv_winograd_wgrad.cu's
 SHARED_BYTES = 2 * 4 * DEPTH * 16 * (FILTERS + CHANNELS)
 # A block's start and end, a step of DEPTH tiles, in clock cycles; the sum of the splits: its start, bytes a cycle.
@@ -25,16 +26,12 @@ SUM_CYCLES, SUM_BYTES = 3000.0, 915.0
 
 
 class Variant(NamedTuple):
-    """How often the loop over a step's tiles is written out, and into how many runs of tiles the sum is cut."""
+    """Into how many runs of tiles the sum is cut."""
 
-    unroll: int
     splits: int
 
     def __str__(self) -> str:
-        return f"2x2 of 3x3, {self.unroll} in {self.splits}"
-
-
-UNROLLS = (2, 4)
+        return f"2x2 of 3x3 in {self.splits}"
 
 
 class _Problem(NamedTuple):
@@ -95,7 +92,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
     op, problem = call.op, _problem(call.op, call.input_specs)
     conv = problem.conv
-    unroll, splits = variant or _ranked(op, problem, device)[0]
+    splits = (variant or _ranked(op, problem, device)[0]).splits
     x, dy = call.inputs[:2]
     dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
     partial = call.workspace if splits > 1 else None
@@ -103,7 +100,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     chunk = np.int32(DEPTH * ceil(ceil(problem.tiles / DEPTH) / splits))
     args: tuple[Argument, ...] = (x, dy, dw, db, partial, conv.argument(), *sides, chunk)
     grid = (ceil(conv.k / FILTERS), ceil(conv.c / CHANNELS), splits)
-    result = [Launch(_kernel(unroll), grid, (THREADS, 1, 1), args, SHARED_BYTES)]
+    result = [Launch(KERNEL, grid, (THREADS, 1, 1), args, SHARED_BYTES)]
     if splits > 1:
         row_size = _row_size(op, conv)
         sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
@@ -113,11 +110,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    yield from map(_kernel, UNROLLS)
-
-
-def _kernel(unroll: int) -> Kernel:
-    return Kernel("conv_winograd_wgrad.cu", "conv_winograd_wgrad", (("STORE_AT", unroll),))
+    yield KERNEL
 
 
 def _problem(op: Op, inputs: tuple[Spec, ...]) -> _Problem:
@@ -147,6 +140,5 @@ def _cycles(op: Op, problem: _Problem, device: Device) -> dict[Variant, float]:
         rounds = ceil(problem.blocks * splits / device.sm_count)
         product = rounds * (BLOCK_CYCLES + each * STEP_CYCLES)
         total = SUM_CYCLES + 4 * splits * _row_size(op, problem.conv) / SUM_BYTES if splits > 1 else 0.0
-        for unroll in UNROLLS:
-            costs[Variant(unroll, splits)] = product + total
+        costs[Variant(splits)] = product + total
     return costs
