@@ -135,6 +135,10 @@ class CpuExecutor:
         other_window = isinstance(op, ConvFprop) and op.window is not None
         return type(op) in RUN and not pooled_groups and not other_window
 
+    def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """False: blocks route the error while they are in cache."""
+        return False
+
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory of the call: what is shared, and a part for each thread that works on it."""
         workers = self._workers_for(op, inputs, outputs)

@@ -179,9 +179,9 @@ class Lowering:
             yield [a[None, whole:] for a in matrices]
 
     def padded_image(self, n: int) -> Shape:
-        """n images with their padding."""
+        """n images with their padding; what is cropped is there, and no window sees it."""
         _, h, w, c = self.image
-        top, left, bottom, right = self.geometry.pad
+        top, left, bottom, right = (max(0, pad) for pad in self.geometry.pad)
         return n, h + top + bottom, w + left + right, c
 
     def padded_shape(self, block: tuple[int, int]) -> Shape:
@@ -189,7 +189,7 @@ class Lowering:
         n, rows, _ = self.windows(block)
         g = self.geometry
         seen = (rows - 1) * self.stride[0] + (self.r - 1) * g.dilation[0] + 1
-        return n, seen, self.image[2] + g.pad[1] + g.pad[3], self.image[3]
+        return n, seen, self.image[2] + g.pad[1] + max(0, g.pad[3]), self.image[3]
 
     def columns_scratch(self, block: tuple[int, int]) -> list[Shape]:
         """Shapes of what columns() takes from the scratch memory."""

@@ -1,4 +1,5 @@
-"""Pooling on its own: one strided view of the padded images for each position in the window."""
+"""Pooling on its own: one strided view of the padded images for each position in the window; and the error's way back through
+a convolution's pool."""
 
 from __future__ import annotations
 
@@ -6,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parcnn.cpu.pointwise import activate, route
+from parcnn.cpu.pointwise import activate, activate_backward, route
+from parcnn.cpu.pool2x2 import error_scratch, route_error
 from parcnn.cpu.workers import PIECE, Scratch, ScratchSize, Shape, Workspace, scratch_bytes, together
 from parcnn.ops.base import FROM_OUTPUT, Spec
+from parcnn.ops.conv import ConvUnpool
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
 
 
@@ -109,6 +112,22 @@ def adaptive_avg_dgrad(
     workspace.each_slice(dx.shape[0], piece, _images_a_piece(dx.shape))
 
 
+def conv_unpool(op: ConvUnpool, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """dy * act'(saved), each to its window's winner or in equal parts to all four."""
+    dy, error = inputs[0], outputs[0]
+    n, p, q, k = dy.shape
+
+    def piece(i: slice, scratch: Scratch) -> None:
+        here = dy[i]
+        if op.act:
+            here = scratch.take(here.shape, dy.dtype)
+            activate_backward(op.act, dy[i], inputs[-1][i], here)
+        windows = error[i].reshape(len(here), p, 2, q, 2, k).transpose(2, 4, 0, 1, 3, 5)
+        route_error(here, inputs[1][i] if op.pool == "max" else None, windows, False, scratch)
+
+    workspace.each_slice(n, piece, _images_a_piece(error.shape))
+
+
 def _pack(indices: np.ndarray, stored: np.ndarray) -> None:
     """Indices (n,P,Q,C) as they are stored: neighbouring channels share bytes where there are fewer of these."""
     each = indices.shape[3] // stored.shape[3]
@@ -205,10 +224,18 @@ def pool_scratch(
     return ScratchSize(per_worker=scratch_bytes([(padded, dtype), *extra]))
 
 
+def _unpool_scratch(op: ConvUnpool, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
+    some = _images_a_piece(outputs[0].shape)
+    n = min(inputs[0].shape[0], some * together(-(-inputs[0].shape[0] // some), workers))
+    shape, dtype = (n, *inputs[0].shape[1:]), np.float64 if inputs[0].dtype == "f64" else np.float32
+    return ScratchSize(per_worker=scratch_bytes([(shape, dtype), *error_scratch(shape, np.dtype(dtype))]))
+
+
 RUN = {
     PoolFprop: pool_fprop,
     PoolDgrad: pool_dgrad,
     AdaptiveAvgFprop: adaptive_avg_fprop,
     AdaptiveAvgDgrad: adaptive_avg_dgrad,
+    ConvUnpool: conv_unpool,
 }
-SCRATCH = {PoolFprop: pool_scratch, PoolDgrad: pool_scratch}
+SCRATCH = {PoolFprop: pool_scratch, PoolDgrad: pool_scratch, ConvUnpool: _unpool_scratch}

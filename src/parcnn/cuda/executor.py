@@ -19,7 +19,7 @@ from parcnn.cuda.arguments import pack
 from parcnn.cuda.compiler import Compiler, Cubin, default_cache
 from parcnn.cuda.driver import Allocation, BoundLaunch, Driver
 from parcnn.cuda.kernels import REGISTRY, Registry, family_name
-from parcnn.cuda.launch import Kernel, Launch, LaunchError
+from parcnn.cuda.launch import Kernel, Launch, LaunchError, UnpoolingLauncher
 from parcnn.cuda.null import NullDriver
 from parcnn.cuda.runtime import PycudaDriver
 from parcnn.cuda.tuning import REMEDY, Choice, Tuning, problem_key, user_folder
@@ -338,6 +338,11 @@ class CudaExecutor:
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether a kernel family runs this form of the op on these operands."""
         return self.registry.supports(op, inputs)
+
+    def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """Whether the family that runs this gradient writes the error before its pool into scratch memory first."""
+        launcher, _ = self._choose(_placeless(op, inputs, op.infer(*inputs)))
+        return isinstance(launcher, UnpoolingLauncher)
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory that the call needs. Raises UnsupportedError where no kernel runs it, and TuningError."""

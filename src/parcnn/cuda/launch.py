@@ -140,3 +140,12 @@ class TunableLauncher(Launcher, Protocol):
 
     def candidates(self, call: Call, device: Device) -> Sequence[Any]:
         """Variants that can run the call, the best by the family's own rule first; each has a name of its own, its str()."""
+
+
+@runtime_checkable
+class UnpoolingLauncher(Launcher, Protocol):
+    """A launcher of gradients that behind a pool first writes the error before the pool into its workspace."""
+
+    @property
+    def UNPOOLS(self) -> bool:
+        """True."""

@@ -1,4 +1,5 @@
-"""Convolution (cross-correlation, torch's convention): fprop with a fused epilogue, dgrad, wgrad. A Linear is a 1x1 one.
+"""Convolution (cross-correlation, torch's convention): fprop with a fused epilogue, dgrad, wgrad, and the error's way back
+through the pool. A Linear is a 1x1 one.
 
     y[n,p,q,k] = b[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]
 
@@ -11,8 +12,8 @@ those of a pool on its own (`PoolWindow.index_dtype`), and backward first takes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, accumulator, image_of
 from parcnn.ops.pool import PoolWindow
@@ -23,7 +24,7 @@ class ConvGeometry(Op):
     """Attributes that fprop, dgrad and wgrad share."""
 
     stride: tuple[int, int] = (1, 1)
-    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, left, bottom, right; the last two may be negative: cropped
     dilation: tuple[int, int] = (1, 1)
     pool: str | None = None  # None, 'max' or 'avg': 2x2, stride 2, floor
     groups: int = 1  # filter k sees the C/groups channels of its group, k // (K/groups)
@@ -38,6 +39,13 @@ class ConvGeometry(Op):
         """Outputs (p, q) after the pool."""
         p, q = self.output_hw(h, w, r, s)
         return (p // 2, q // 2) if self.pool else (p, q)
+
+    def before_pool(self, h: int, w: int, r: int, s: int) -> Self:
+        """The geometry without its pool: its outputs are those that the pool's windows cover, whole windows of 2x2."""
+        (p, q), (top, left, bottom, right) = self.output_hw(h, w, r, s), self.pad
+        return replace(
+            self, pool=None, pad=(top, left, bottom - p % 2 * self.stride[0], right - q % 2 * self.stride[1])
+        )
 
     def conv_flops(self, dy: Spec, w: Spec) -> int:
         """2*N*P*Q*K*R*S*C over the outputs that are computed (those that the pool's floor drops are not)."""
@@ -145,6 +153,23 @@ class ConvWgrad(ConvGeometry):
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return self.conv_flops(inputs[1], outputs[0])
+
+
+@dataclass(frozen=True)
+class ConvUnpool(Op):
+    """The error signal before a convolution's 2x2 pool. inputs: dy (N,P,Q,K), the pooled error, idx if the pool is a maximum,
+    saved if `act`; output: (N,2P,2Q,K): each window's error at its winner, or a quarter of it at all four.
+
+    With `act` the error is that of the activation's output, `saved` (shape of dy): dy * act'(saved) is what is spread.
+    What reads the result is `ConvGeometry.before_pool`.
+    """
+
+    pool: str = "max"
+    act: str | None = None
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        n, p, q, k = inputs[0].shape
+        return (Spec((n, 2 * p, 2 * q, k), inputs[0].dtype),)
 
 
 def act_dgrad(kind: str) -> Op:

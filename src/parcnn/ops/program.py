@@ -121,6 +121,10 @@ class Executor(Protocol):
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the executor runs this fused form on these operands as one call."""
 
+    def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """Whether what runs this gradient of a convolution behind a pool writes the error before the pool into its scratch
+        memory first. If so, a plan lets a call of its own do it, once for all gradients that want it."""
+
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory that the call needs."""
 

@@ -14,6 +14,7 @@ from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
 from parcnn.cuda.kernels.conv_sm90_tiles import Class, Footprint, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
@@ -22,8 +23,9 @@ from parcnn.ops.pool import PoolWindow
 from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
-SOURCE, UNPOOL_SOURCE = "conv_sm90.cu", "conv_unpool.cu"
-THREADS, UNPOOL_THREADS = 384, 256
+SOURCE = "conv_sm90.cu"
+UNPOOLS = True
+THREADS, UNREACHED_THREADS = 384, 256
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
 WINDOWS = 3  # POOL: by other windows than 2x2
@@ -148,7 +150,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name."""
+    """Every kernel that `launches` may name, but for `conv_unpool`."""
     for (channels, cb), pixels in tiles.PIXELS.items():
         for count in pixels:
             for constants in ((0, 0), (0, 1), (1, 1), (3, 1), (3, 3)):
@@ -161,11 +163,9 @@ def variants() -> Iterable[Kernel]:
     for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
         for count in pixels:
             yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
-    yield UNPOOL
     yield UNREACHED
 
 
-UNPOOL = Kernel(UNPOOL_SOURCE, "conv_unpool")
 UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")
 
 
@@ -417,20 +417,6 @@ def _w_map(w: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     return TensorMap(w, (inner, taps, outer), (2 * inner, 2 * inner * taps), box, (), swizzle)
 
 
-def unpool(dy: Slot, idx: Slot | None, out: Slot) -> Launch:
-    """The launch that spreads pooled errors dy (N,P,Q,K), of a maximum or (no idx) a mean, over their windows: out
-    (N,2P,2Q,K), bf16."""
-    q, k = dy.spec.shape[2:]
-    chunks = dy.spec.size // CHANNEL_UNIT
-    divisors = Struct((fast_div(k // CHANNEL_UNIT), fast_div(q)))
-    return Launch(
-        UNPOOL,
-        (ceil(chunks / UNPOOL_THREADS), 1, 1),
-        (UNPOOL_THREADS, 1, 1),
-        (dy, idx, out, np.int32(chunks), divisors),
-    )
-
-
 def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, act: str | None) -> Launch:
     """The launch that writes the pixels of dx that no tap reaches."""
     reached = [0, 0]  # bits: rows, columns by their remainder
@@ -446,7 +432,7 @@ def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, 
     )
     return Launch(
         UNREACHED,
-        (ceil(chunks / UNPOOL_THREADS), 1, 1),
-        (UNPOOL_THREADS, 1, 1),
+        (ceil(chunks / UNREACHED_THREADS), 1, 1),
+        (UNREACHED_THREADS, 1, 1),
         (addend, saved, dx, np.int32(chunks), np.int32(act_code(act)), pixels),
     )

@@ -1,8 +1,10 @@
 // The error signal before a 2x2 pool: dy (N,P,Q,K) bf16 goes to each window's winner, zeros to the other three, where idx
 // (N,P,Q,K/4) has 2 bits a channel; without idx the pool is the mean, and a quarter goes to each. out (N,2P,2Q,K).
+// With ACT dy is first multiplied by the derivative of an activation, from its output `saved` (N,P,Q,K).
 //
-// A thread takes eight channels of a pooled pixel. Bytes: dy and idx are read once, out is written once.
+// A thread takes eight channels of a pooled pixel. Bytes: dy, saved and idx are read once, out is written once.
 // Preconditions: K is a multiple of 8; pointers aligned to 16 bytes; fewer than 2^31 elements.
+// Macro: ACT (ReLU, tanh or sigmoid; ACT_NONE: `saved` is null).
 
 #include "common.cuh"
 
@@ -10,16 +12,26 @@ struct Divisors {
     FastDiv by_chunks, by_q;  // chunks of eight channels; pooled columns
 };
 
+__device__ __forceinline__ u32 times_derivative(u32 dy, u32 saved) {
+    return round_bf16x2(activation_dgrad<ACT>(low_bf16(dy), low_bf16(saved)), activation_dgrad<ACT>(high_bf16(dy), high_bf16(saved)));
+}
+
 extern "C" __global__ void __launch_bounds__(256)
-    conv_unpool(const uint4 *__restrict__ dy, const unsigned short *__restrict__ idx, uint4 *__restrict__ out, int count, Divisors d) {
+    conv_unpool(const uint4 *__restrict__ dy, const unsigned short *__restrict__ idx, const uint4 *__restrict__ saved,
+                uint4 *__restrict__ out, int count, Divisors d) {
     await_predecessors();
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= count) return;
     int chunk, q;
     int row = divide(divide(at, d.by_chunks, chunk), d.by_q, q);  // image and pooled row
     uint4 v = dy[at];
-    const u32 in[4] = {v.x, v.y, v.z, v.w};
+    u32 in[4] = {v.x, v.y, v.z, v.w};
     u32 index = idx ? idx[at] : 0;
+    if (ACT != ACT_NONE) {
+        uint4 s = saved[at];
+        in[0] = times_derivative(in[0], s.x), in[1] = times_derivative(in[1], s.y);
+        in[2] = times_derivative(in[2], s.z), in[3] = times_derivative(in[3], s.w);
+    }
     const u32 chunks = d.by_chunks.d, columns = 2 * d.by_q.d;
 #pragma unroll
     for (u32 position = 0; position < 4; ++position) {

@@ -12,7 +12,8 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv
-from parcnn.cuda.kernels.conv_sm90 import CHANNEL_UNIT, image_map, unpool
+from parcnn.cuda.kernels.conv_sm90 import CHANNEL_UNIT, image_map
+from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_BOX, MAX_ELEMENT_STRIDE
 from parcnn.ops.base import Op, Spec
@@ -21,6 +22,7 @@ from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_wgrad_sm90.cu"
+UNPOOLS = True
 MAX_STAGES = 8
 BARRIER_BYTES = 16 * MAX_STAGES
 STEP_PIXELS = 16  # the K of wgmma
@@ -191,7 +193,7 @@ def fit(
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name, but for conv_sm90's `conv_unpool`."""
+    """Every kernel that `launches` may name, but for `conv_unpool`."""
     yield from (form.kernel(cluster) for form in FORMS for cluster in CLUSTERS)
     yield SUM_KERNEL
 
