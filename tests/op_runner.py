@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from parcnn.ops.base import PACKED, Op, Spec
-from parcnn.ops.conv import ConvDgrad, ConvWgrad
+from parcnn.ops.conv import ConvDgrad, ConvUnpool, ConvWgrad
 from parcnn.ops.pool import PoolDgrad
 from parcnn.ops.program import Call, Executor, Program, Slot
 
@@ -87,6 +87,8 @@ class _Placer:
 
 def _input_spec(op: Op, position: int, array: np.ndarray) -> Spec:
     if isinstance(op, ConvDgrad | ConvWgrad) and op.pool == "max" and position == 2:
+        return Spec(array.shape, "u2")
+    if isinstance(op, ConvUnpool) and op.pool == "max" and position == 1:
         return Spec(array.shape, "u2")
     if isinstance(op, PoolDgrad) and position == 1:
         return Spec(array.shape, op.index_dtype(array.shape[-1]))

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parcnn.cpu import CpuExecutor
-from parcnn.ops.base import ACTIVATIONS, Spec
-from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvUnpool, ConvWgrad
+from parcnn.ops.pointwise import ActDgrad
 from parcnn.ops.pool import PoolFprop, PoolWindow
 from tests import reference
 from tests.op_runner import run_op
@@ -306,3 +307,18 @@ def test_products_that_no_window_needs_are_not_counted() -> None:
     assert apart.flops((x, w), apart.infer(x, w)) == 2 * 2 * 3 * 5 * (3 * 3 * 3 * 2)
     overlapping = ConvFprop(pool="max", window=PoolWindow("max", (3, 3), (2, 2), (1, 1)))
     assert overlapping.flops((x, w), overlapping.infer(x, w)) == 2 * 2 * 3 * 5 * (11 * 8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 3), (3, 4, 5, 9), (70, 9, 2, 16)])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("act", [None, *FROM_OUTPUT])
+def test_the_error_before_the_pool(
+    cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, int, int, int], pool: str, act: str | None
+) -> None:
+    dy, saved = random.standard_normal(shape), random.standard_normal(shape)
+    index = random.integers(0, 4, shape).astype(np.uint8)
+    arrays = [dy, *([index] if pool == "max" else []), *([saved] if act else [])]
+    (error,) = run_op(cpu, ConvUnpool(pool, act), arrays)
+    (below,) = run_op(cpu, ActDgrad(act), [dy, saved]) if act else (dy,)
+    expected = reference.unpool2x2(below, index if pool == "max" else None, (2 * shape[1], 2 * shape[2]))
+    np.testing.assert_allclose(error, expected, rtol=1e-14)

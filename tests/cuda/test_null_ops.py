@@ -10,7 +10,7 @@ import pytest
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY
 from parcnn.ops.base import Op
-from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvUnpool, ConvWgrad
 from parcnn.ops.feed import EndStep, GatherBatch, WriteOutput
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
 from parcnn.ops.matmul import MatMul
@@ -80,6 +80,8 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     *grouped(bf16, 31, 24, 24, 5, 24, 2),
     *grouped(bf16, 16, 20, 20, 7, 20, 1),
     (ConvFprop(bias=True), [f32(70, 1, 1, 400), f32(120, 1, 1, 400), f32(120)]),
+    (ConvUnpool(act="relu"), [bf16(3, 7, 5, 72), u8(3, 7, 5, 72), bf16(3, 7, 5, 72)]),
+    (ConvUnpool("avg"), [bf16(3, 7, 5, 72)]),
     (PoolFprop(), [f32(2, 7, 5, 65)]),
     (PoolFprop(kind="avg", kernel=(3, 2), stride=(2, 1), pad=(1, 0)), [f32(2, 7, 5, 65)]),
     (PoolDgrad(image=(7, 5)), [f32(2, 3, 2, 65), u8(2, 3, 2, 65)]),
