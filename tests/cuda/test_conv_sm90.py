@@ -14,7 +14,7 @@ import pytest
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_sm90
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_sm90, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
@@ -199,7 +199,7 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
 
 
 def test_every_variant_is_listed() -> None:
-    listed = set(conv_sm90.variants())
+    listed = {*conv_sm90.variants(), *conv_unpool.variants()}
     for name, kind in CASES:
         op = PROBLEMS[name].op(kind)
         call = call_of(op, PROBLEMS[name].integers(kind, random_of()))

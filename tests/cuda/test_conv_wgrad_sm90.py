@@ -12,7 +12,7 @@ import pytest
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_unpool, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
 from parcnn.cuda.kernels.conv_wgrad_sm90 import CLUSTERS, FORMS, Form, Variant
 from parcnn.cuda.launch import Device
@@ -146,7 +146,7 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
     """Each candidate compiles, and keeps to its parameter table, its tensor maps' rules, the device and the plan's memory."""
     op = op_of(ALL[name], kind)
     operands = operands_of(ALL[name], kind, random_of(name, kind), integers=True)
-    listed = {*conv_wgrad_sm90.variants(), *conv_sm90.variants()}
+    listed = {*conv_wgrad_sm90.variants(), *conv_unpool.variants()}
     call = call_of(op, operands)
     found = conv_wgrad_sm90.candidates(call, H200)
     assert found

@@ -11,10 +11,10 @@ import numpy as np
 
 from parcnn.cuda import tensormap
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
-from parcnn.cuda.kernels import conv_unpool
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
 from parcnn.cuda.kernels.conv_sm90_tiles import Class, Footprint, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
@@ -139,7 +139,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if op.pool:
         if call.workspace is None:
             raise ValueError("an input gradient behind a pool needs its workspace")
-        result.append(conv_unpool.unpool(dy, named.get("idx"), call.workspace))
+        result.append(unpool(dy, named.get("idx"), call.workspace))
         dy = call.workspace
     for first in range(0, len(sizes.classes), CLASSES):
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
@@ -150,7 +150,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name."""
+    """Every kernel that `launches` may name, but for `conv_unpool`'s."""
     for (channels, cb), pixels in tiles.PIXELS.items():
         for count in pixels:
             for constants in ((0, 0), (0, 1), (1, 1), (3, 1), (3, 3)):
@@ -163,7 +163,6 @@ def variants() -> Iterable[Kernel]:
     for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
         for count in pixels:
             yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
-    yield conv_unpool.PLAIN
     yield UNREACHED
 
 

@@ -49,8 +49,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    yield PLAIN
-    yield from map(_kernel, FROM_OUTPUT)
+    yield from map(_kernel, (None, *FROM_OUTPUT))
 
 
 def unpool(dy: Slot, idx: Slot | None, out: Slot, saved: Slot | None = None, act: str | None = None) -> Launch:
@@ -65,6 +64,3 @@ def unpool(dy: Slot, idx: Slot | None, out: Slot, saved: Slot | None = None, act
 
 def _kernel(act: str | None) -> Kernel:
     return Kernel("conv_unpool.cu", "conv_unpool", (("ACT", act_code(act)),))
-
-
-PLAIN = _kernel(None)

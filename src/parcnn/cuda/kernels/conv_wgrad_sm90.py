@@ -193,7 +193,7 @@ def fit(
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name, but for `conv_unpool`."""
+    """Every kernel that `launches` may name, but for `conv_unpool`'s."""
     yield from (form.kernel(cluster) for form in FORMS for cluster in CLUSTERS)
     yield SUM_KERNEL
 
