@@ -110,7 +110,9 @@ template <int Rows, int Columns, int Depth, int WarpsM, int WarpsN, bool ColumnW
     static constexpr int TilesM = Rows / WarpsM / 16, TilesN = Columns / WarpsN / 8;  // mma.sync tiles of a warp
     static constexpr int ChunksA = (ColumnWiseA ? Rows : Depth) / 8, ChunksB = (ColumnWiseB ? Columns : Depth) / 8;
     static constexpr u32 BytesA = 2 * Rows * Depth, StageBytes = BytesA + 2 * Columns * Depth;
-    static_assert(Depth >= 32 && (TilesM & (TilesM - 1)) == 0 && (TilesN & (TilesN - 1)) == 0 && TilesN >= 2, "no such tile");
+    // A column-wise operand's tiles are found by their number's bits.
+    static_assert(Depth >= 32 && (!ColumnWiseA || (TilesM & (TilesM - 1)) == 0) && (TilesN & (TilesN - 1)) == 0 && TilesN >= 2,
+                  "no such tile");
 
     struct Fragments {
         u32 a[TilesM][4], b[TilesN][2];
@@ -171,8 +173,9 @@ template <int Rows, int Columns, int Depth, int WarpsM, int WarpsN, bool ColumnW
 };
 
 // Walk the reduction: `tiles` stages' worth, Stages - 1 of them under way. copy(t, stage) starts the copies of the t-th into
-// a stage, settle(stage) stores what it kept in registers, watch(stage) may read one before it is multiplied. copy() is also
-// called for Stages - 1 beyond the last, so that no branch keeps it from running among the products: it fills with zeros there.
+// a stage, settle(stage) stores what it kept in registers, watch(stage) may read one before it is multiplied. Among
+// the products copy() is also called for Stages - 1 beyond the last, so that no branch keeps it from running there: it fills with
+// zeros then.
 // Where settle() stores, there are three stages at least: the next tile's readers pass no barrier behind it.
 template <int Stages, class Tile, class Copy, class Settle, class Watch>
 __device__ __forceinline__ void reduce(const Tile &tile, typename Tile::Sums &sums, u32 ring, int tiles, Copy copy, Settle settle, Watch watch) {
@@ -180,9 +183,11 @@ __device__ __forceinline__ void reduce(const Tile &tile, typename Tile::Sums &su
     if (tiles <= 0) return;
 #pragma unroll
     for (int t = 0; t < Stages - 1; ++t) {
-        copy(t, ring + t * Tile::StageBytes);
+        if (t < tiles) {
+            copy(t, ring + t * Tile::StageBytes);
+            settle(ring + t * Tile::StageBytes);
+        }
         copy_async_commit();
-        settle(ring + t * Tile::StageBytes);
     }
     copy_async_wait<Stages - 2>();
     __syncthreads();

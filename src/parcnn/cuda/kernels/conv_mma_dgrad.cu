@@ -31,18 +31,34 @@ struct Problem {
     int group_c, group_k;  // channels, filters of a group
     int r, s;
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    int turn_h, turn_w;    // -dilation modulo stride
     int step_h, step_w;    // every so many-th tap is live
     int back_h, back_w;    // outputs from one live tap to the next
-    int pool, act, n_tiles, classes;
+    int most_r;            // live taps along r, the most that a class has
+    int pool, act;
     // By a class's sides, by group_k, and by the number of live taps along s: the most that a class has, and one fewer.
     FastDiv by_class_h, by_class_w, by_group_k, by_taps_s, by_fewer_s;
+    FastDiv by_n_tiles, by_classes, by_stride_h, by_stride_w;
 };
 
-// First tap that meets pixels of class `phase`: phase + pad = tap * dilation modulo stride; `taps` where there is none.
-__device__ __forceinline__ int first_tap(int phase, int pad, int dilation, int stride, int taps) {
-    for (int tap = 0; tap < min(taps, stride); ++tap)
-        if ((phase + pad - tap * dilation) % stride == 0) return tap;
+// First tap that meets a class's pixels: `place`, its phase + pad, = tap * dilation modulo stride; `taps` where there is none.
+__device__ __forceinline__ int first_tap(int place, int turn, FastDiv by_stride, int taps) {
+    for (int tap = 0, rest; tap < min(taps, (int)by_stride.d); ++tap, place += turn) {
+        divide(place, by_stride, rest);
+        if (rest == 0) return tap;
+    }
     return taps;
+}
+
+// Live taps of `taps` from `first` on.
+__device__ __forceinline__ int live_taps(int first, int taps, int step, int most) {
+    return first >= taps ? 0 : first + (most - 1) * step < taps ? most : most - 1;
+}
+
+// The output that tap `first` leads to from a class's first pixel; below zero where it lies in the padding.
+__device__ __forceinline__ int first_output(int place, int first, int dilation, FastDiv by_stride) {
+    const int back = first * dilation;  // place - back is a multiple of the stride
+    return quotient(place + back * ((int)by_stride.d - 1), by_stride) - back;
 }
 
 // Position in the reduction: the live tap along each side, and the filter of the group.
@@ -60,13 +76,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const u32 ring = shared_address(shared);
 
     const Tile tile;
-    const int n0 = (int)(blockIdx.x % g.n_tiles) * BN, block = blockIdx.x / g.n_tiles, group = blockIdx.y;
-    const int m0 = block / g.classes * BM, phase = block % g.classes;
-    const int phase_h = phase / g.stride_w, phase_w = phase % g.stride_w;
+    int n_tile, phase, phase_w;
+    const int block = divide((int)blockIdx.x, g.by_n_tiles, n_tile), m0 = divide(block, g.by_classes, phase) * BM;
+    const int phase_h = divide(phase, g.by_stride_w, phase_w), n0 = n_tile * BN, group = blockIdx.y;
     const int columns = g.group_c - n0;  // that exist
-    const int r0 = first_tap(phase_h, g.pad_h, g.dilation_h, g.stride_h, g.r);
-    const int s0 = first_tap(phase_w, g.pad_w, g.dilation_w, g.stride_w, g.s);
-    const int taps_r = (g.r - r0 + g.step_h - 1) / g.step_h, taps_s = (g.s - s0 + g.step_w - 1) / g.step_w;
+    const int r0 = first_tap(phase_h + g.pad_h, g.turn_h, g.by_stride_h, g.r);
+    const int s0 = first_tap(phase_w + g.pad_w, g.turn_w, g.by_stride_w, g.s);
+    const int p0 = first_output(phase_h + g.pad_h, r0, g.dilation_h, g.by_stride_h);
+    const int q0 = first_output(phase_w + g.pad_w, s0, g.dilation_w, g.by_stride_w);
+    const int taps_r = live_taps(r0, g.r, g.step_h, g.most_r), taps_s = live_taps(s0, g.s, g.step_w, (int)g.by_taps_s.d);
     const FastDiv by_taps_s = taps_s == (int)g.by_taps_s.d ? g.by_taps_s : g.by_fewer_s;
     const int filter_size = g.r * g.s * g.group_c;
     const u32 sides = displacement(g.p, g.q);
@@ -79,8 +97,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     for (int i = 0; i < LOADS_A; ++i) {
         int m = m0 + first_a + i * STEP_A, h, left;
         int n = divide(divide(m < g.rows ? m : 0, g.by_class_w, left), g.by_class_h, h);
-        int p = h + (phase_h + g.pad_h - r0 * g.dilation_h) / g.stride_h;
-        int q = left + (phase_w + g.pad_w - s0 * g.dilation_w) / g.stride_w;
+        int p = h + p0, q = left + q0;
         row_offset[i] = ROUTED ? n * (g.p / 2) : ((n * g.p + p) * g.q + q) * g.k + group * g.group_k;
         row_place[i] = m < g.rows ? place_of(p, q) : no_place();
     }
@@ -262,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     // Where row m of the class lies in dx; negative beyond the image.
     const int c0 = group * g.group_c + n0;
     auto place = [&](int m) {
+        if (g.by_classes.d == 1) return m < g.rows ? m * g.c + c0 : -1;
         int h, left;
         int n = divide(divide(m < g.rows ? m : 0, g.by_class_w, left), g.by_class_h, h);
         h = h * g.stride_h + phase_h, left = left * g.stride_w + phase_w;

@@ -37,6 +37,7 @@ TILES_OF = {
     (0, 8, 8): (
         Tile(128, 256, 64, 2, 4, 3),
         Tile(256, 128, 64, 4, 2, 3),
+        Tile(192, 128, 64, 4, 2, 3),
         Tile(128, 128, 64, 2, 2, 3),
         Tile(256, 64, 32, 4, 1, 4),
         Tile(128, 64, 64, 4, 1, 3),
@@ -156,10 +157,11 @@ def _problem(sizes: Grouped, tile: Tile, rows: int, n_tiles: int, act: str | Non
     step_h, step_w = stride_h // common_h, stride_w // common_w
     numbers = (
         rows, conv.h, conv.w, conv.c, *sizes.outputs, conv.k, sizes.channels, sizes.filters, conv.r, conv.s,
-        *conv.stride, *conv.pad, *conv.dilation, step_h, step_w, dilation_h // common_h, dilation_w // common_w,
-        POOL_CODES[conv.pool], act_code(act), n_tiles, stride_h * stride_w,
+        *conv.stride, *conv.pad, *conv.dilation, -dilation_h % stride_h, -dilation_w % stride_w, step_h, step_w,
+        dilation_h // common_h, dilation_w // common_w, ceil(conv.r / step_h), POOL_CODES[conv.pool], act_code(act),
     )  # fmt: skip
     divisors = (
         ceil(conv.h / stride_h), ceil(conv.w / stride_w), sizes.filters, ceil(conv.s / step_w), max(1, conv.s // step_w),
+        n_tiles, stride_h * stride_w, stride_h, stride_w,
     )  # fmt: skip
     return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))

@@ -27,8 +27,8 @@ struct Problem {
     int group_c, group_k;  // channels, filters of a group
     int r, depth, stages;  // depth: r * s * group_c; stages: of the reduction
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-    int pool, act, n_tiles;
-    FastDiv by_p, by_q, by_group_c, by_s;
+    int pool, act;
+    FastDiv by_p, by_q, by_group_c, by_s, by_n_tiles;
 };
 
 // Where an element of the reduction lies, relative to a pixel's receptive field and to a filter.
@@ -62,7 +62,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const u32 ring = shared_address(shared);
 
     const Tile tile;
-    const int m0 = (int)(blockIdx.x / g.n_tiles) * BM, n0 = (int)(blockIdx.x % g.n_tiles) * BN, group = blockIdx.y;
+    int n_tile;
+    const int m0 = divide((int)blockIdx.x, g.by_n_tiles, n_tile) * BM, n0 = n_tile * BN, group = blockIdx.y;
     const int columns = g.group_k - n0;  // that exist
     const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
     const int filter0 = (group * g.group_k + n0 + first) * g.depth;  // that this thread copies

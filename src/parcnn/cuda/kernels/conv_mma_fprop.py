@@ -23,6 +23,7 @@ POOLED_ROWS = 32  # eight windows
 TILES = (
     Tile(128, 256, 64, 2, 4, 3),
     Tile(256, 128, 64, 4, 2, 3),
+    Tile(192, 128, 64, 4, 2, 3),
     Tile(128, 128, 64, 2, 2, 3),
     Tile(256, 64, 32, 4, 1, 4),
     Tile(128, 64, 64, 4, 1, 3),
@@ -142,7 +143,7 @@ def _problem(sizes: Grouped, tile: Tile, n_tiles: int, act: str | None) -> Struc
     conv = sizes.conv
     numbers = (
         conv.rows, conv.h, conv.w, conv.c, conv.k, sizes.channels, sizes.filters, conv.r, sizes.depth, _stages(sizes, tile),
-        *conv.stride, *conv.pad, *conv.dilation, POOL_CODES[conv.pool], act_code(act), n_tiles,
+        *conv.stride, *conv.pad, *conv.dilation, POOL_CODES[conv.pool], act_code(act),
     )  # fmt: skip
-    divisors = (conv.p, conv.q, sizes.channels, conv.s)
+    divisors = (conv.p, conv.q, sizes.channels, conv.s, n_tiles)
     return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))
