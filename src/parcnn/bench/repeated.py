@@ -22,9 +22,7 @@ from parcnn.train.timing import StepTiming
 
 SETS_BYTES = 256 << 20  # tensors of all sets together: several times what a GPU's L2 holds
 FEWEST_SETS, MOST_SETS = 2, 16
-GRAPH_US = (
-    2000.0  # calls of all sets that surely take less are captured several times in one graph: launching it takes time
-)
+GRAPH_US = 1000.0  # of a graph, at the least: launching it costs next to nothing beside it
 FP32_FLOPS_PER_US, BF16_FLOPS_PER_US, BYTES_PER_US = 60e6, 800e6, 4e6  # a fast GPU's
 REPEAT_SECONDS = 0.01
 MOST_STEPS = 7  # of a repeat: one more, and the executor would capture long ones, too, several times in one graph
@@ -44,7 +42,7 @@ class RepeatedCalls:
         self._executor, self._scratch_bytes = executor, scratch_bytes
         self._calls, self._set_bytes = _placed(executor, calls, scratch_bytes)
         self.sets = max(FEWEST_SETS, min(MOST_SETS, ceil(SETS_BYTES / self._set_bytes)))
-        self.turns = STEPS_PER_GRAPH if self.sets * least_us(calls) < GRAPH_US else 1
+        self.turns = min(STEPS_PER_GRAPH, ceil(GRAPH_US / (self.sets * least_us(calls))))
         self._region = executor.region("arena", self.sets * self._set_bytes)
         self._fill()
         self.run = self.load()
@@ -64,11 +62,15 @@ class RepeatedCalls:
                 expected=f"at most {self._set_bytes:,} bytes a set",
                 got=f"{set_bytes:,}",
             )
-        repeated = tuple(_in_turn(own, [i * self._set_bytes for i in range(self.sets)]))
+        captured = (
+            self.turns if self.turns == STEPS_PER_GRAPH else 1
+        )  # turns that are steps of the executor's own graph
+        offsets = [i % self.sets * self._set_bytes for i in range(self.count // captured)]
+        repeated = tuple(_in_turn(own, offsets))
         streams = 1 + max(call.stream for call in own)
         program = Program(own[0].op.name, repeated, {"arena": self._region.nbytes}, streams)
         loaded = self._executor.load(program, {"arena": self._region})
-        return lambda steps: loaded.run(steps * self.turns)
+        return lambda steps: loaded.run(steps * captured)
 
     def free(self) -> None:
         """Give the memory back."""

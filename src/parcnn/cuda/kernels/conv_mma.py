@@ -166,7 +166,9 @@ def cycles(tile: Tile, blocks: int, steps: float, pieces: Pieces, shared_bytes: 
     step = (0.8 * max(parts) + 0.2 * sum(parts)) * (1.25 if pieces.taps_by_row else 1)
     step += pieces.cycles
     by_thread = 0 if pieces.in_registers else pieces.cycles * 80 / tile.threads  # more to issue for each, one by one
-    beyond = 0 if pieces.in_registers else 2.5 * pieces.cycles * min(steps, tile.stages - 1)  # copies of zeros behind the last
+    beyond = (
+        0 if pieces.in_registers else 2.5 * pieces.cycles * min(steps, tile.stages - 1)
+    )  # copies of zeros behind the last
     outputs = tile.bm * tile.bn * (4 if pieces.odd_results else 2) / 11.4
     work = 370 + steps * step + beyond + outputs
     pace = 75 + 9 * fragments * tile.bk / 16 + 350 * pieces.taps_by_row if tile.flat else 140.0

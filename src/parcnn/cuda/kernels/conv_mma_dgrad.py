@@ -101,7 +101,9 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
             copies = gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b)
             pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK, bool(tile.flat))
             estimate = cycles(tile, blocks, tile.steps(taps, sizes.filters), pieces, shared_bytes, device)
-            costs[tile] = estimate * (1.2 if routed else 1) * (_FEW_WARPS if tile.bm * tile.bn == 128 * tile.threads else 1)
+            costs[tile] = (
+                estimate * (1.2 if routed else 1) * (_FEW_WARPS if tile.bm * tile.bn == 128 * tile.threads else 1)
+            )
     return costs
 
 
