@@ -85,3 +85,36 @@ template <bool Mirror> __device__ __forceinline__ void filter_taps(const ELEMENT
         }
     }
 }
+
+// Adds the filter and bias gradients of the block's threads in their order and writes those of its channels, from `first_channel`
+// on: into row `run` of `partial` (dw, then db), or where that is null to dw and db (which may be null). All threads must call, of
+// a block (channel vectors, any, any); `shared` holds FILTER floats for each thread's channel.
+__device__ __forceinline__ void write_gradients(const float (&sums)[TAPS][VEC], const float (&bias_sums)[VEC], float *shared, int c,
+                                                int first_channel, int run, float *dw, float *db, float *partial) {
+    const int row_size = c * TAPS + (db ? c : 0);
+    float *dw_out = partial ? partial + (long long)run * row_size : dw;
+    float *db_out = partial ? dw_out + c * TAPS : db;
+    const int width = blockDim.x * VEC, height = blockDim.y * blockDim.z;
+    const int row = threadIdx.z * blockDim.y + threadIdx.y;
+    float *own = shared + row * width + threadIdx.x * VEC;
+#pragma unroll
+    for (int r = 0; r <= FILTER; ++r) {  // the filter's rows, then the bias
+        const int count = r < FILTER ? FILTER : 1;
+        __syncthreads();
+#pragma unroll
+        for (int s = 0; s < count; ++s)
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) own[s * height * width + e] = r < FILTER ? sums[r * FILTER + s][e] : bias_sums[e];
+        __syncthreads();
+        for (int i = row * blockDim.x + threadIdx.x; i < count * width; i += blockDim.x * height) {
+            const int s = i / width, at = i - s * width, channel = first_channel + at;
+            if (channel >= c) continue;
+            float sum = 0.0f;
+            for (int y = 0; y < height; ++y) sum += shared[(s * height + y) * width + at];
+            if (r < FILTER)
+                dw_out[channel * TAPS + r * FILTER + s] = sum;
+            else if (db)
+                db_out[channel] = sum;
+        }
+    }
+}

@@ -118,30 +118,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     next:;
     }
 
-    const int row_size = g.c * TAPS + (db ? g.c : 0);
-    float *dw_out = partial ? partial + (long long)run * row_size : dw;
-    float *db_out = partial ? dw_out + g.c * TAPS : db;
-    const int height = blockDim.y * blockDim.z, threads = blockDim.x * height;
-    float *shared = reinterpret_cast<float *>(ring_memory);
-    float *own = shared + (threadIdx.z * blockDim.y + threadIdx.y) * pitch + threadIdx.x * VEC;
-#pragma unroll
-    for (int r = 0; r <= FILTER; ++r) {  // the filter's rows, then the bias
-        const int count = r < FILTER ? FILTER : 1;
-        __syncthreads();
-#pragma unroll
-        for (int s = 0; s < count; ++s)
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) own[s * height * pitch + e] = r < FILTER ? sums[r * FILTER + s][e] : bias_sums[e];
-        __syncthreads();
-        for (int i = thread; i < count * pitch; i += threads) {
-            const int s = i / pitch, c = i - s * pitch;
-            if (first_channel + c >= g.c) continue;
-            float sum = 0.0f;
-            for (int y = 0; y < height; ++y) sum += shared[(s * height + y) * pitch + c];
-            if (r < FILTER)
-                dw_out[(first_channel + c) * TAPS + r * FILTER + s] = sum;
-            else if (db)
-                db_out[first_channel + c] = sum;
-        }
-    }
+    write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, first_channel, run, dw, db, partial);
 }

@@ -89,30 +89,5 @@ extern "C" __global__ void __launch_bounds__(128, BLOCKS)
         }
     }
 
-    const int row_size = g.c * TAPS + (db ? g.c : 0);
-    float *dw_out = partial ? partial + (long long)run * row_size : dw;
-    float *db_out = partial ? dw_out + g.c * TAPS : db;
-    const int width = blockDim.x * VEC, height = blockDim.y, first = slice * width;
-    const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * height;
-    float *own = shared + threadIdx.y * width + threadIdx.x * VEC;
-#pragma unroll
-    for (int r = 0; r <= FILTER; ++r) {  // the filter's rows, then the bias
-        const int count = r < FILTER ? FILTER : 1;
-        __syncthreads();
-#pragma unroll
-        for (int s = 0; s < count; ++s)
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) own[s * height * width + e] = r < FILTER ? sums[r * FILTER + s][e] : bias_sums[e];
-        __syncthreads();
-        for (int i = thread; i < count * width; i += threads) {
-            const int s = i / width, c = i - s * width;
-            if (first + c >= g.c) continue;
-            float sum = 0.0f;
-            for (int y = 0; y < height; ++y) sum += shared[(s * height + y) * width + c];
-            if (r < FILTER)
-                dw_out[(first + c) * TAPS + r * FILTER + s] = sum;
-            else if (db)
-                db_out[first + c] = sum;
-        }
-    }
+    write_gradients(sums, bias_sums, shared, g.c, slice * blockDim.x * VEC, run, dw, db, partial);
 }
