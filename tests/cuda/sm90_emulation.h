@@ -1,6 +1,6 @@
 // Twins of sm90.cuh's instructions for cuda_emulation.h: mbarriers, and tensor copies without swizzles (runner.py, `tensor_map`).
 //
-// Copies land as late as they may: when a thread waits for their barrier.
+// Copies are made as late as they may be: when a thread waits for them.
 #pragma once
 
 #include <map>
@@ -46,8 +46,9 @@ inline char *at_shared(unsigned address) {
     return address >= DYNAMIC ? dynamic_shared + (address - DYNAMIC) : __start_emulated_shared + address;
 }
 
-// Copies the box, innermost dimension first; what lies outside of the tensor is zero. Returns its bytes.
-inline long long copy_tensor(const TensorCopy &copy) {
+// Copies the box to shared memory, innermost dimension first, or out of it; what lies outside of the tensor is zero, and is not
+// written. Returns its bytes.
+inline long long copy_tensor(const TensorCopy &copy, bool out = false) {
     const unsigned long long *map = copy.map;
     const int rank = (int)map[1];
     char *const first = at_shared(copy.to);
@@ -64,6 +65,10 @@ inline long long copy_tensor(const TensorCopy &copy) {
             inside = inside && at >= 0 && at < (long long)dimension[0];
             offset += at * (long long)dimension[1];
         }
+        if (out) {
+            if (inside) memcpy(reinterpret_cast<char *>(map[0]) + offset, first + 2 * i, 2);
+            continue;
+        }
         unsigned short element = 0;
         if (inside) memcpy(&element, reinterpret_cast<const char *>(map[0]) + offset, 2);
         memcpy(first + 2 * i, &element, 2);
@@ -78,6 +83,8 @@ inline void copies_land(MemoryBarrier &barrier) {
     progress = true;
     barrier.complete();
 }
+
+static std::map<int, std::deque<TensorCopy>> written_out;  // by thread
 
 }  // namespace emulation
 
@@ -110,3 +117,12 @@ inline void load_tile(unsigned to, const TensorMap &map, unsigned barrier, int c
     emulation::memory_barriers[barrier].copies.push_back(
         {to, reinterpret_cast<const unsigned long long *>(&map), {c0, c1, c2, c3}});
 }
+inline void store_tile(const TensorMap &map, unsigned from, int c0, int c1, int c2, int c3) {
+    emulation::written_out[emulation::current].push_back(
+        {from, reinterpret_cast<const unsigned long long *>(&map), {c0, c1, c2, c3}});
+}
+template <int PENDING> void store_wait() {
+    auto &copies = emulation::written_out[emulation::current];
+    for (; copies.size() > PENDING; copies.pop_front()) emulation::copy_tensor(copies.front(), true);
+}
+inline void fence_async() {}

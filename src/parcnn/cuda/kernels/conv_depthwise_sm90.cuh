@@ -20,7 +20,9 @@
 #define RING_MEMORY(name) extern __shared__ __align__(128) u8 name[]
 #endif
 
-// Twin of `Share.argument` in conv_depthwise_sm90.py. Dgrad calls dy the image and dx the outputs.
+__device__ __forceinline__ int thread_of_block() { return (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x; }
+
+// Twin of the argument in conv_depthwise_sm90.py's `launches`. Dgrad calls dy the image and dx the outputs.
 struct Rows {
     int h, c;              // image
     int n, p, q;           // outputs
@@ -28,7 +30,7 @@ struct Rows {
     int count, parts;      // rows of all images, and blocks that they are shared among
     int stages;
     int stage_bytes, x_bytes;
-    int dy_at, dy_bytes;   // of wgrad: where a stage's row of dy lies
+    int y_at, y_bytes;     // where a stage's row of outputs lies (wgrad: of dy)
     int act;
     FastDiv by_p, by_units, by_slices;  // rows of an image; (columns, slices) of a row; slices of the channels
 };
@@ -49,42 +51,37 @@ __device__ __forceinline__ Share share_of(int block, const Rows &g) {
     return share;
 }
 
-// The rows of one image among a share's: outputs first .. end - 1.
+// The rows of one image among a share's: outputs first .. end - 1. Step i sees row first - top + i of the image, and ends row
+// first + i - 2 of the outputs. Steps from `step` on to the one before `stop` have something to do: forward the others before
+// see padding, of wgrad the others behind.
 struct Strip {
-    int image, first, end;
+    int image, first, end, step, stop;
+
+    // Whether the step sees a row inside the image.
+    __device__ __forceinline__ bool sees(int i, const Rows &g) const { return (u32)(first - g.top + i) < (u32)g.h; }
 };
 
 // Take the first strip off the share; false where nothing is left.
-__device__ __forceinline__ bool next_strip(Share &share, Strip &strip, const Rows &g) {
+template <bool Gradient> __device__ __forceinline__ bool next_strip(Share &share, Strip &strip, const Rows &g) {
     if (share.first >= share.end) return false;
     strip.image = divide(share.first, g.by_p, strip.first) * blockDim.z;
     strip.end = min(g.p, strip.first + share.end - share.first);
     share.first += strip.end - strip.first;
+    const int steps = strip.end - strip.first + FILTER - 1;
+    strip.step = Gradient ? 0 : max(0, g.top - strip.first);
+    strip.stop = Gradient ? min(steps, g.h + g.top - strip.first) : steps;
     return true;
 }
 
-// Step i of a strip sees row first - top + i of the image, and ends row first + i - 2 of the outputs.
-struct Steps {
-    int first, end;  // those that see a row inside the image
-    int stop;        // of all, behind the last
-};
-
-__device__ __forceinline__ Steps steps_of(const Strip &strip, const Rows &g) {
-    Steps steps;
-    steps.stop = strip.end - strip.first + FILTER - 1;
-    steps.first = max(0, g.top - strip.first);
-    steps.end = min(steps.stop, g.h + g.top - strip.first);
-    return steps;
-}
-
-// The stages of a ring in shared memory, the barriers that say that one is full, and that one is read.
+// The ring: stages in shared memory, barriers that say that one is full, and that all warps are done with one.
 struct Stages {
-    u32 full, empty;
+    u32 memory, full, empty;
+    Ring now, before;
 
-    __device__ __forceinline__ Stages(u64 *barriers, int stages) {
-        full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
-        const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-        if (thread == 0) {
+    __device__ __forceinline__ Stages(const u8 *ring, u64 *barriers, int stages) {
+        memory = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
+        before.stage = -1;
+        if (thread_of_block() == 0) {
             const int warps = (blockDim.x * blockDim.y * blockDim.z + 31) / 32;
             for (int i = 0; i < stages; ++i) {
                 barrier_init(full + 8 * i, 1);
@@ -94,7 +91,41 @@ struct Stages {
         }
         __syncthreads();
     }
+    __device__ __forceinline__ void wait_full() const { barrier_wait(full + 8 * now.stage, now.parity); }
+    // The warp is done with the stage.
+    __device__ __forceinline__ void release() const {
+        __syncwarp();
+        if (thread_of_block() % 32 == 0) barrier_arrive(empty + 8 * now.stage);
+    }
+    __device__ __forceinline__ void next(int stages) { before = now, now.next(stages); }
+    // Until all warps are done with the stage of the turn before.
+    __device__ __forceinline__ void wait_before() const { barrier_wait(empty + 8 * before.stage, before.parity); }
 };
+
+// What thread 0 has brought: the steps of strips one after the other, as stages become free. (In shared memory: it would cost all
+// threads registers.)
+struct alignas(16) Feed {
+    int row, end, image, stage;  // strip.first + the next step, and the last one's successor; the stage that it goes to
+    int y_end;                   // behind the strip's last row of outputs
+    Share share;                 // after the strip
+};
+
+// Have the next step's row of x brought, and of wgrad that of dy; what lies outside of the image or the strip is zeros.
+template <bool Gradient>
+__device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const TensorMap &dy, const Stages &stages, const Rows &g) {
+    int4 next = load_word<int4>(&f);
+    if (next.x >= next.y) {
+        Strip strip;
+        if (!next_strip<Gradient>(f.share, strip, g)) return;
+        next.x = strip.first + strip.step, next.y = strip.first + strip.stop, next.z = strip.image;
+        if (Gradient) f.y_end = strip.end;
+    }
+    const u32 full = stages.full + 8 * next.w, to = stages.memory + next.w * g.stage_bytes;
+    barrier_expect(full, Gradient ? g.x_bytes + g.y_bytes : g.x_bytes);
+    load_tile(to, x, full, f.share.channel, f.share.column - g.left, next.x - g.top, next.z);
+    if (Gradient) load_tile(to + g.y_at, dy, full, f.share.channel, f.share.column, next.x, next.x < f.y_end ? next.z : g.n);
+    store_word(&f, make_int4(next.x + 1, next.y, next.z, next.w + 1 == g.stages ? 0 : next.w + 1));
+}
 
 // `Count` neighbouring pixels of a row in shared memory, `pitch` elements apart.
 template <int Count> __device__ __forceinline__ Pixels<Count> fetch_shared(const ELEMENT *first, int pitch) {
@@ -104,5 +135,40 @@ template <int Count> __device__ __forceinline__ Pixels<Count> fetch_shared(const
     return pixels;
 }
 
-// A value that is the same in all threads, but the compiler must not know: it then multiplies and adds it in one instruction.
-__device__ __forceinline__ u32 varying(u32 v) { return __shfl_sync(0xffffffffu, v, 0); }
+// turn(step) for each of the strip's. The code of FILTER turns is unrolled: after so many, each row that a thread keeps is in its
+// own registers again, and nothing moves.
+template <class Turn> __device__ __forceinline__ void in_turn(const Strip &strip, Turn turn) {
+    for (int first = strip.step;; first += FILTER) {
+#pragma unroll
+        for (int j = 0; j < FILTER; ++j) {
+            if (first + j == strip.stop) return;
+            turn(first + j);
+        }
+    }
+}
+
+// product(v, i, q, tap): each of a row's pixels, and each tap that multiplies it with column q of the i-th of three rows of
+// outputs (dy), the newest last.
+template <class Product> __device__ __forceinline__ void multiply(const Pixels<SEEN> &pixels, Product product) {
+#pragma unroll
+    for (int at = 0; at < SEEN; ++at) {
+        const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+        for (int i = 0; i < FILTER; ++i)
+#pragma unroll
+            for (int q = 0; q < COLUMNS; ++q) {
+                const int r = FILTER - 1 - i, s = at - q;
+                if (s >= 0 && s < FILTER) product(v, i, q, r * FILTER + s);
+            }
+    }
+}
+
+// Rows become one older: the last one's place is free.
+__device__ __forceinline__ void move_up(float (&rows)[FILTER][COLUMNS][VEC]) {
+#pragma unroll
+    for (int i = 0; i + 1 < FILTER; ++i)
+#pragma unroll
+        for (int q = 0; q < COLUMNS; ++q)
+#pragma unroll
+            for (int e = 0; e < VEC; ++e) rows[i][q][e] = rows[i + 1][q][e];
+}

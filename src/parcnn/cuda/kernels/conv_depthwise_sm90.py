@@ -39,8 +39,7 @@ class Form(NamedTuple):
         return (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
 
 
-# Forward, 4 x 7 of 384 needs more than the 168 registers there are, and spills.
-FORMS = (Form(4, 4, 512), Form(2, 7, 512))
+FORMS = (Form(4, 4, 512), Form(2, 7, 512), Form(4, 7, 384))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
 # Forward and input gradients of fewer pixels an image are over before a ring pays: `conv_depthwise` was faster on an H200.
 LEAST_PIXELS = 64
@@ -105,8 +104,8 @@ class Cut:
     count: int
     parts: int
     x_bytes: int
-    dy_at: int
-    dy_bytes: int
+    y_at: int
+    y_bytes: int
     stage_bytes: int
 
     @property
@@ -163,25 +162,26 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     op, walk = call.op, _walk(call.op, call.input_specs, call.output_specs)
     chosen = variant or _ranked(walk, device)[0]
     own = cut(walk, chosen, device)
-    seen = chosen.pieces * chosen.form.columns + SIDE - 1
-    image = _map(call.inputs[0], chosen, seen)
+    width = chosen.pieces * chosen.form.columns
+    image = _map(call.inputs[0], chosen, width + SIDE - 1)
     numbers = (
         walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, own.count, own.parts, chosen.stages,
-        own.stage_bytes, own.x_bytes, own.dy_at, own.dy_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
+        own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
     )  # fmt: skip
     argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
     grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
     shared_bytes = _shared_bytes(walk, chosen.form, block, own.stage_bytes, chosen.stages)
     args: tuple[Argument, ...]
     if isinstance(op, ConvFprop):
-        args = (image, call.inputs[1], call.inputs[2] if op.bias else None, call.outputs[0], argument)
+        outputs, bias = _map(call.outputs[0], chosen, width), call.inputs[2] if op.bias else None
+        args = (image, outputs, call.inputs[1], bias, argument)
         return [Launch(_kernel("conv_depthwise_sm90_fprop", chosen.form), grid, block, args, shared_bytes)]
     if isinstance(op, ConvDgrad):
-        args = (image, call.inputs[1], call.outputs[0], argument)
+        args = (image, _map(call.outputs[0], chosen, width), call.inputs[1], argument)
         return [Launch(_kernel("conv_depthwise_sm90_dgrad", chosen.form), grid, block, args, shared_bytes)]
     dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
     partial = call.workspace if own.runs > 1 else None
-    args = (image, _map(call.inputs[1], chosen, seen - SIDE + 1), dw, db, partial, argument)
+    args = (image, _map(call.inputs[1], chosen, width), dw, db, partial, argument)
     result = [Launch(_kernel("conv_depthwise_sm90_wgrad", chosen.form), grid, block, args, shared_bytes)]
     if own.runs > 1:
         row_size = sum(spec.size for spec in call.output_specs)
@@ -204,12 +204,16 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
     form, width = variant.form, variant.pieces * variant.form.columns
     slices = ceil(walk.c // form.vec / variant.lanes)
     units = slices * ceil(walk.q / width)
-    count = ceil(walk.n / variant.images) * walk.p
+    groups = ceil(walk.n / variant.images)
+    count = groups * walk.p
     parts = max(1, min(count, variant.resident * device.sm_count // units))
+    each = ceil(groups / parts)
+    if groups % each == 0 and each * walk.p < count / parts + SIDE - 1:  # whole images, whose borders are read once
+        parts = groups // each
     pixel_bytes = 2 * variant.lanes * form.vec * variant.images
-    x_bytes, dy_bytes = pixel_bytes * (width + SIDE - 1), pixel_bytes * width if walk.wgrad else 0
-    dy_at = ceil(x_bytes / 128) * 128
-    return Cut(slices, units, count, parts, x_bytes, dy_at, dy_bytes, dy_at + ceil(dy_bytes / 128) * 128)
+    x_bytes, y_bytes = pixel_bytes * (width + SIDE - 1), pixel_bytes * width
+    y_at = ceil(x_bytes / 128) * 128
+    return Cut(slices, units, count, parts, x_bytes, y_at, y_bytes, y_at + ceil(y_bytes / 128) * 128)
 
 
 def _ranked(walk: Walk, device: Device) -> list[Variant]:
@@ -260,7 +264,7 @@ def _cost(walk: Walk, variant: Variant, device: Device) -> float:
     blocks = ceil(own.parts * own.units / device.sm_count)
     issued = (13 * form.vec * form.columns + 80) * warps / 4
     busy = 1.0 if walk.wgrad else min(1.0, (5 + warps * min(variant.resident, blocks)) / 21)
-    moved = (own.x_bytes + own.dy_bytes) / 16
+    moved = (own.x_bytes + own.y_bytes) / 16
     if not walk.wgrad and own.slices > 1 and variant.lanes * form.vec < SHORT_RUN:
         moved *= 2
     return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued / busy + moved) * (1 + 0.02 * blocks)
