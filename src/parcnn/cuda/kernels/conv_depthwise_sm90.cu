@@ -17,16 +17,20 @@ template <bool Mirror>
 __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y, const ELEMENT *w, const float *bias, const Rows &g) {
     __shared__ u64 barriers[2 * MOST_STAGES];
     __shared__ Feed feed;
+    __shared__ int ended[MOST_STAGES];  // thread 0's: the row of all images' outputs in a stage, or less than 0
     RING_MEMORY(ring_memory);
     const int thread = thread_of_block();
+    const Share share = share_of(blockIdx.x, g);
+    if (thread == 0) {
+        feed = {0, 0, 0, 0, 0, share};
+        for (int i = 0; i < g.stages; ++i) ended[i] = -1;
+    }
     Stages stages(ring_memory, barriers, g.stages);
-    Share share = share_of(blockIdx.x, g);
     await_predecessors();
 
     if (thread == 0) {
         prefetch(x), prefetch(y);
-        feed = {0, 0, 0, 0, 0, share};
-        for (int i = 0; i + 1 < g.stages; ++i) feed_row<false>(feed, x, y, stages, g);
+        for (int i = 0; i < g.stages - LAG - 1; ++i) feed_row<false>(feed, x, y, stages, g);
     }
 
     const int channel = share.channel + threadIdx.x * VEC, pitch = blockDim.x * VEC;
@@ -36,16 +40,19 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
     filter_taps<Mirror>(w + min(channel, g.c - VEC) * TAPS, tap);
     const Floats<VEC> start = bias && channel < g.c ? load<VEC>(bias + channel) : splat<VEC>(0.0f);
 
-    Strip strip;
-    int ended = -1, image = 0;  // row of outputs that the turn before ended
-    // Thread 0, when the turn before is over: its outputs leave, and the stage that the outputs before them have left is filled.
+    // Thread 0: the outputs of LAG turns ago leave, and the stage that those before them have left is filled.
     auto serve = [&]() {
-        stages.wait_before();
+        const int past = stages.wait_past(g.stages);
         store_wait<0>();
         feed_row<false>(feed, x, y, stages, g);
-        if (ended >= 0) store_tile(y, stages.memory + stages.before.stage * g.stage_bytes + g.y_at, share.channel, share.column, ended, image);
+        if (ended[past] < 0) return;
+        int row;
+        const int images = divide(ended[past], g.by_p, row);
+        store_tile(y, stages.memory + past * g.stage_bytes + g.y_at, share.channel, share.column, row, images * blockDim.z);
     };
-    while (next_strip<false>(share, strip, g)) {
+    for (int at = share.first; at < feed.share.end;) {
+        const Strip strip = strip_at<false>(at, feed.share.end, g);
+        const int next = at + strip.end - strip.first;
         float sums[FILTER][COLUMNS][VEC];
 #pragma unroll
         for (int i = 0; i + 1 < FILTER; ++i)
@@ -53,20 +60,19 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
             for (int q = 0; q < COLUMNS; ++q)
 #pragma unroll
                 for (int e = 0; e < VEC; ++e) sums[i][q][e] = start.v[e];
-        in_turn(strip, [&](int step) {
-            if (thread == 0 && stages.before.stage >= 0) serve();
+        in_turn(at - (FILTER - 1) + strip.step, next, [&](int row) {  // the row that the turn ends
+            if (thread == 0) serve();
             ELEMENT *stage = reinterpret_cast<ELEMENT *>(ring_memory + stages.now.stage * g.stage_bytes);
             stages.wait_full();
-            if (strip.sees(step, g))
-                multiply(fetch_shared<SEEN>(stage + own_x, pitch), [&](const Floats<VEC> &v, int i, int q, int t) {
+            multiply(fetch_shared<SEEN>(stage + own_x, pitch), [&](const Floats<VEC> &v, int i, int q, int t) {
 #pragma unroll
-                    for (int e = 0; e < VEC; ++e) {
-                        const float before = t == 0 ? start.v[e] : sums[i][q][e];
-                        sums[i][q][e] = before + v.v[e] * tap[t][e];
-                    }
-                });
-            ended = step >= FILTER - 1 ? strip.first + step - (FILTER - 1) : -1, image = strip.image;
-            if (ended >= 0) {
+                for (int e = 0; e < VEC; ++e) {
+                    const float before = t == 0 ? start.v[e] : sums[i][q][e];
+                    sums[i][q][e] = before + v.v[e] * tap[t][e];
+                }
+            });
+            if (thread == 0) ended[stages.now.stage] = row < at ? -1 : row;
+            if (row >= at) {
 #pragma unroll
                 for (int q = 0; q < COLUMNS; ++q) {
                     Floats<VEC> out;
@@ -77,12 +83,13 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
                 fence_async();
             }
             stages.release();
-            stages.next(g.stages);
+            stages.now.next(g.stages);
             move_up(sums);
         });
+        at = next;
     }
     if (thread == 0) {
-        serve();
+        for (int i = 0; i < LAG; ++i) serve(), stages.now.next(g.stages);
         store_wait<0>();
     }
 }

@@ -11,6 +11,7 @@
 #include "sm90.cuh"
 
 #define MOST_STAGES 16
+#define LAG 2  // turns after which thread 0 looks whether all warps are done with a stage: it would wait for the slowest at once
 #define SEEN (COLUMNS + FILTER - 1)
 
 // Names the ring in the block's dynamic shared memory: a tensor copy wants 128 bytes of alignment.
@@ -27,7 +28,7 @@ struct Rows {
     int h, c;              // image
     int n, p, q;           // outputs
     int top, left;         // from an output to the first tap that it sees
-    int count, parts;      // rows of all images, and blocks that they are shared among
+    int each, more;        // rows of a block's share; so many blocks have one more
     int stages;
     int stage_bytes, x_bytes;
     int y_at, y_bytes;     // where a stage's row of outputs lies (wgrad: of dy)
@@ -46,8 +47,8 @@ __device__ __forceinline__ Share share_of(int block, const Rows &g) {
     const int part = divide(block, g.by_units, unit);
     share.column = divide(unit, g.by_slices, slice) * blockDim.y * COLUMNS;
     share.channel = slice * blockDim.x * VEC;
-    share.first = (int)((long long)g.count * part / g.parts);
-    share.end = (int)((long long)g.count * (part + 1) / g.parts);
+    share.first = part * g.each + min(part, g.more);
+    share.end = share.first + g.each + (part < g.more);
     return share;
 }
 
@@ -56,31 +57,26 @@ __device__ __forceinline__ Share share_of(int block, const Rows &g) {
 // see padding, of wgrad the others behind.
 struct Strip {
     int image, first, end, step, stop;
-
-    // Whether the step sees a row inside the image.
-    __device__ __forceinline__ bool sees(int i, const Rows &g) const { return (u32)(first - g.top + i) < (u32)g.h; }
 };
 
-// Take the first strip off the share; false where nothing is left.
-template <bool Gradient> __device__ __forceinline__ bool next_strip(Share &share, Strip &strip, const Rows &g) {
-    if (share.first >= share.end) return false;
-    strip.image = divide(share.first, g.by_p, strip.first) * blockDim.z;
-    strip.end = min(g.p, strip.first + share.end - share.first);
-    share.first += strip.end - strip.first;
+// The strip that begins at row `at` of all images, of those before `end`.
+template <bool Gradient> __device__ __forceinline__ Strip strip_at(int at, int end, const Rows &g) {
+    Strip strip;
+    strip.image = divide(at, g.by_p, strip.first) * blockDim.z;
+    strip.end = min(g.p, strip.first + end - at);
     const int steps = strip.end - strip.first + FILTER - 1;
     strip.step = Gradient ? 0 : max(0, g.top - strip.first);
     strip.stop = Gradient ? min(steps, g.h + g.top - strip.first) : steps;
-    return true;
+    return strip;
 }
 
 // The ring: stages in shared memory, barriers that say that one is full, and that all warps are done with one.
 struct Stages {
     u32 memory, full, empty;
-    Ring now, before;
+    Ring now;
 
     __device__ __forceinline__ Stages(const u8 *ring, u64 *barriers, int stages) {
         memory = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
-        before.stage = -1;
         if (thread_of_block() == 0) {
             const int warps = (blockDim.x * blockDim.y * blockDim.z + 31) / 32;
             for (int i = 0; i < stages; ++i) {
@@ -97,9 +93,13 @@ struct Stages {
         __syncwarp();
         if (thread_of_block() % 32 == 0) barrier_arrive(empty + 8 * now.stage);
     }
-    __device__ __forceinline__ void next(int stages) { before = now, now.next(stages); }
-    // Until all warps are done with the stage of the turn before.
-    __device__ __forceinline__ void wait_before() const { barrier_wait(empty + 8 * before.stage, before.parity); }
+    // The stage of LAG turns ago, when all warps are done with it; before there was one, at once.
+    __device__ __forceinline__ int wait_past(int stages) const {
+        const bool wrapped = now.stage < LAG;
+        const int past = now.stage - LAG + (wrapped ? stages : 0);
+        barrier_wait(empty + 8 * past, now.parity ^ wrapped);
+        return past;
+    }
 };
 
 // What thread 0 has brought: the steps of strips one after the other, as stages become free. (In shared memory: it would cost all
@@ -115,8 +115,9 @@ template <bool Gradient>
 __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const TensorMap &dy, const Stages &stages, const Rows &g) {
     int4 next = load_word<int4>(&f);
     if (next.x >= next.y) {
-        Strip strip;
-        if (!next_strip<Gradient>(f.share, strip, g)) return;
+        if (f.share.first >= f.share.end) return;
+        const Strip strip = strip_at<Gradient>(f.share.first, f.share.end, g);
+        f.share.first += strip.end - strip.first;
         next.x = strip.first + strip.step, next.y = strip.first + strip.stop, next.z = strip.image;
         if (Gradient) f.y_end = strip.end;
     }
@@ -135,13 +136,13 @@ template <int Count> __device__ __forceinline__ Pixels<Count> fetch_shared(const
     return pixels;
 }
 
-// turn(step) for each of the strip's. The code of FILTER turns is unrolled: after so many, each row that a thread keeps is in its
-// own registers again, and nothing moves.
-template <class Turn> __device__ __forceinline__ void in_turn(const Strip &strip, Turn turn) {
-    for (int first = strip.step;; first += FILTER) {
+// turn(i) for i from `first` on to the one before `end`. The code of FILTER turns is unrolled: after so many, each row that a thread
+// keeps is in its own registers again, and nothing moves.
+template <class Turn> __device__ __forceinline__ void in_turn(int first, int end, Turn turn) {
+    for (;; first += FILTER) {
 #pragma unroll
         for (int j = 0; j < FILTER; ++j) {
-            if (first + j == strip.stop) return;
+            if (first + j == end) return;
             turn(first + j);
         }
     }

@@ -165,7 +165,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     width = chosen.pieces * chosen.form.columns
     image = _map(call.inputs[0], chosen, width + SIDE - 1)
     numbers = (
-        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, own.count, own.parts, chosen.stages,
+        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, own.count // own.parts, own.count % own.parts, chosen.stages,
         own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
     )  # fmt: skip
     argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))

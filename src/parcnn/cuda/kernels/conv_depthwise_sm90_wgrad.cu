@@ -17,13 +17,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     RING_MEMORY(ring_memory);  // at the end: write_gradients'
     const int thread = thread_of_block();
     Stages stages(ring_memory, barriers, g.stages);
-    Share share = share_of(blockIdx.x, g);
+    const Share share = share_of(blockIdx.x, g);
     await_predecessors();
 
     if (thread == 0) {
         prefetch(x), prefetch(dy);
         feed = {0, 0, 0, 0, 0, share};
-        for (int i = 0; i < g.stages; ++i) feed_row<true>(feed, x, dy, stages, g);
+        for (int i = 0; i < g.stages - LAG; ++i) feed_row<true>(feed, x, dy, stages, g);
     }
 
     const int pitch = blockDim.x * VEC, columns = blockDim.y * COLUMNS;
@@ -31,12 +31,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int own_dy = g.y_at / (int)sizeof(ELEMENT) + (threadIdx.z * columns + threadIdx.y * COLUMNS) * pitch + threadIdx.x * VEC;
     float sums[TAPS][VEC] = {}, bias_sums[VEC] = {};
 
-    Strip strip;
-    while (next_strip<true>(share, strip, g)) {
+    for (int at = share.first; at < share.end;) {
+        const Strip strip = strip_at<true>(at, share.end, g);
         float errors[FILTER][COLUMNS][VEC] = {};  // rows of dy, the newest last
-        in_turn(strip, [&](int step) {
-            if (thread == 0 && stages.before.stage >= 0) {
-                stages.wait_before();
+        in_turn(strip.step, strip.stop, [&](int step) {
+            if (thread == 0) {
+                stages.wait_past(g.stages);
                 feed_row<true>(feed, x, dy, stages, g);
             }
             const ELEMENT *stage = reinterpret_cast<const ELEMENT *>(ring_memory + stages.now.stage * g.stage_bytes);
@@ -45,19 +45,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             widen_pixels(fetch_shared<COLUMNS>(stage + own_dy, pitch), errors[FILTER - 1]);
             const Pixels<SEEN> pixels = fetch_shared<SEEN>(stage + own_x, pitch);
             stages.release();
-            stages.next(g.stages);
+            stages.now.next(g.stages);
             if (db) {
 #pragma unroll
                 for (int q = 0; q < COLUMNS; ++q)
 #pragma unroll
                     for (int e = 0; e < VEC; ++e) bias_sums[e] += errors[FILTER - 1][q][e];
             }
-            if (strip.sees(step, g))
+            if (strip.first + step >= g.top)  // above, x is padding
                 multiply(pixels, [&](const Floats<VEC> &v, int i, int q, int t) {
 #pragma unroll
                     for (int e = 0; e < VEC; ++e) sums[t][e] += v.v[e] * errors[i][q][e];
                 });
         });
+        at += strip.end - strip.first;
     }
 
     write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, quotient(blockIdx.x, g.by_slices), dw, db, partial);
