@@ -12,26 +12,28 @@
 // Preconditions: C % 8 == 0; tensors aligned to 16 bytes; dilation 1; fewer than 2^31 elements.
 #include "conv_depthwise_sm90.cuh"
 
+// Turns after which thread 0 looks whether all warps are done with a stage: at once it would wait for the slowest, and all for it.
+#define LAG 2
+#define NO_TURN -2
+
 // The thread's part in the rows of a block.
 template <bool Mirror>
 __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y, const ELEMENT *w, const float *bias, const Rows &g) {
     __shared__ u64 barriers[2 * MOST_STAGES];
+    __shared__ int ended[MOST_STAGES];  // the row of all images' outputs that lies in a stage; -1: none; NO_TURN: nor has it had a turn
+    __shared__ int end;
     __shared__ Feed feed;
-    __shared__ int ended[MOST_STAGES];  // thread 0's: the row of all images' outputs in a stage, or less than 0
     RING_MEMORY(ring_memory);
     const int thread = thread_of_block();
     const Share share = share_of(blockIdx.x, g);
     if (thread == 0) {
-        feed = {0, 0, 0, 0, 0, share};
-        for (int i = 0; i < g.stages; ++i) ended[i] = -1;
+        prefetch(x), prefetch(y);
+        for (int i = 0; i < g.stages; ++i) ended[i] = NO_TURN;
+        end = share.end;
     }
     Stages stages(ring_memory, barriers, g.stages);
     await_predecessors();
-
-    if (thread == 0) {
-        prefetch(x), prefetch(y);
-        for (int i = 0; i < g.stages - LAG - 1; ++i) feed_row<false>(feed, x, y, stages, g);
-    }
+    if (thread == 0) feed = feed_first<false>(g.stages, share, x, y, stages, g);
 
     const int channel = share.channel + threadIdx.x * VEC, pitch = blockDim.x * VEC;
     const int own_x = ((threadIdx.z * (blockDim.y * COLUMNS + FILTER - 1) + threadIdx.y * COLUMNS) * blockDim.x + threadIdx.x) * VEC;
@@ -42,16 +44,16 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
 
     // Thread 0: the outputs of LAG turns ago leave, and the stage that those before them have left is filled.
     auto serve = [&]() {
-        const int past = stages.wait_past(g.stages);
+        const int past = stages.wait_past<LAG>(g.stages);
         store_wait<0>();
-        feed_row<false>(feed, x, y, stages, g);
+        if (ended[(past ? past : g.stages) - 1] != NO_TURN) feed_row<false>(feed, x, y, stages, g);
         if (ended[past] < 0) return;
         int row;
         const int images = divide(ended[past], g.by_p, row);
         store_tile(y, stages.memory + past * g.stage_bytes + g.y_at, share.channel, share.column, row, images * blockDim.z);
     };
-    for (int at = share.first; at < feed.share.end;) {
-        const Strip strip = strip_at<false>(at, feed.share.end, g);
+    for (int at = share.first; at < end;) {
+        const Strip strip = strip_at<false>(at, end, g);
         const int next = at + strip.end - strip.first;
         float sums[FILTER][COLUMNS][VEC];
 #pragma unroll

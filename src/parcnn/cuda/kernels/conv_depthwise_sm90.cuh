@@ -11,7 +11,6 @@
 #include "sm90.cuh"
 
 #define MOST_STAGES 16
-#define LAG 2  // turns after which thread 0 looks whether all warps are done with a stage: it would wait for the slowest at once
 #define SEEN (COLUMNS + FILTER - 1)
 
 // Names the ring in the block's dynamic shared memory: a tensor copy wants 128 bytes of alignment.
@@ -77,12 +76,10 @@ struct Stages {
 
     __device__ __forceinline__ Stages(const u8 *ring, u64 *barriers, int stages) {
         memory = shared_address(ring), full = shared_address(barriers), empty = full + 8 * MOST_STAGES;
-        if (thread_of_block() == 0) {
-            const int warps = (blockDim.x * blockDim.y * blockDim.z + 31) / 32;
-            for (int i = 0; i < stages; ++i) {
-                barrier_init(full + 8 * i, 1);
-                barrier_init(empty + 8 * i, warps);
-            }
+        const int threads = blockDim.x * blockDim.y * blockDim.z;
+        for (int i = thread_of_block(); i < stages; i += threads) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, (threads + 31) / 32);
             barrier_init_fence();
         }
         __syncthreads();
@@ -93,27 +90,27 @@ struct Stages {
         __syncwarp();
         if (thread_of_block() % 32 == 0) barrier_arrive(empty + 8 * now.stage);
     }
-    // The stage of LAG turns ago, when all warps are done with it; before there was one, at once.
-    __device__ __forceinline__ int wait_past(int stages) const {
-        const bool wrapped = now.stage < LAG;
-        const int past = now.stage - LAG + (wrapped ? stages : 0);
+    // The stage of Lag turns ago, when all warps are done with it; before there was one, at once.
+    template <int Lag> __device__ __forceinline__ int wait_past(int stages) const {
+        const bool wrapped = now.stage < Lag;
+        const int past = now.stage - Lag + (wrapped ? stages : 0);
         barrier_wait(empty + 8 * past, now.parity ^ wrapped);
         return past;
     }
 };
 
-// What thread 0 has brought: the steps of strips one after the other, as stages become free. (In shared memory: it would cost all
-// threads registers.)
-struct alignas(16) Feed {
-    int row, end, image, stage;  // strip.first + the next step, and the last one's successor; the stage that it goes to
-    int y_end;                   // behind the strip's last row of outputs
-    Share share;                 // after the strip
+// What thread 0 has brought: the steps of strips one after the other, as stages become free. (In shared memory, but at the start: it
+// would cost all threads registers.)
+struct Feed {
+    int4 next;    // strip.first + the next step, the last one's successor, the strip's image, the stage that the step goes to
+    Share share;  // after the strip
+    int y_end;    // behind the strip's last row of outputs
 };
 
 // Have the next step's row of x brought, and of wgrad that of dy; what lies outside of the image or the strip is zeros.
 template <bool Gradient>
 __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const TensorMap &dy, const Stages &stages, const Rows &g) {
-    int4 next = load_word<int4>(&f);
+    int4 next = f.next;
     if (next.x >= next.y) {
         if (f.share.first >= f.share.end) return;
         const Strip strip = strip_at<Gradient>(f.share.first, f.share.end, g);
@@ -125,7 +122,16 @@ __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const Tens
     barrier_expect(full, Gradient ? g.x_bytes + g.y_bytes : g.x_bytes);
     load_tile(to, x, full, f.share.channel, f.share.column - g.left, next.x - g.top, next.z);
     if (Gradient) load_tile(to + g.y_at, dy, full, f.share.channel, f.share.column, next.x, next.x < f.y_end ? next.z : g.n);
-    store_word(&f, make_int4(next.x + 1, next.y, next.z, next.w + 1 == g.stages ? 0 : next.w + 1));
+    f.next = make_int4(next.x + 1, next.y, next.z, next.w + 1 == g.stages ? 0 : next.w + 1);
+}
+
+// A feed that has the first `count` stages filled.
+template <bool Gradient>
+__device__ __forceinline__ Feed feed_first(int count, const Share &share, const TensorMap &x, const TensorMap &dy, const Stages &stages,
+                                           const Rows &g) {
+    Feed feed = {make_int4(0, 0, 0, 0), share, 0};
+    for (int i = 0; i < count; ++i) feed_row<Gradient>(feed, x, dy, stages, g);
+    return feed;
 }
 
 // `Count` neighbouring pixels of a row in shared memory, `pitch` elements apart.

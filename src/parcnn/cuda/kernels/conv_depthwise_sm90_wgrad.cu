@@ -16,15 +16,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __shared__ Feed feed;
     RING_MEMORY(ring_memory);  // at the end: write_gradients'
     const int thread = thread_of_block();
-    Stages stages(ring_memory, barriers, g.stages);
     const Share share = share_of(blockIdx.x, g);
+    if (thread == 0) prefetch(x), prefetch(dy);
+    Stages stages(ring_memory, barriers, g.stages);
     await_predecessors();
-
-    if (thread == 0) {
-        prefetch(x), prefetch(dy);
-        feed = {0, 0, 0, 0, 0, share};
-        for (int i = 0; i < g.stages - LAG; ++i) feed_row<true>(feed, x, dy, stages, g);
-    }
+    if (thread == 0) feed = feed_first<true>(g.stages - 1, share, x, dy, stages, g);
 
     const int pitch = blockDim.x * VEC, columns = blockDim.y * COLUMNS;
     const int own_x = (threadIdx.z * (columns + FILTER - 1) + threadIdx.y * COLUMNS) * pitch + threadIdx.x * VEC;
@@ -36,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float errors[FILTER][COLUMNS][VEC] = {};  // rows of dy, the newest last
         in_turn(strip.step, strip.stop, [&](int step) {
             if (thread == 0) {
-                stages.wait_past(g.stages);
+                stages.wait_past<1>(g.stages);
                 feed_row<true>(feed, x, dy, stages, g);
             }
             const ELEMENT *stage = reinterpret_cast<const ELEMENT *>(ring_memory + stages.now.stage * g.stage_bytes);
