@@ -23,7 +23,9 @@ SIDE = 3
 MOST_BLOCK_THREADS, MOST_STAGES, MOST_CANDIDATES = 384, 16, 12
 MOST_BOX = 256  # elements of a tensor copy along a dimension
 SHARED_BYTES = 220 << 10  # of a multiprocessor, for rings
-RING_BYTES = 96 << 10  # of all blocks of a multiprocessor: what is under way hides the latency of memory
+# What is under way to all blocks of a multiprocessor hides the latency of memory: forward so much of x, of wgrad so much of both.
+X_BYTES, XDY_BYTES = 48 << 10, 96 << 10
+LAG = 2  # twin of the forward kernel's: so many stages, and one more, wait until their outputs are written out
 STATIC_BYTES = 2048  # of a block: barriers, what thread 0 fetches, what the system keeps
 
 
@@ -42,8 +44,8 @@ class Form(NamedTuple):
 FORMS = (Form(4, 4, 512), Form(2, 7, 512), Form(4, 7, 384))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
 # Forward and input gradients of fewer pixels an image are over before a ring pays: `conv_depthwise` was faster on an H200.
-LEAST_PIXELS = 64
-# A slice's run of channels below which the lines that blocks write are theirs in parts only.
+LEAST_PIXELS = 49
+# A slice's run of channels below which lines of memory are a block's in parts only.
 SHORT_RUN = 48
 
 
@@ -84,14 +86,16 @@ class Variant:
 
 # What was the fastest on an H200, by rows, columns and channels of the outputs, and whether it is a filter gradient.
 MEASURED = {
-    (112, 112, 32, False): Variant(FORMS[0], 8, 28, 1, 7, 2),
-    (28, 28, 144, False): Variant(FORMS[1], 24, 4, 4, 9, 1),
-    (14, 14, 384, False): Variant(FORMS[1], 96, 2, 2, 8, 1),
+    (112, 112, 32, False): Variant(FORMS[0], 8, 14, 1, 7, 4),
+    (56, 56, 96, False): Variant(FORMS[1], 48, 4, 1, 9, 2),
+    (28, 28, 144, False): Variant(FORMS[0], 36, 7, 1, 5, 2),
+    (14, 14, 384, False): Variant(FORMS[1], 48, 2, 2, 9, 2),
+    (7, 7, 512, False): Variant(FORMS[1], 64, 1, 2, 6, 4),
     (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 16, 2, 3, 1),
     (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
-    (28, 28, 144, True): Variant(WGRAD_FORMS[3], 24, 4, 4, 4, 1),
+    (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 5, 2),
     (14, 14, 384, True): Variant(WGRAD_FORMS[3], 96, 2, 2, 4, 1),
-    (7, 7, 512, True): Variant(WGRAD_FORMS[3], 64, 1, 3, 4, 2),
+    (7, 7, 512, True): Variant(WGRAD_FORMS[3], 32, 1, 4, 3, 4),
 }
 
 
@@ -170,7 +174,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     )  # fmt: skip
     argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
     grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
-    shared_bytes = _shared_bytes(walk, chosen.form, block, own.stage_bytes, chosen.stages)
+    shared_bytes = _shared_bytes(walk, chosen, own)
     args: tuple[Argument, ...]
     if isinstance(op, ConvFprop):
         outputs, bias = _map(call.outputs[0], chosen, width), call.inputs[2] if op.bias else None
@@ -248,32 +252,41 @@ def _with_ring(walk: Walk, form: Form, lanes: int, pieces: int, images: int, dev
     threads = ceil(lanes * pieces * images / 32) * 32
     if threads > min(MOST_BLOCK_THREADS, form.threads) or (threads < 96 and images * 2 <= min(8, walk.n)):
         return None
-    resident = form.threads // threads
-    stage_bytes = cut(walk, Variant(form, lanes, pieces, images, 2, resident), device).stage_bytes
-    stages = max(3, min(MOST_STAGES, round(RING_BYTES / (resident * stage_bytes))))
-    block = (lanes, pieces, images)
-    while resident and resident * (_shared_bytes(walk, form, block, stage_bytes, stages) + STATIC_BYTES) > SHARED_BYTES:
-        resident -= 1
-    return Variant(form, lanes, pieces, images, stages, resident) if resident else None
+    for resident in range(form.threads // threads, 0, -1):
+        own = cut(walk, Variant(form, lanes, pieces, images, 1, resident), device)
+        if walk.wgrad:
+            stages = max(3, round(XDY_BYTES / (resident * own.stage_bytes)))
+        else:
+            stages = LAG + 2 + ceil(X_BYTES / (resident * own.x_bytes))
+        room = SHARED_BYTES // resident - STATIC_BYTES
+        stages = min(MOST_STAGES, stages, room // own.stage_bytes)
+        variant = Variant(form, lanes, pieces, images, stages, resident)
+        if stages >= (3 if walk.wgrad else LAG + 3) and _shared_bytes(walk, variant, own) <= room:
+            return variant
+    return None
 
 
 def _cost(walk: Walk, variant: Variant, device: Device) -> float:
-    """Cycles of a multiprocessor: what is issued, few warps leaving cycles empty, and what is moved; few blocks are better."""
+    """Cycles of a multiprocessor: what is issued, most of it under the copies forward, and what is moved.
+
+    Forward several blocks fill each other's gaps; of wgrad few are better, whose sums are added at the end.
+    """
     form, own = variant.form, cut(walk, variant, device)
     warps = ceil(variant.lanes * variant.pieces * variant.images / 32)
     blocks = ceil(own.parts * own.units / device.sm_count)
     issued = (13 * form.vec * form.columns + 80) * warps / 4
-    busy = 1.0 if walk.wgrad else min(1.0, (5 + warps * min(variant.resident, blocks)) / 21)
     moved = (own.x_bytes + own.y_bytes) / 16
-    if not walk.wgrad and own.slices > 1 and variant.lanes * form.vec < SHORT_RUN:
-        moved *= 2
-    return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued / busy + moved) * (1 + 0.02 * blocks)
+    if not walk.wgrad:
+        short = own.slices > 1 and variant.lanes * form.vec < SHORT_RUN
+        issued, moved = 0.3 * issued, moved * (1.15 if short else 1.0)
+    uneven = 1 + (0.02 * blocks if walk.wgrad else 0.1 / blocks)
+    return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued + moved) * uneven
 
 
-def _shared_bytes(walk: Walk, form: Form, block: tuple[int, int, int], stage_bytes: int, stages: int) -> int:
+def _shared_bytes(walk: Walk, variant: Variant, own: Cut) -> int:
     """The ring; wgrad's sums of a filter's row, of each thread, take its place at the end."""
-    lanes, pieces, images = block
-    return max(stages * stage_bytes, 4 * SIDE * form.vec * lanes * pieces * images if walk.wgrad else 0)
+    threads = variant.lanes * variant.pieces * variant.images
+    return max(variant.stages * own.stage_bytes, 4 * SIDE * variant.form.vec * threads if walk.wgrad else 0)
 
 
 def _map(image: Slot, variant: Variant, columns: int) -> TensorMap:
