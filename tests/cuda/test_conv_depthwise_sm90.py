@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import Registry, conv_depthwise_sm90
 from parcnn.cuda.kernels.conv_common import Forced
-from parcnn.cuda.kernels.conv_depthwise_sm90 import MOST_BLOCK_THREADS, SHARED_BYTES, cut
+from parcnn.cuda.kernels.conv_depthwise_sm90 import LEAST_PIXELS, MOST_BLOCK_THREADS, SHARED_BYTES, cut
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -94,11 +94,22 @@ def test_blocks_fit_and_every_row_has_one(kind: str, shape: tuple[int, int, int,
         assert launch.grid == (own.parts * own.units, 1, 1)
 
 
+def test_shares_are_of_whole_images_where_that_comes_out_even() -> None:
+    form = conv_depthwise_sm90.FORMS[0]
+    for n, images, shared in ((256, 256, True), (512, 256, True), (264, 264, True), (300, 264, False), (1, 14, False)):
+        call = specs("fprop", n, 14, 14, 64)
+        walk = conv_depthwise_sm90._walk(call.op, call.input_specs, call.output_specs)
+        own = cut(walk, conv_depthwise_sm90.Variant(form, 16, 4, 1, 7, 2), H200)
+        assert own.count == n * 14
+        assert own.parts == images
+        assert (own.count % own.parts == 0 and own.count // own.parts % 14 == 0) == shared
+
+
 def test_small_images_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conv_depthwise_sm90, "LEAST_PIXELS", 64)
+    monkeypatch.setattr(conv_depthwise_sm90, "LEAST_PIXELS", LEAST_PIXELS)
     for kind, refused in (("fprop", True), ("dgrad", True), ("wgrad", False)):
-        call = specs(kind, 256, 7, 7, 512)
-        assert ("64 pixels" in (conv_depthwise_sm90.supports(call.op, call.input_specs) or "")) == refused
+        call = specs(kind, 256, 6, 6, 512)
+        assert ("49 pixels" in (conv_depthwise_sm90.supports(call.op, call.input_specs) or "")) == refused
 
 
 def test_what_is_measured_comes_first() -> None:

@@ -23,7 +23,7 @@ SIDE = 3
 MOST_BLOCK_THREADS, MOST_STAGES, MOST_CANDIDATES = 384, 16, 12
 MOST_BOX = 256  # elements of a tensor copy along a dimension
 SHARED_BYTES = 220 << 10  # of a multiprocessor, for rings
-# What is under way to all blocks of a multiprocessor hides the latency of memory: forward so much of x, of wgrad so much of both.
+# What is under way to all blocks of a multiprocessor hides the latency of memory: forward so much of x, of wgrad of x and dy.
 X_BYTES, XDY_BYTES = 48 << 10, 96 << 10
 LAG = 2  # twin of the forward kernel's: so many stages, and one more, wait until their outputs are written out
 STATIC_BYTES = 2048  # of a block: barriers, what thread 0 fetches, what the system keeps
@@ -169,8 +169,8 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     width = chosen.pieces * chosen.form.columns
     image = _map(call.inputs[0], chosen, width + SIDE - 1)
     numbers = (
-        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, own.count // own.parts, own.count % own.parts, chosen.stages,
-        own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
+        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, *divmod(own.count, own.parts),
+        chosen.stages, own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
     )  # fmt: skip
     argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
     grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
