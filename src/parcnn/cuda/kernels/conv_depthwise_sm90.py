@@ -101,7 +101,10 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Cut:
-    """A walk cut for a variant: slices of the channels and of the columns, rows in all, blocks that share them; a stage."""
+    """A walk cut for a variant: slices of the channels, also of the columns, rows in all, blocks that share them; a stage.
+
+    A stage holds a row of x, and a row of outputs (wgrad: of dy) from `y_at` on.
+    """
 
     slices: int
     units: int
@@ -168,9 +171,10 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     own = cut(walk, chosen, device)
     width = chosen.pieces * chosen.form.columns
     image = _map(call.inputs[0], chosen, width + SIDE - 1)
+    act = act_code(op.act if isinstance(op, ConvFprop) else None)
     numbers = (
         walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, *divmod(own.count, own.parts),
-        chosen.stages, own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act_code(op.act if isinstance(op, ConvFprop) else None),
+        chosen.stages, own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act,
     )  # fmt: skip
     argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
     grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
