@@ -4,8 +4,8 @@
 //     dx[n,h,w,c] = sum_{r,s} dy[n, h+top-r, w+left-s, c] * w[c,r,s]
 //
 // x (N,H,W,C), w (C,3,3), y (N,P,Q,C), bias (C) f32. One-dimensional grid: (parts of the rows) x (columns) x (slices of the
-// channels, innermost); see conv_depthwise_sm90.cuh. Dynamic shared memory: the ring; a stage holds a row
-// of x, and beside it the row of outputs that it ends, which the copy engine writes out.
+// channels, innermost); see conv_depthwise_sm90.cuh. Dynamic shared memory: the ring; a stage holds a row of x, and beside it the
+// row of outputs that it ends, which the copy engine writes out.
 //
 // A row, read once, has its part in three rows of outputs, whose sums lie in registers.
 // Bytes: x (dy) once and the halo of shares again, y (dx) once.

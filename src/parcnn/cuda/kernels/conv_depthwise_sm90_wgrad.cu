@@ -57,5 +57,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         at += strip.end - strip.first;
     }
 
-    write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, quotient(blockIdx.x, g.by_slices), dw, db, partial);
+    const int run = quotient(blockIdx.x, g.by_slices);
+    write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, run, dw, db, partial);
 }
