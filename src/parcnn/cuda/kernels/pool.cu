@@ -189,6 +189,33 @@ __device__ __forceinline__ bool takes_over(float v, int at, float best, int best
     return beats(v, best) || (at < best_at && !beats(best, v));
 }
 
+// Elements that change nothing.
+template <int V> __device__ __forceinline__ void set_neutral(Floats<V> &r) { r = splat<V>(KIND == MAX ? __int_as_float(0xff800000) : 0.0f); }
+template <int V> __device__ __forceinline__ void set_neutral(Pairs<V> &r) {
+#pragma unroll
+    for (int e = 0; e < (V + 1) / 2; ++e) r.word[e] = KIND == MAX ? 0xff80ff80u : 0u;
+}
+
+// All taps of a window of SIDE x SIDE: their places in it are constants, and all loads are under way at once.
+constexpr int SIDE = BATCHED == 4 ? 2 : 3;
+__device__ __forceinline__ Result reduce_side(const ELEMENT *x, Taps h, Taps w, const Window &window, int channels) {
+    Seen seen(h.first * SIDE + w.first);
+    Fetched<ELEMENT, VEC> fetched[SIDE * SIDE];
+    bool live[SIDE * SIDE];
+#pragma unroll
+    for (int t = 0; t < SIDE * SIDE; ++t) {
+        const int r = t / SIDE, s = t % SIDE;
+        live[t] = h.first <= r && r < h.last && w.first <= s && s < w.last;
+        set_neutral(fetched[t]);
+        const int pixel = (h.start + r * h.step) * window.w.in + w.start + s * w.step;
+        if (live[t]) fetched[t] = fetch<VEC>(x + pixel * channels);
+    }
+#pragma unroll
+    for (int t = 0; t < SIDE * SIDE; ++t)
+        if (!ACT || live[t]) seen.take(fetched[t], t);
+    return seen.result();
+}
+
 // Taps part, part + parts, ... of the window, in that order. x points at the image's channels of this thread.
 __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, const Window &window, int channels, int part,
                                               int parts) {
@@ -223,12 +250,12 @@ __device__ __forceinline__ Result reduce_taps(const ELEMENT *x, Taps h, Taps w, 
 template <int Kind> __device__ __forceinline__ void activate_result(Result &r) {
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
-        float of_largest = activate<Kind>(r.value.v[e]), of_least = activate<Kind>(r.least.v[e]);
-        if (takes_over(of_least, r.least_at[e], of_largest, r.position[e])) {
-            r.value.v[e] = of_least, r.position[e] = r.least_at[e];
-        } else {
-            r.least.v[e] = r.value.v[e], r.value.v[e] = of_largest;
-        }
+        const float x = r.value.v[e], least = r.least.v[e];
+        r.least.v[e] = x, r.value.v[e] = activate<Kind>(x);
+        if (x > 0.0f) continue;  // below 0 it has no larger value
+        const float of_least = activate<Kind>(least);
+        if (takes_over(of_least, r.least_at[e], r.value.v[e], r.position[e]))
+            r.value.v[e] = of_least, r.least.v[e] = least, r.position[e] = r.least_at[e];
     }
 }
 #endif
@@ -329,7 +356,9 @@ pool_fprop(const ELEMENT *__restrict__ x, ELEMENT *__restrict__ y, u8 *__restric
     int n = divide(divide(divide(i, by_vectors, vector), by_q, q), by_p, p);
     Taps h = taps_of(p, window.h), w = taps_of(q, window.w);
     const ELEMENT *image = x + (size_t)n * window.h.in * window.w.in * channels + vector * VEC;
-    finish(reduce_taps(image, h, w, window, channels, 0, 1), h, w, window, y, idx, kept, (size_t)i * VEC);
+    const bool is_side = KIND != ADAPTIVE && window.h.kernel == SIDE && window.w.kernel == SIDE;
+    const Result r = is_side ? reduce_side(image, h, w, window, channels) : reduce_taps(image, h, w, window, channels, 0, 1);
+    finish(r, h, w, window, y, idx, kept, (size_t)i * VEC);
 }
 
 // grid: (outputs, groups of vectors)
@@ -465,7 +494,7 @@ pool_dgrad_apart(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELE
 }
 
 // count: rows of 2 x 2 pixels, from windows' starts on, times the cells of a row times vectors of channels.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 pool_dgrad_twos(const ELEMENT *__restrict__ dy, const u8 *__restrict__ idx, ELEMENT *__restrict__ dx, int count, int channels,
                 FastDiv by_vectors, FastDiv by_cells, FastDiv by_height, const __grid_constant__ Window window) {
     await_predecessors();
