@@ -114,6 +114,24 @@ def test_repeated_calls_take_turns_on_sets_of_memory(null: CudaExecutor) -> None
     own.free()
 
 
+@pytest.mark.parametrize("turns", [1, 3, 8])
+def test_a_step_runs_each_set_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch, turns: int) -> None:
+    """Each run adds a to x: how often shows in x."""
+    a, x = Slot(Spec((5, 7)), "arena"), Slot(Spec((5, 7)), "arena", 4096)
+    monkeypatch.setattr(repeated, "GRAPH_US", 2.0 * repeated.MOST_SETS * turns)
+    own = RepeatedCalls(CpuExecutor(threads=1), [Call(Add(), (x, a), (x,))])
+    assert (own.turns, own.count) == (turns, turns * own.sets)
+    size = own._region.nbytes // own.sets
+    before = [own._region.read(x.spec, i * size + 256) for i in range(own.sets)]
+    own.run(2)
+    for i in range(own.sets):
+        added = own._region.read(a.spec, i * size)
+        np.testing.assert_allclose(
+            own._region.read(x.spec, i * size + 256), before[i] + 2 * turns * added, rtol=1e-4, atol=1e-5
+        )
+    own.free()
+
+
 def test_tensors_that_share_memory_still_do() -> None:
     """An op in place, and a view of half of what another wrote."""
     whole, half = Slot(Spec((4, 64)), "arena", 4096), Slot(Spec((2, 64)), "arena", 4096 + 512)
