@@ -137,11 +137,11 @@ def on_cpu(op: Op, operands: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     return results
 
 
-def call_of(op: Op, operands: list[np.ndarray]) -> Call:
+def call_of(op: Op, operands: list[np.ndarray], variant: Variant | None = None) -> Call:
     """The call as a launcher sees it, in no place."""
     names = {np.dtype(np.uint16): "bf16", np.dtype(np.float32): "f32", np.dtype(np.uint8): "u2"}
     inputs = tuple(Spec(a.shape, names[a.dtype]) for a in bits_of(op, operands))
-    scratch = conv_sm90.workspace_bytes(op, inputs, op.infer(*inputs), H200)
+    scratch = conv_sm90.workspace_bytes(op, inputs, op.infer(*inputs), H200, variant)
     workspace = Slot(Spec((scratch,), "u8"), "arena") if scratch else None
     return Call(
         op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)), workspace
@@ -202,8 +202,9 @@ def test_every_variant_is_listed() -> None:
     listed = {*conv_sm90.variants(), *conv_unpool.variants()}
     for name, kind in CASES:
         op = PROBLEMS[name].op(kind)
-        call = call_of(op, PROBLEMS[name].integers(kind, random_of()))
-        for variant in conv_sm90.candidates(call, H200):
+        operands = PROBLEMS[name].integers(kind, random_of())
+        for variant in conv_sm90.candidates(call_of(op, operands), H200):
+            call = call_of(op, operands, variant)
             assert {launch.kernel for launch in conv_sm90.launches(call, H200, variant)} <= listed
 
 
@@ -302,6 +303,26 @@ def test_blocks_never_exceed_shared_memory_and_always_have_two_stages() -> None:
         assert variant.own_staging or variant.x_stages >= 2, f"{sizes} {variant}"
 
 
+@pytest.mark.parametrize("kind", ["fprop", "dgrad"])
+def test_few_tiles_and_a_long_reduction_are_split(kind: str) -> None:
+    """Splits share the reduction in whole steps of channels, all of the same length, on at most one block an SM."""
+    channels = (680, 16) if kind == "fprop" else (16, 680)
+    problem = Problem(2, 23, 23, *channels, 4, 4, (2, 2, 2, 2))
+    sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
+    found = [v for v in tiles.candidates(sizes, H200) if v.splits > 1]
+    assert found[0] == tiles.candidates(sizes, H200)[0]
+    for variant in found:
+        assert (variant.splits - 1) * tiles.steps(sizes, variant) < 11 <= variant.splits * tiles.steps(sizes, variant)
+        work = Work.of(sizes, variant, H200)
+        assert work.slots * work.k_groups * variant.splits <= H200.sm_count
+
+
+def test_many_tiles_and_pools_are_not_split() -> None:
+    for problem, kind in ((Problem(256, 14, 14, 256, 256), "fprop"), (Problem(2, 14, 14, 512, 64), "pooled")):
+        sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
+        assert all(variant.splits == 1 for variant in tiles.candidates(sizes, H200))
+
+
 def test_dgrad_of_a_layer_is_tuned_as_the_convolution_that_it_is() -> None:
     """dgrad of 2000 x 15 x 15, 64 -> 256 is the convolution 256 -> 64, which has a row of measurements."""
     op = ConvDgrad(pad=(1, 1, 1, 1), image=(15, 15))
@@ -326,7 +347,7 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
 SERVES = {
     "tap": [(11, 5, 3), (5, 2, 6), (1, 1, 64), (11, 13, 1), (8, 4, 2)],
     "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1), (4, 6, 3), (1, 13, 5), (5, 3, 8)],
-    "window": [(8, 13, 1), (8, 4, 1), (8, 31, 1)],
+    "window": [(8, 13, 1), (8, 4, 1), (8, 31, 1), (11, 13, 1), (12, 4, 1)],
 }
 
 
@@ -343,8 +364,8 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
     ran = 0
     for w, h, n in SERVES[serves]:
         for channels in (64, 128):
-            for x_stages in (0, 2):
-                shape = Shape(serves, (even(w), even(h), n), channels, x_stages)
+            for x_stages, splits in ((0, 1), (2, 1), (0, 2), (2, 3)):
+                shape = Shape(serves, (even(w), even(h), n), channels, x_stages, False, splits)
                 variant = tiles.fit(sizes, shape, cuda.device)
                 if variant is not None:
                     check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
@@ -354,8 +375,15 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["fused", "pooled", "dgrad"])
-@pytest.mark.parametrize(("serves", "side"), [("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2)])
-@pytest.mark.parametrize(("channels", "cb"), tiles.PIXELS)
+@pytest.mark.parametrize(
+    ("channels", "cb", "serves", "side"),
+    [
+        (*tile, *stage)
+        for tile in tiles.PIXELS
+        for stage in (("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2))
+        if stage[0] != "window" or tile[0] == 64
+    ],
+)
 def test_every_compiled_tile(
     cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, channels: int, cb: int, serves: str, side: int
 ) -> None:
@@ -363,7 +391,7 @@ def test_every_compiled_tile(
     problem = Problem(70, 7, 9, *((72, wide) if kind == "dgrad" else (wide, 72)), side, side, (side // 2,) * 4)
     op, operands = problem.op(kind), problem.integers(kind, random_of(kind, channels, cb))
     sizes, kernels = sizes_of(op, operands), set()
-    for pixels in tiles.PIXELS[channels, cb]:
+    for pixels in (tiles.TAP_PIXELS if serves == "tap" else tiles.PIXELS)[channels, cb]:
         high = pixels // 16 * 2 if sizes.pool else pixels // 8  # of eight columns
         for tile in {
             "tap": ((2, 2, pixels // 4), (8, 2, pixels // 16)),
@@ -373,7 +401,7 @@ def test_every_compiled_tile(
             variant = tiles.fit(sizes, Shape(serves, tile, channels), cuda.device)
             assert variant is not None
             check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
-            kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands), H200, variant)}
+            kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)}
     pool = {1, 2} if kind == "pooled" else {0}
     filter, columns = tiles.constants(sizes, serves)
     macros = {"CB": cb, "CHANNELS": channels, "FLIPPED": int(kind == "dgrad"), "FILTER": filter, "COLUMNS": columns}

@@ -19,17 +19,20 @@
 // Roles of a block: two warpgroups consume, one produces. Thread 0 of the latter keeps a ring of X stages full, and a
 // ring of weights, or all taps' weights once (`resident`). Its warps 1 and 2 write finished tiles out by TMA.
 //   CHANNELS  64: the two consumers take alternate tiles, so that one's epilogue hides behind the other's product;
-//             128: they share a tile's pixels and have 64 channels each.
+//             128: they share a tile's pixels and have 64 channels each; with staging of their own, one behind the other, so that
+//             their epilogues hide behind each other's products.
 // An X stage serves one tap, or a tile with its halo serves a column of taps (tile_w any), or all of them (tile_w = 8):
 // taps are then other first rows of the same stage, and the groups of eight rows lie `tile_w + s - 1` rows apart (or, of a
 // column, anything: of a tile of several images, the images are innermost in a stage). That
 // cuts the traffic from L2, which else limits layers with few channels.
 // Or a stage serves all groups of channels one after the other (`k_rounds`), where a tile has but one: else a layer with
 // few taps and channels but many outputs reads x from L2 again for each group.
+// Where there are few tiles, blocks share the reduction: each split, a row of blocks, has c_blocks steps of channels (zeros beyond
+// the last) and writes its sums to `partial`; conv_sm90_sum adds them and has the epilogue.
 // The epilogue's staging is the tile's own last X stage, given back when it has drained, or memory of its own. Addend and
 // saved outputs come into it by TMA, and are read as the product's fragments.
 //
-// grid: slots * k_groups blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
+// grid: slots * k_groups x splits blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
 // Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where
@@ -83,6 +86,7 @@ __device__ __forceinline__ void load_weights(const TensorMap &w, u32 to, u32 bar
 
 __device__ __forceinline__ void produce(const Problem &g, const Order &order, const TensorMap &x, const TensorMap &w, const Barriers &bar,
                                         u32 x_base, u32 w_base, int slot, int k_group) {
+    const int c0 = blockIdx.y * g.c_blocks * CB;  // the split's first reduction channel
     Ring x_ring, w_ring;
     if (g.resident) {
         const int taps = g.r * g.s;
@@ -92,7 +96,7 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
             for (int block = 0; block < g.c_blocks; ++block)
 #pragma unroll 1
                 for (int tap = 0; tap < taps; ++tap, to += W_STAGE_BYTES)
-                    load_weights(w, to, bar.w_full, block * CB, tap, group * CHANNELS);
+                    load_weights(w, to, bar.w_full, c0 + block * CB, tap, group * CHANNELS);
     }
     for (int round = 0, item, k_round; (item = item_at(g, order, slot, round, k_round)) >= 0; ++round) {
         if (k_round > 0) continue;
@@ -105,7 +109,7 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
                     const u32 full = bar.x_full + 8 * x_ring.stage;
                     barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
                     barrier_expect(full, g.x_box_bytes);
-                    load_pixels(g, x_base + x_ring.stage * g.x_stage_bytes, x, full, block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
+                    load_pixels(g, x_base + x_ring.stage * g.x_stage_bytes, x, full, c0 + block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
                     x_ring.next(g.x_stages);
                     if (g.resident) continue;
 #pragma unroll 1
@@ -115,7 +119,7 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
                             const u32 w_full = bar.w_full + 8 * w_ring.stage;
                             barrier_wait(bar.w_empty + 8 * w_ring.stage, w_ring.parity ^ 1);
                             barrier_expect(w_full, W_STAGE_BYTES);
-                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, block * CB, t.tap + j * tap_row(g) + i * tap_column(g), t.k);
+                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, c0 + block * CB, t.tap + j * tap_row(g) + i * tap_column(g), t.k);
                             w_ring.next(g.w_stages);
                         }
                 }
@@ -176,6 +180,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #else
               const __grid_constant__ TensorMap y,
 #endif
+#if !POOL
+              float *__restrict__ partial,
+#endif
               const float *__restrict__ bias, const __grid_constant__ Problem g, const __grid_constant__ Order order) {
     extern __shared__ __align__(1024) u8 shared[];
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
@@ -198,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #else
         const OutputMaps outputs = {{&y}};
 #endif
-        if (lane == 0 && (warp == 1 || warp == 2))
+        if (!partial && lane == 0 && (warp == 1 || warp == 2))
             write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * STAGING_BYTES, slot, k_group, warp - 1);
 #endif
     } else {
@@ -234,6 +241,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         int round = ALTERNATE ? consumer : 0, next_k_round, tile = 0;
         Tile next;
         if (ALTERNATE && consumer == 1) skip(0);
+        // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
+        int lead = ALTERNATE || resident || borrows ? 0 : 2;
+        if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
         for (bool lives = find(round, next, next_k_round); lives; ++tile) {
             const Tile t = next;
             const int k_round = next_k_round;
@@ -328,6 +338,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                     multiply_tap(w_own + w_stage * (W_STAGE_BYTES >> 4), b);
                                     wgmma_commit();
                                     give_back(j == 1 ? last_x : NONE, w_stage);
+                                    if (!ALTERNATE && lead > 0 && --lead == 0 && lane == 0) barrier_arrive(bar.turn);
                                 }
                             }
                         }
@@ -343,6 +354,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (release_w != NONE) barrier_arrive(bar.w_empty + 8 * release_w);
             }
 
+#if !POOL
+            if (partial) {
+                const int unit = (t.item * g.k_groups + k_group) * (CHANNELS / 64) + (ALTERNATE ? 0 : consumer);
+                store_partial<PIXELS>(sums, partial + ((u64)blockIdx.y * g.units + unit) * (PIXELS * 64), warp, lane);
+                continue;
+            }
+#endif
 #if !FLIPPED
             if (g.act) {
                 activate_sums(sums, out.bias0, out.bias1, g.act);
@@ -407,5 +425,6 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);
 #endif
         }
+        if (!ALTERNATE && lead > 0 && lane == 0) barrier_arrive(bar.turn);
     }
 }

@@ -22,7 +22,7 @@ struct Problem {
     int stride_h, stride_w, dilation_h, dilation_w;
     int spread_h, spread_w;                                        // from an output of a class to the next
     int tap_row, tap_column;                                       // from a tap to the next in the filter
-    int c_blocks;                                                  // steps of CB reduction channels
+    int c_blocks, units;                                           // steps of CB reduction channels; of 64 channels, tiles of all groups
     int tile_n, tile_h, tile_w;                                    // pixels of a tile, before the pool
     int images_inner;                                              // whether a tile's images are innermost of its pixels, not its columns
     int items, slots;                                              // tiles (entries of `Order`); blocks that share a group of channels
@@ -74,7 +74,7 @@ struct Order {
 // A tile: its class, its first pixel (of the class) and channel; x's pixel that the first tap meets there; taps
 // r0 <= r < r1, s0 <= s < s1 are those that reach the image, `tap` the filter's of r = s = 0.
 struct Tile {
-    int kind, n, h, w, k, top, left, r0, r1, s0, s1, tap, taps, loads;
+    int item, kind, n, h, w, k, top, left, r0, r1, s0, s1, tap, taps, loads;
 };
 
 // The slot's item of a round; negative after the last one. An item takes k_rounds rounds, this is its k_round-th.
@@ -112,6 +112,7 @@ __device__ __forceinline__ void live_taps(int first, int last, int extent, FastD
 __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group) {
     Tile t;
     int k_inner, x, y;
+    t.item = item;
     t.kind = FLIPPED && !FILTER ? divide(item, g.by_class, item) : 0;
     const Class &outputs = g.classes[t.kind];
     int patch = divide(item, g.by_k_inner, k_inner);

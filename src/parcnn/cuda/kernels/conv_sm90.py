@@ -15,7 +15,7 @@ from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
 from parcnn.cuda.kernels.conv_sm90_tiles import Class, Footprint, Sizes, Variant, Work
 from parcnn.cuda.kernels.conv_unpool import unpool
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
@@ -25,7 +25,7 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_sm90.cu"
 UNPOOLS = True
-THREADS, UNREACHED_THREADS = 384, 256
+THREADS, UNREACHED_THREADS, SUM_THREADS = 384, 256, 256
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
 WINDOWS = 3  # POOL: by other windows than 2x2
@@ -34,6 +34,7 @@ MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 _NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
+_ALIGNMENT = 256  # of what lies in the workspace
 _NO_MAP = bytes(tensormap.NBYTES)
 DgradEpilogue = tuple[Slot | None, Slot | None, str | None]  # addend, saved output, its activation
 
@@ -99,10 +100,9 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """dgrad behind a pool needs dy unpooled."""
-    if isinstance(op, ConvDgrad) and op.pool:
-        return 4 * inputs[0].nbytes
-    return 0
+    """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled."""
+    sizes = _sizes(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
+    return _partial_offset(op, inputs[0]) + _partial_bytes(sizes, variant, device)
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
@@ -127,7 +127,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if isinstance(op, ConvFprop):
         x, w, *bias = call.inputs
         chosen = variant or tiles.candidates(sizes, device)[0]
-        return [_convolution(sizes, chosen, device, call.outputs, x, w, bias[0] if bias else None, op.act)]
+        return _convolution(sizes, chosen, device, call, x, w, bias[0] if bias else None, op.act)
     if not isinstance(op, ConvDgrad):
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     named = cast("dict[str, Slot]", op.operands(call.inputs))
@@ -143,7 +143,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         dy = call.workspace
     for first in range(0, len(sizes.classes), CLASSES):
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
-        result.append(_convolution(some, chosen, device, call.outputs, dy, w, dgrad=epilogue))
+        result += _convolution(some, chosen, device, call, dy, w, dgrad=epilogue)
     if len(sizes.classes) < min(sizes.spread[0], sizes.p) * min(sizes.spread[1], sizes.q):
         result.append(_unreached(sizes, call.outputs[0], *epilogue))
     return result
@@ -151,12 +151,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for `conv_unpool`'s."""
-    for (channels, cb), pixels in tiles.PIXELS.items():
-        for count in pixels:
-            for constants in ((0, 0), (0, 1), (1, 1), (3, 1), (3, 3)):
+    for (channels, cb), halo in tiles.PIXELS.items():
+        tap, window = tiles.TAP_PIXELS[channels, cb], [((3, 3), halo)] if channels == 64 else []
+        for constants, pixels in (((0, 0), halo), ((3, 1), halo), *window, ((0, 1), tap), ((1, 1), tap)):
+            for count in pixels:
                 yield _kernel(count, cb, channels, 0, False, constants)
                 yield _kernel(count, cb, channels, 0, True, constants)
-                if constants != (3, 3) or channels == 128:  # windows are eight pixels wide
+                if constants != (3, 3):  # windows are eight pixels wide
                     yield _kernel(count, cb, channels, 1, False, constants)
                 if channels == 64 and count % 16 == 0:
                     yield _kernel(count, cb, channels, 2, False, constants)
@@ -164,9 +165,11 @@ def variants() -> Iterable[Kernel]:
         for count in pixels:
             yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
     yield UNREACHED
+    yield SUM
 
 
 UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")
+SUM = Kernel("conv_sm90_sum.cu", "conv_sm90_sum")
 
 
 def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool, constants: tuple[int, int]) -> Kernel:
@@ -237,37 +240,107 @@ def _residues(extent: int, pad: int, stride: int, dilation: int, taps: int) -> l
     return found
 
 
+def _partial_offset(op: Op, x: Spec) -> int:
+    """Where the sums of splits begin in the workspace: behind dy unpooled."""
+    return _round_up(4 * x.nbytes) if isinstance(op, ConvDgrad) and op.pool else 0
+
+
+def _partial_bytes(sizes: Sizes, variant: Variant | None, device: Device) -> int:
+    """Of the sums of splits; launches of one call write them in turns."""
+    if sizes.pool or not sizes.classes or not sizes.p * sizes.q * sizes.n:
+        return 0
+    chosen = variant or tiles.candidates(sizes, device)[0]
+    some = replace(sizes, classes=sizes.classes[:CLASSES])
+    return tiles.partial_bytes(some, chosen) if chosen.splits > 1 else 0
+
+
 def _convolution(
+    sizes: Sizes,
+    variant: Variant,
+    device: Device,
+    call: Call,
+    x: Slot,
+    w: Slot,
+    bias: Slot | None = None,
+    act: str | None = None,
+    dgrad: DgradEpilogue = (None, None, None),
+) -> list[Launch]:
+    """The product, and behind splits their sum, which then has the epilogue."""
+    if variant.splits == 1:
+        return [_product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad)]
+    if call.workspace is None:
+        raise ValueError("a convolution of several splits needs its workspace")
+    place = Pointer(call.workspace, _partial_offset(call.op, call.inputs[0].spec), tiles.partial_bytes(sizes, variant))
+    product = _product(sizes, variant, device, call.outputs, x, w, None, place, None, (None, None, None))
+    return [product, _sum(sizes, variant, place, call.outputs[0], bias, act, dgrad)]
+
+
+def _product(
     sizes: Sizes,
     variant: Variant,
     device: Device,
     outputs: tuple[Slot, ...],
     x: Slot,
     w: Slot,
-    bias: Slot | None = None,
-    act: str | None = None,
-    dgrad: DgradEpilogue = (None, None, None),
+    bias: Slot | None,
+    partial: Pointer | None,
+    act: str | None,
+    dgrad: DgradEpilogue,
 ) -> Launch:
-    tile = Footprint.of(sizes, variant.serves, variant.tile, variant.channels)
-    if tile is None:
-        raise ValueError(f"variant {variant} cannot run {sizes}")
+    tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
     pool = WINDOWS if sizes.window else sizes.pool + tiles.pools_in_registers(sizes, variant.tile[0], variant.channels)
     constants = tiles.constants(sizes, variant.serves)
     kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants)
     order = _order(sizes, variant, device)
-    stage_bytes = tile.x_stage_bytes(variant.own_staging > 0)
-    resident = work.k_rounds * ceil(sizes.c / tile.cb) * sizes.r * sizes.s
+    stage_bytes = tile.x_stage_bytes(not variant.borrows)
+    resident = work.k_rounds * tiles.steps(sizes, variant) * sizes.r * sizes.s
     weights = resident if variant.resident else variant.w_stages
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
     args: tuple[Argument, ...] = (
-        _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad), bias,
-        problem, order or bytes(2 * ORDER_ENTRIES),
+        _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad),
+        *([] if sizes.pool else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
-    grid = (work.slots * work.k_groups, 1, 1)
+    grid = (work.slots * work.k_groups, variant.splits, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.BARRIER_BYTES)
+
+
+def _sum(
+    sizes: Sizes,
+    variant: Variant,
+    partial: Pointer,
+    y: Slot,
+    bias: Slot | None,
+    act: str | None,
+    dgrad: DgradEpilogue,
+) -> Launch:
+    """The launch that adds the splits' sums."""
+    addend, saved, derivative = dgrad
+    tile = tiles.footprint(sizes, variant)
+    _, h, n = variant.tile
+    w = tile.row
+    columns, rows, images = tiles.patches(sizes, variant.tile)
+    units, is_inner = tiles.units(sizes, variant), tiles.images_inner(variant.serves, n)
+    kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
+    numbers = (
+        sizes.n, sizes.p, sizes.q, sizes.k, variant.splits, units, tile.pixels, n, h, w, int(is_inner), *sizes.spread,
+        int(sizes.flipped), act_code(derivative if sizes.flipped else act),
+    )  # fmt: skip
+    divisors = (
+        tile.pixels, units // tiles.items(sizes, variant.tile), columns * rows * images, columns, rows,
+        *((n, w) if is_inner else (w, h)),
+    )  # fmt: skip
+    geometry = Struct(
+        (
+            *(np.int32(v) for v in numbers),
+            *(fast_div(d) for d in divisors),
+            *(np.int32(kind.first[axis]) for axis in (0, 1) for kind in kinds),
+        )
+    )
+    grid = (ceil(units * tile.pixels * 8 / SUM_THREADS), 1, 1)
+    return Launch(SUM, grid, (SUM_THREADS, 1, 1), (partial, bias, addend, saved, y, geometry))
 
 
 def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: DgradEpilogue) -> tuple[Argument, ...]:
@@ -314,7 +387,7 @@ def _problem(
     if order is not None:
         items = int(np.flatnonzero(np.frombuffer(order, np.uint16) != NO_ITEM)[-1]) + 1
     row_bytes = 2 * tile.cb
-    blocks = ceil(sizes.c / tile.cb)
+    blocks = tiles.steps(sizes, variant)
     load_rows, load_columns, loads, row_step, column_step = {
         "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
         "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * n * row_bytes, 0),
@@ -325,19 +398,20 @@ def _problem(
     if window := sizes.window:
         pooled_w, pooled_h = tiles.pooled_by(window, w, 1), tiles.pooled_by(window, h, 0)
         windows = (*window.kernel, *window.stride, *window.pad, sizes.p, sizes.q)
-    group_bytes = (tile.pitch if variant.serves == "window" else 8) * row_bytes
+    group_bytes = (8 if tile.row == tile.pitch else tile.pitch) * row_bytes
     swizzle = 1 if tile.cb == 64 else 2
     before = (
         sizes.h, sizes.w, sizes.r, sizes.s, sizes.k, sizes.n, p, q,
         *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
-        blocks, n, h, w, int(tiles.images_inner(variant.serves, n)),
+        blocks, tiles.units(sizes, variant), n, h, w, int(tiles.images_inner(variant.serves, n)),
         items, work.slots, work.k_groups, work.k_rounds, int(order is not None),
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
     after = (
-        tile.x_box_bytes, tile.x_stage_bytes(variant.own_staging > 0), variant.x_stages,
-        variant.w_stages, int(variant.resident), variant.own_staging, *offsets,
-        act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(dgrad[0] is not None), w * h * n * 128,
+        tile.x_box_bytes, tile.x_stage_bytes(not variant.borrows), variant.x_stages,
+        variant.w_stages, int(variant.resident), 0 if variant.borrows else max(1, variant.own_staging), *offsets,
+        act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(dgrad[0] is not None),
+        tile.row * h * n * 128,
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (
@@ -370,13 +444,15 @@ def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
     dims = (sizes.k, ceil((sizes.q - w) / along), ceil((sizes.p - h) / down), sizes.n)
     row = 2 * sizes.k * sizes.q
     strides = (2 * sizes.k * along, row * down, row * sizes.p)
-    map = TensorMap(y, dims, strides, (64, *variant.tile), (), "128B", offset=h * row + 2 * w * sizes.k)
+    box = (64, tiles.footprint(sizes, variant).row, *variant.tile[1:])
+    map = TensorMap(y, dims, strides, box, (), "128B", offset=h * row + 2 * w * sizes.k)
     return _ordered(map, variant)
 
 
 def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
     """Of what an epilogue reads: a class's pixels of a tensor like dx."""
-    (w, h, n), (down, along) = variant.tile, sizes.spread
+    (_, h, n), (down, along) = variant.tile, sizes.spread
+    w = tiles.footprint(sizes, variant).row
     dims = (sizes.k, sizes.q, sizes.p, sizes.n)
     return _ordered(image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64), variant)
 
@@ -436,3 +512,7 @@ def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, 
         (UNREACHED_THREADS, 1, 1),
         (addend, saved, dx, np.int32(chunks), np.int32(act_code(act)), pixels),
     )
+
+
+def _round_up(nbytes: int) -> int:
+    return ceil(nbytes / _ALIGNMENT) * _ALIGNMENT

@@ -109,6 +109,15 @@ template <int Pixels> __device__ __forceinline__ void stage_tile(const float (&s
     }
 }
 
+// Write the sums as they are, a row of 64 channels for a pixel. Eight lanes fill 32 bytes.
+template <int Pixels> __device__ __forceinline__ void store_partial(const float (&sums)[Pixels / 2], float *to, int warp, int lane) {
+    to += (lane & 3) * 128 + warp * 16 + (lane >> 2);
+#pragma unroll
+    for (int j = 0; j < Pixels / 8; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) to[j * 512 + (e & 1) * 64 + (e >> 1) * 8] = sums[4 * j + e];
+}
+
 // The best of a pooling window so far, for two channels.
 struct Best {
     u32 value, index;

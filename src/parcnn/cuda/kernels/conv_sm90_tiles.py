@@ -16,11 +16,17 @@ from parcnn.ops.pool import PoolWindow
 MAX_BOX = 256  # of TMA, a dimension
 BARRIER_BYTES = 512
 MAX_X_STAGES, MAX_W_STAGES = 8, 12
-# Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step).
+# Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step): where a stage
+# serves several taps, and where it serves one, as tiles of any shape then do.
 PIXELS = {
-    (64, 64): (64, 120, 128, 160, 200, 224, 232, 240, 256),
-    (128, 64): (64, 128, 160, 200, 224, 256),
+    (64, 64): (64, 120, 128, 160, 200, 208, 224, 232, 240, 256),
+    (128, 64): (128, 160, 200, 224, 256),
     (64, 32): (64, 128, 240, 248),
+}
+TAP_PIXELS = {
+    (64, 64): (64, 120, 160, 200, 224, 240, 256),
+    (128, 64): (64, 128, 160, 200, 224, 256),
+    (64, 32): (64, 128, 240),
 }
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
@@ -84,13 +90,15 @@ class Sizes:
 class Shape(NamedTuple):
     """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
     images; its output channels, 64 or 128; X stages, where not as many as fit; whether a stage serves all groups of
-    output channels."""
+    output channels; blocks that share its reduction; whether the epilogue has staging of its own even where it could borrow."""
 
     serves: str
     tile: tuple[int, int, int]
     channels: int
     x_stages: int = 0
     shared: bool = False
+    splits: int = 1
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Variant:
     resident: all weights of a block's channels stay there. own_staging: where the epilogue does not borrow an X stage, the
     tiles that each consumer has room for, 1 or 2.
     shared: an X stage serves all groups of output channels, one after the other.
+    splits: blocks that share a tile's reduction; each writes its sums, and a second kernel adds them.
     """
 
     serves: str
@@ -110,10 +119,17 @@ class Variant:
     x_stages: int
     w_stages: int
     shared: bool = False
+    splits: int = 1
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the epilogue's tile lies in an X stage. A split's sums go to memory as they are."""
+        return self.own_staging == 0 and self.splits == 1
 
     def __str__(self) -> str:
         flags = " resident" * self.resident + ("", " staging", " staging2")[self.own_staging] + " shared" * self.shared
-        return f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}{flags} {self.x_stages}/{self.w_stages}"
+        tile = f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}"
+        return f"{tile}{flags} {self.x_stages}/{self.w_stages}" + f" in {self.splits}" * (self.splits > 1)
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,8 @@ class Footprint:
 
     pixels: int
     cb: int
-    pitch: int  # pixels from a row of a stage to the next
+    row: int  # pixels from a row of the tile to the next
+    pitch: int  # of a stage
     rows: int  # of pixels in a stage, of each image
     x_box_bytes: int
     staging_bytes: int
@@ -134,16 +151,19 @@ class Footprint:
         w, h, n = tile
         cb = 32 if sizes.c <= 32 and channels == 64 else 64
         in_registers = pools_in_registers(sizes, w, channels)
-        compiled = (WINDOW_PIXELS if sizes.window else PIXELS)[channels, cb]
-        pixels = next((p for p in compiled if p >= w * h * n and not (in_registers and p % 16)), None)
         halo = serves != "tap"
         pitch = w + sizes.s - 1 if serves == "window" else w
+        row = pitch if is_flat(serves, w) else w
+        least = row * h * n - (row - w)
+        compiled = (WINDOW_PIXELS if sizes.window else TAP_PIXELS if serves == "tap" else PIXELS)[channels, cb]
+        pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.r - 1 if halo else h
-        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, w * sizes.spread[1], h * sizes.spread[0])
+        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
             fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and not sizes.pool))
-            fits = fits and (serves == "column" or w == 8)
+            fits = fits and (serves == "column" or channels == 64)
+            fits = fits and (row == w or (w >= sizes.q and cb == 64 and not sizes.pool))
         if sizes.window:
             fits = fits and (serves == "tap" or (serves == "column" and sizes.r == sizes.s == 3))
             fits = fits and min(pooled_by(sizes.window, w, 1), pooled_by(sizes.window, h, 0)) > 0
@@ -151,11 +171,16 @@ class Footprint:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
             return None
-        return cls(pixels, cb, pitch, rows, 2 * cb * pitch * rows * n, _round_up(pixels * 128), 2 * cb * channels)
+        return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, _round_up(pixels * 128), 2 * cb * channels)
 
     def x_stage_bytes(self, own_staging: bool) -> int:
         """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
         return _round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
+
+
+def is_flat(serves: str, width: int) -> bool:
+    """Whether the tile's rows are those of a window's stage, halo and all: what the halo's pixels make is not stored."""
+    return serves == "window" and width != 8
 
 
 def images_inner(serves: str, images: int) -> bool:
@@ -203,11 +228,14 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
     where tiles have too few loads to borrow from, or few bytes for it to hurt.
     """
-    serves, tile, channels, x_stages, shared = shape
+    serves, tile, channels, x_stages, shared, splits, apart = shape
     takes = Footprint.of(sizes, serves, tile, channels)
     if takes is None:
         return None
-    blocks, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
+    steps, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
+    blocks = ceil(steps / splits)
+    if splits > 1 and (sizes.pool or shared or splits != ceil(steps / blocks)):
+        return None
     groups = ceil(sizes.k / channels) if shared else 1
     if shared and (blocks * taps > 1 or groups == 1):
         return None
@@ -216,20 +244,20 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = 1 if sizes.window else least
     else:
         least = {"column": sizes.s, "window": 1}[serves]
-    scarce = blocks * least < (1 if channels == 64 else 2)
-    own_staging = scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool)
+    scarce = blocks * least < (1 if channels == 64 else 2) or splits > 1
+    own_staging = scarce or shared or apart or takes.cb == 32 or (taps == 1 and not sizes.pool)
     stage = takes.x_stage_bytes(own_staging)
     weights = groups * blocks * taps * takes.w_stage_bytes
     enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
-    for buffers in (2, 1) if own_staging and not sizes.pool else (int(own_staging),):
+    for buffers in (0,) if splits > 1 else (2, 1) if own_staging and not sizes.pool else (int(own_staging),):
         left = device.shared_bytes_per_block - BARRIER_BYTES - 2 * buffers * takes.staging_bytes
         resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
         if resident_stages >= max(enough, x_stages):
-            return Variant(serves, tile, channels, True, buffers, x_stages or resident_stages, 1, shared)
+            return Variant(serves, tile, channels, True, buffers, x_stages or resident_stages, 1, shared, splits)
         x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
         w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
         if not shared and min(x, w) >= (4 if buffers == 2 else 2):
-            return Variant(serves, tile, channels, False, buffers, x, w)
+            return Variant(serves, tile, channels, False, buffers, x, w, splits=splits)
     return None
 
 
@@ -258,10 +286,25 @@ def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
     return ceil(q / w), ceil(p / h), ceil(sizes.n / tile[2])
 
 
+def steps(sizes: Sizes, variant: Variant) -> int:
+    """Of reduction channels that a block takes, for each tap."""
+    return ceil(ceil(sizes.c / footprint(sizes, variant).cb) / variant.splits)
+
+
 def items(sizes: Sizes, tile: tuple[int, int, int]) -> int:
     """Tiles of all classes, of one group of channels."""
     x, y, z = patches(sizes, tile)
     return x * y * z * len(sizes.classes)
+
+
+def units(sizes: Sizes, variant: Variant) -> int:
+    """Tiles of 64 output channels, of all classes."""
+    return items(sizes, variant.tile) * ceil(sizes.k / variant.channels) * variant.channels // 64
+
+
+def partial_bytes(sizes: Sizes, variant: Variant) -> int:
+    """Of the splits' sums, with the pixels that the kernel rounds tiles up to."""
+    return variant.splits * units(sizes, variant) * footprint(sizes, variant).pixels * 64 * 4
 
 
 @dataclass(frozen=True)
@@ -279,27 +322,27 @@ class Work:
     def of(cls, sizes: Sizes, variant: Variant, device: Device) -> Work:
         """The larger of the tensor cores' time (m64nNk16: N/2 cycles) and L2's (about 40 bytes a cycle and SM, as layers that
         it bounds were measured). An epilogue hides behind the other consumer's product where they alternate."""
-        tile = _footprint(sizes, variant)
+        tile = footprint(sizes, variant)
         product = tile.cb / 16 * tile.pixels / 2 * variant.channels / 64
         groups = ceil(sizes.k / variant.channels)
         k_rounds = groups if variant.shared else 1
         x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant) / k_rounds
         traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
         tap = 20 + _overlapped(product, traffic)
-        epilogue = 400 + (5 if sizes.pool else 2.5) * tile.pixels
+        epilogue = 400 + (5 if sizes.pool or variant.splits > 1 else 2.5) * tile.pixels
         if variant.channels == 64:
-            main = tap * sizes.r * sizes.s * ceil(sizes.c / tile.cb) / len(sizes.classes)
+            main = tap * sizes.r * sizes.s * steps(sizes, variant) / len(sizes.classes)
             epilogue = max(0, epilogue - main) / 2
         k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
-        slots = min(max(1, device.sm_count // k_groups), items(sizes, variant.tile) * k_inner)
+        slots = min(max(1, device.sm_count // (k_groups * variant.splits)), items(sizes, variant.tile) * k_inner)
         return cls(k_rounds * tap, k_rounds * epilogue, slots, k_groups, k_inner, k_rounds)
 
 
 def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     """Estimated clock cycles of the call: its busiest block's, or memory's (about 2400 bytes a cycle)."""
     work = Work.of(sizes, variant, device)
-    tile = _footprint(sizes, variant)
-    blocks = ceil(sizes.c / tile.cb)
+    tile = footprint(sizes, variant)
+    blocks = steps(sizes, variant)
     count = items(sizes, variant.tile) * work.k_inner
     if variant.serves == "tap" and not sizes.window:
         each = _taps_of_tiles(sizes, variant)
@@ -309,10 +352,15 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
         taps, most, uneven = sizes.r * sizes.s, sizes.r * sizes.s, False
     mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
     busiest = count / work.slots * mean + 0.3 * largest if uneven else ceil(count / work.slots) * mean
-    waves = ceil(work.slots * work.k_groups / device.sm_count)
+    waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
     start = 2500 + (blocks * sizes.r * sizes.s * tile.w_stage_bytes / 40 if variant.resident else 0)
     pixels = sizes.n * (sizes.h * sizes.w * sizes.c + sizes.p * sizes.q * sizes.k / (4 if sizes.pool else 1))
-    return start + _overlapped(busiest * waves, 2 * pixels / 2400)
+    return start + _overlapped(busiest * waves, 2 * pixels / 2400) + _sum_cycles(sizes, variant)
+
+
+def _sum_cycles(sizes: Sizes, variant: Variant) -> float:
+    """Of the second kernel, where there are splits (as in conv_wgrad_sm90)."""
+    return 2100 + 2 * partial_bytes(sizes, variant) / 2400 if variant.splits > 1 else 0.0
 
 
 def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
@@ -321,18 +369,18 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
     `cycles` ranks tiles; small calls take longer: what comes before and after, the taps' latency, and TMA's rows where
     they are short. Fitted to an H200's times of 334 variants: 16 % off in the mean.
     """
-    tile, work = _footprint(sizes, variant), Work.of(sizes, variant, device)
-    waves = ceil(work.slots * work.k_groups / device.sm_count)
+    tile, work = footprint(sizes, variant), Work.of(sizes, variant, device)
+    waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
     rounds = ceil(items(sizes, variant.tile) * work.k_inner / work.slots) * waves
     taps = sizes.r * sizes.s / len(sizes.classes)
     if variant.serves == "tap" and not sizes.window:
         each = _taps_of_tiles(sizes, variant)
         taps = sum(each) / len(each)
-    steps = rounds * ceil(sizes.c / tile.cb) * taps
-    result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * steps * work.k_rounds
+    loads = rounds * steps(sizes, variant) * taps
+    result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * loads * work.k_rounds
     if sizes.c < 64:
-        pixels = steps / _taps_per_load(sizes, variant) * tile.pitch * tile.rows * variant.tile[2]
-        filters = ceil(sizes.c / tile.cb) * sizes.r * sizes.s if variant.resident else steps
+        pixels = loads / _taps_per_load(sizes, variant) * tile.pitch * tile.rows * variant.tile[2]
+        filters = steps(sizes, variant) * sizes.r * sizes.s if variant.resident else loads
         filter_rows = (tile.cb if sizes.flipped else variant.channels) * filters * work.k_rounds
         skipped = sizes.stride[0] * sizes.stride[1] - 1
         result += 0.0016 * pixels + 0.0009 * skipped * pixels + 0.0019 * filter_rows
@@ -345,10 +393,13 @@ def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
     measured = [fit(sizes, shape, device) for shape in MEASURED.get(_key(sizes), ())]
     estimated = [v for shape in dict.fromkeys(_shapes(sizes)) if (v := fit(sizes, shape, device))]
     estimated.sort(key=lambda v: cycles(sizes, v, device))
+    split = [v for shape in dict.fromkeys(_splits(sizes, device)) if (v := fit(sizes, shape, device))]
+    if split:  # few tiles: what `cycles` leaves out counts
+        estimated = sorted((*estimated, *split), key=lambda v: cost_us(sizes, v, device))
     # The best of each kernel and way to serve: alike tiles cost alike.
     kinds: dict[tuple[object, ...], Variant] = {}
     for variant in estimated:
-        kind = (variant.serves, variant.channels, variant.shared, _footprint(sizes, variant).pixels)
+        kind = (variant.serves, variant.channels, variant.shared, footprint(sizes, variant).pixels, variant.splits > 1)
         kinds.setdefault(kind, variant)
     return tuple(dict.fromkeys([*(v for v in measured if v), *list(kinds.values())[:MOST_CANDIDATES]]))
 
@@ -364,7 +415,7 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
     for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
-        for pixels in PIXELS[channels, 64]:
+        for pixels in sorted({*PIXELS[channels, 64], *TAP_PIXELS[channels, 64]}):
             for w in sorted(widths):
                 highest = pixels // w // even * even
                 if highest == 0:
@@ -372,6 +423,8 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 h = _round_up(ceil(p / ceil(p / highest)), even)
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
+                if w == q and w != 8 and (rows := (pixels + sizes.s - 1) // (w + sizes.s - 1)):
+                    yield Shape("window", (w, ceil(p / ceil(p / rows)), 1), channels)
                 if (w, h) == (q, p) and not sizes.pool:
                     yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
@@ -399,6 +452,18 @@ def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
                 yield Shape("tap", (w, h, min(pixels // (w * h), sizes.n, MAX_BOX)), channels)
 
 
+def _splits(sizes: Sizes, device: Device) -> Iterator[Shape]:
+    """Tiles whose reduction blocks may share: those that leave half of the GPU idle, as often as it has room for."""
+    if sizes.pool or sizes.c <= 64:
+        return
+    for shape in dict.fromkeys(_shapes(sizes)):
+        tiles = items(sizes, shape.tile) * ceil(sizes.k / shape.channels)
+        steps = ceil(sizes.c / 64)
+        for splits in {ceil(steps / blocks) for blocks in range(1, steps)}:
+            if tiles * splits <= device.sm_count:
+                yield shape._replace(splits=splits)
+
+
 def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
     """The items of each slot, heaviest first to the least loaded; None where all items are equal.
 
@@ -410,7 +475,7 @@ def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | No
     if len(set(taps)) == 1:
         return None
     work = Work.of(sizes, variant, device)
-    blocks = ceil(sizes.c / _footprint(sizes, variant).cb)
+    blocks = steps(sizes, variant)
     images, of_class = patches(sizes, variant.tile)[2], len(taps) // len(sizes.classes)
     costs = [
         blocks * count * work.tap_cycles + work.tile_cycles
@@ -439,11 +504,12 @@ def _overlapped(first: float, second: float) -> float:
     return max(first, second) + 0.1 * min(first, second)
 
 
-def _footprint(sizes: Sizes, variant: Variant) -> Footprint:
-    footprint = Footprint.of(sizes, variant.serves, variant.tile, variant.channels)
-    if footprint is None:
+def footprint(sizes: Sizes, variant: Variant) -> Footprint:
+    """What the variant's tile takes. Raises ValueError where there is no such kernel."""
+    found = Footprint.of(sizes, variant.serves, variant.tile, variant.channels)
+    if found is None:
         raise ValueError(f"{variant} does not fit {sizes}")
-    return footprint
+    return found
 
 
 def _taps_per_load(sizes: Sizes, variant: Variant) -> int:
