@@ -6,6 +6,7 @@ Where the operands are small integers every sum is exact in fp32, so the device 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_unpool, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
-from parcnn.cuda.kernels.conv_wgrad_sm90 import CLUSTERS, FORMS, Form, Variant
+from parcnn.cuda.kernels.conv_wgrad_sm90 import FORMS, Form, Variant
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
@@ -115,8 +116,8 @@ def check_exact(
 
 
 def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
-    """Variants of each form that takes the problem, in tiles that hang over, with few splits and many, in clusters of each
-    size, few stages and many."""
+    """Variants of each form that takes the problem, in tiles that hang over, with shares of whole items, of many and of a
+    part, few stages and many."""
     op = op_of(problem, kind)
     x = Spec((problem.n, problem.h, problem.w, problem.c), "bf16")
     conv = Conv.of(op, x, Spec((problem.k, problem.r, problem.s, problem.c)))
@@ -125,16 +126,20 @@ def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
     for form in FORMS:
         if (form.window and not windows) or (form.cb == 32 and problem.c > 32):
             continue
-        tiles = [(8, 4, 1), (8, 14, 1), (8, 1, 2), (8, 3, 2)] if form.window else [(1, 1, 16), (8, 2, 2), (5, 3, 16)]
-        for tile in tiles:
-            columns, rows, images = conv_wgrad_sm90._tiles(conv, tile)
-            total = columns * rows * images
-            for splits, cluster in {(1, 1), (2, 1), (total, 1), (2, 2), (6, 2), (total // 2 * 2, 2)}:
-                if not 0 < splits <= total:
-                    continue
-                variant = conv_wgrad_sm90.fit(conv, form, tile, splits, device, cluster)
-                if variant:
-                    found += [variant] if cluster > 1 else [variant, replace(variant, stages=2)]
+        _, q = op.pooled_hw(problem.h, problem.w, problem.r, problem.s)
+        q *= 1 if op.pool is None else 2
+        windows_of = [(8, 4, 1), (8, 14, 1), (8, 1, 2), (8, 3, 2), (q, 1, 1), (q, 3, 1)]
+        tiles = windows_of if form.window else [(1, 1, 16), (8, 2, 2), (5, 3, 16)]
+        for i, tile in enumerate(tiles):
+            even = conv_wgrad_sm90.fit(conv, op.bias, form, tile, device)
+            if not even:
+                continue
+            line = conv_wgrad_sm90._line(conv, op.bias, even)
+            found += [even, replace(even, stages=2)]
+            if not even.aligned:
+                found.append(replace(even, share=line.longest + 1 if i % 2 else ceil(line.tiles / 40)))
+            if line.taps_alone:
+                found.append(replace(even, share=ceil(line.tiles_each / (1, 3, 7)[i % 3]), aligned=True))
     return found
 
 
@@ -157,25 +162,25 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_launches_of_every_form_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[tuple[Form, int]] = set()
-    for name in ("few channels", "odd blocks of channels", "stride 2", "7x7"):
+    seen: set[Form] = set()
+    for name in ("few channels", "odd blocks of channels", "stride 2", "7x7", "wide and deep pointwise"):
         operands = operands_of(ALL[name], "bias", random_of(name), integers=True)
         for variant in of_every_form(ALL[name], "bias", H200):
             run_op(forced(null, variant, monkeypatch), op_of(ALL[name], "bias"), bits_of(operands))
-            seen.add((variant.form, variant.cluster))
-    assert seen == {(form, cluster) for form in FORMS for cluster in CLUSTERS}
+            seen.add(variant.form)
+    assert seen == set(FORMS)
 
 
-def test_no_split_is_empty_and_blocks_fill_the_device() -> None:
+def test_blocks_fill_the_device_and_none_is_empty() -> None:
     for name, kind in CASES:
         op = op_of(ALL[name], kind)
         call = call_of(op, operands_of(ALL[name], kind, random_of(), integers=True))
         conv = Conv.of(op, call.inputs[0].spec, call.outputs[0].spec)
         for variant in conv_wgrad_sm90.candidates(call, H200):
-            columns, rows, images = conv_wgrad_sm90._tiles(conv, variant.tile)
-            assert 1 <= variant.splits <= columns * rows * images
-            assert variant.splits % variant.cluster == 0
-            assert np.prod(variant.tile) % 16 == 0
+            line = conv_wgrad_sm90._line(conv, op.bias, variant)
+            assert 1 <= variant.share <= line.tiles
+            assert line.blocks <= H200.sm_count
+            assert variant.form.window or np.prod(variant.tile) % 16 == 0
             assert 2 <= variant.stages <= conv_wgrad_sm90.MAX_STAGES
 
 
@@ -236,6 +241,7 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
         "stride 2",
         "dilated",
         "pointwise",
+        "wide and deep pointwise",
         "7x7",
     ],
 )

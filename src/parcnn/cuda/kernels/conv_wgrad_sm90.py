@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, gcd
 from typing import NamedTuple
@@ -28,23 +28,34 @@ BARRIER_BYTES = 16 * MAX_STAGES
 STEP_PIXELS = 16  # the K of wgmma
 WINDOW_WIDTH, WINDOW_TAPS = 8, 3
 MOST_CANDIDATES = 8
+MOST_TILES = 2**30
+MOST_LINE_PIXELS = 512  # of a window's tile as wide as the image
+PAIR_X, PAIR_SUMS = 1, 2
+_TAPS_WHOLE, _NO_TAP = -2, -1
 _SUM_THREADS, _MOST_PARTS = 256, 8
 _ALIGNMENT = 256  # of the partial sums behind an unpooled dy
 
 
 class Form(NamedTuple):
     """A compiled kernel: a window of three by three taps an item, or one tap; the warpgroups that multiply; the columns
-    of their products; the channels of a row of x in shared memory."""
+    of their products; the channels of a row of x in shared memory; what two blocks have in common, if anything: PAIR_X the
+    x of filters of their own, PAIR_SUMS an item, whose sums they add up."""
 
     window: bool
     consumers: int
     columns: int
     cb: int
+    pair: int = 0
 
     @property
     def filters(self) -> int:
         """Of an item."""
-        return 64 if self.window else 64 * self.consumers
+        return 64 * self.dy_chunks * self.sharers
+
+    @property
+    def sharers(self) -> int:
+        """Blocks that share x."""
+        return 2 if self.pair == PAIR_X else 1
 
     @property
     def channels(self) -> int:
@@ -57,49 +68,59 @@ class Form(NamedTuple):
 
     @property
     def dy_chunks(self) -> int:
-        return self.filters // 64
+        return 1 if self.window else self.consumers
 
     @property
-    def sums_bytes(self) -> int:
-        """What a block of a cluster shows the others: its products' sums and those of dy."""
-        return 4 * (64 * self.consumers * self.columns + self.filters)
+    def taps(self) -> int:
+        """Filter rows, and columns, of an item."""
+        return WINDOW_TAPS if self.window else 1
 
-    def kernel(self, cluster: int) -> Kernel:
-        names = ("WINDOW", "CONSUMERS", "COLUMNS", "CB", "CLUSTER")
-        return Kernel(SOURCE, "conv_wgrad_sm90", tuple(zip(names, (int(self.window), *self[1:], cluster), strict=True)))
+    @property
+    def sums(self) -> int:
+        """Products' sums of a block, also those that hang over."""
+        return 64 * self.consumers * self.columns
+
+    @property
+    def slot_size(self) -> int:
+        """Floats of a block's place for partial sums: the products', and dy's."""
+        return self.sums + 64 * self.dy_chunks
+
+    @property
+    def kernel(self) -> Kernel:
+        names = ("WINDOW", "CONSUMERS", "COLUMNS", "CB", "PAIR")
+        return Kernel(SOURCE, "conv_wgrad_sm90", tuple(zip(names, (int(self.window), *self[1:]), strict=True)))
 
 
 FORMS = (
     Form(True, 3, 192, 64),
     Form(True, 3, 96, 32),
-    *(Form(False, consumers, columns, 64) for consumers in (1, 2) for columns in (64, 128, 256)),
+    *(Form(False, consumers, columns, 64) for consumers in (1, 2) for columns in (64, 128, 192, 256)),
     *(Form(False, consumers, 32, 32) for consumers in (1, 2)),
+    *(Form(False, 2, columns, 64, PAIR_X) for columns in (128, 256)),
+    Form(True, 3, 192, 64, PAIR_SUMS),
+    Form(True, 3, 96, 32, PAIR_SUMS),
+    *(Form(False, *sizes, 64, PAIR_SUMS) for sizes in ((2, 256), (2, 64), (1, 256))),
 )
-CLUSTERS = (1, 2)  # of four and eight blocks the 128 of a wave were not all there at once on an H200: twice the time
 SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sm90_sum")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a problem: a kernel, its tile of output pixels (width, height, images), the runs of tiles that the
-    reduction is cut into, how many of them a cluster of blocks adds up, and the stages of the ring."""
+    """A way to run a problem: a kernel, its tile of output pixels (width, height, images), how many tiles a block takes of
+    all items' (`conv_wgrad_sm90.cu` tells of the line), the stages of the ring, and whether an item begins with a block."""
 
     form: Form
     tile: tuple[int, int, int]
-    splits: int
+    share: int
     stages: int
-    cluster: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Of partial sums; one: the result."""
-        return self.splits // self.cluster
+    aligned: bool = False
 
     def __str__(self) -> str:
         kind = "window" if self.form.window else "tap"
-        size = f"{self.form.filters}x{self.form.channels}"
-        splits = f"{self.rows}x{self.cluster}" if self.cluster > 1 else str(self.splits)
-        return f"{kind} {size} {'x'.join(map(str, self.tile))} in {splits} {self.stages}"
+        pair = "2x" if self.form.pair == PAIR_X else ""
+        size = f"{pair}{self.form.filters // self.form.sharers}x{self.form.channels}"
+        share = f"{'in' if self.aligned else 'by'} {'2x' if self.form.pair == PAIR_SUMS else ''}{self.share}"
+        return f"{kind} {size} {'x'.join(map(str, self.tile))} {share} {self.stages}"
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -129,10 +150,9 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """dy unpooled where there is a pool, and the rows of partial sums where there are several."""
+    """dy unpooled where there is a pool, and the partial sums of the blocks where items do not begin and end with them."""
     op, conv = _conv(op, inputs[0], outputs[0])
-    rows = (variant or _ranked(conv, op.bias, device)[0]).rows
-    return _partial_offset(conv) + (4 * rows * _row_size(conv, op.bias) if rows > 1 else 0)
+    return _partial_offset(conv) + _line(conv, op.bias, variant or _ranked(conv, op.bias, device)[0]).partial_bytes
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
@@ -149,52 +169,55 @@ def cost_us(call: Call, device: Device) -> float:
     """
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
     variant = _ranked(conv, op.bias, device)[0]
-    form, (w, h, n), taps = variant.form, variant.tile, WINDOW_TAPS if variant.form.window else 1
-    p, q = _outputs(conv)
-    items = ceil(conv.k / form.filters) * ceil(conv.c / form.channels) * ceil(conv.r / taps) * ceil(conv.s / taps)
-    tiles = ceil(items * ceil(q / w) * ceil(p / h) * ceil(conv.n / n) / device.sm_count)
+    form, stage = variant.form, _Stage.of(conv, variant.form, variant.tile)
+    tiles = min(variant.share, _line(conv, op.bias, variant).tiles)
     result = 1.5 + 0.87 * _cycles(conv, op.bias, variant, device) / CYCLES_PER_US + 3.0 * (conv.pool is not None)
     if conv.c < 64:
-        pixels = (w + taps - 1) * (h + taps - 1) * n
-        skipped = conv.stride[0] * conv.stride[1] - 1
-        result += (0.0007 + 0.0006 * skipped) * tiles * form.x_chunks * pixels
+        skipped = 0 if form.window else conv.stride[0] * conv.stride[1] - 1
+        pixels = form.x_chunks * stage.x_box_bytes / (2 * form.cb)
+        result += (0.0007 + 0.0006 * skipped) * tiles * pixels
     if conv.k < 64:
-        result += 0.0019 * tiles * form.dy_chunks * w * h * n
+        result += 0.0019 * tiles * form.dy_chunks * stage.dy_box_bytes / 128
     return result
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """Unpools dy where there is a pool, multiplies, and adds the rows of sums where there are several; `variant` forces one
-    of `candidates`."""
+    """Unpools dy where there is a pool, multiplies, and adds up the sums of items that several blocks have; `variant` forces
+    one of `candidates`."""
     op, conv = _conv(call.op, call.inputs[0].spec, call.outputs[0].spec)
     chosen = variant or _ranked(conv, op.bias, device)[0]
+    line = _line(conv, op.bias, chosen)
     x, dy = call.inputs[:2]
-    dw, db = call.outputs[0], call.outputs[1] if op.bias else None
     result = []
     if conv.pool:
         error = _workspace(call)
         result.append(unpool(dy, call.inputs[2] if conv.pool == "max" else None, error))
         dy = error
-    row_size, partial = _row_size(conv, op.bias), None
-    if chosen.rows > 1:
-        partial = Pointer(_workspace(call), _partial_offset(conv), 4 * chosen.rows * row_size)
-    result.append(_product(conv, chosen, row_size, x, dy, (dw, db, partial)))
+    partial = Pointer(_workspace(call), _partial_offset(conv), line.partial_bytes) if line.partial_bytes else None
+    gradients = (call.outputs[0], call.outputs[1] if op.bias else None, partial)
+    result.append(_product(conv, chosen, line, x, dy, gradients))
     if partial:
-        result.append(_sum(conv, chosen.rows, row_size, (partial, dw, db)))
+        result.append(_sum(chosen.form, line, gradients))
     return result
 
 
 def fit(
-    conv: Conv, form: Form, tile: tuple[int, int, int], splits: int, device: Device, cluster: int = 1
+    conv: Conv, bias: bool, form: Form, tile: tuple[int, int, int], device: Device, share: int | None = None
 ) -> Variant | None:
-    """The variant with as many stages as shared memory holds; None where there is no room for two."""
+    """The variant with as many stages as shared memory holds, by default with a share for each multiprocessor; None where
+    there is no room for two stages, or too many tiles, or a pair adds up an item that has not all taps."""
     stages = (device.shared_bytes_per_block - BARRIER_BYTES) // _Stage.of(conv, form, tile).nbytes
-    return Variant(form, tile, splits, min(MAX_STAGES, stages), cluster) if stages >= 2 else None
+    line, adds = _Line.of(conv, form, tile, bias, 1), form.pair == PAIR_SUMS
+    tiles = line.tiles
+    pairs_of_rows = form.window and tile[0] == WINDOW_WIDTH and tile[2] == 1  # whose steps take two
+    if stages < 2 or tiles >= MOST_TILES or (pairs_of_rows and tile[1] % 2) or (adds and not line.taps_alone):
+        return None
+    return Variant(form, tile, share or ceil(tiles / (device.sm_count // form.sharers)), min(MAX_STAGES, stages), adds)
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for `conv_unpool`'s."""
-    yield from (form.kernel(cluster) for form in FORMS for cluster in CLUSTERS)
+    yield from (form.kernel for form in FORMS)
     yield SUM_KERNEL
 
 
@@ -215,73 +238,82 @@ def _outputs(conv: Conv) -> tuple[int, int]:
     return (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
 
 
-def _row_size(conv: Conv, bias: bool) -> int:
-    """Floats of a split's sums: dw, then db."""
-    return conv.k * (conv.taps_c + bias)
-
-
 def _partial_offset(conv: Conv) -> int:
     return _round_up(2 * conv.rows * conv.k, _ALIGNMENT) if conv.pool else 0
 
 
 def _product(
-    conv: Conv, variant: Variant, row_size: int, x: Slot, dy: Slot, outputs: tuple[Slot, Slot | None, Pointer | None]
+    conv: Conv, variant: Variant, line: _Line, x: Slot, dy: Slot, gradients: tuple[Slot, Slot | None, Pointer | None]
 ) -> Launch:
-    form, (w, h, n) = variant.form, variant.tile
+    form, n = variant.form, variant.tile[2]
     stage = _Stage.of(conv, form, variant.tile)
-    columns, rows, images = _tiles(conv, variant.tile)
-    grid = _items(conv, form)
-    items = grid[0] * grid[1] * grid[2] * grid[3]
     swizzle = 1 if form.cb == 64 else 2
-    numbers = (
-        conv.k, conv.r, conv.s, conv.c, *conv.stride, *conv.pad, *conv.dilation,
-        n, h, w, columns * rows * images, variant.splits,
-        conv.k * conv.taps_c, row_size, w * h * n // STEP_PIXELS,
-    )  # fmt: skip
     descriptors = (
         stage.x_group_bytes >> 4 | swizzle << 30, stage.x_leading_bytes, stage.x_step_bytes >> 4,
         stage.dy_group_bytes >> 4 | 1 << 30, stage.dy_step_bytes >> 4,
     )  # fmt: skip
-    sizes = (stage.x_chunk_bytes, stage.dy_chunk_bytes, stage.load_bytes, stage.nbytes, variant.stages)
-    divisors = (columns, rows, items, grid[3], grid[2], grid[1])
+    sizes = (
+        stage.x_row_bytes, stage.x_box_bytes, stage.dy_box_bytes,
+        stage.x_chunk_bytes, stage.dy_chunk_bytes, stage.load_bytes, stage.nbytes, variant.stages,
+    )  # fmt: skip
     problem = Struct(
         (
-            *(np.int32(v) for v in numbers),
+            line.argument(),
+            *(np.int32(v) for v in (n, line.places, form.slot_size, stage.steps)),
             *(np.uint32(v) for v in descriptors),
             *(np.int32(v) for v in sizes),
-            *(fast_div(d) for d in divisors),
+            fast_div(line.blocks_each),
         )
     )
-    args: tuple[Argument, ...] = (_x_map(x, conv, variant), _dy_map(dy, conv, variant), *outputs, problem)
-    threads = 128 * (form.consumers + 1)
+    args: tuple[Argument, ...] = (_x_map(x, conv, variant), _dy_map(dy, conv, variant), *gradients, problem)
     shared_bytes = variant.stages * stage.nbytes + BARRIER_BYTES
-    if variant.cluster > 1:
-        shared_bytes = max(shared_bytes, form.sums_bytes)
-    return Launch(form.kernel(variant.cluster), (items * variant.splits, 1, 1), (threads, 1, 1), args, shared_bytes)
+    if form.pair == PAIR_SUMS:
+        shared_bytes = max(shared_bytes, 2 * form.sums + 4 * form.filters)  # half the sums, and dy's
+    return Launch(
+        form.kernel, (line.blocks * form.sharers, 1, 1), (128 * (form.consumers + 1), 1, 1), args, shared_bytes
+    )
 
 
-def _sum(conv: Conv, rows: int, row_size: int, places: tuple[Pointer, Slot, Slot | None]) -> Launch:
-    """Few rows are added by one thread each element, more by several."""
+def _sum(form: Form, line: _Line, gradients: tuple[Slot, Slot | None, Pointer | None]) -> Launch:
+    """Few blocks' sums are added by one thread each element, more by several."""
     parts = 1
-    while parts < _MOST_PARTS and rows > 8 * parts:
+    while parts < _MOST_PARTS and line.most_blocks > 8 * parts:
         parts *= 2
     threads = _SUM_THREADS // parts
-    sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(rows))
-    return Launch(SUM_KERNEL, (ceil(row_size / (4 * threads)), 1, 1), (threads, parts, 1), (*places, *sizes))
+    chunks = ceil((form.slot_size if gradients[1] else form.sums) / (4 * threads))
+    rows, columns = (ceil(axis.taps / form.taps) for axis in (line.rows, line.columns))
+    sizes = (int(form.window), form.cb, form.slot_size, form.sums // 4, form.sharers)
+    divisors = (fast_div(d) for d in (128 * form.consumers, chunks, rows, columns))
+    problem = Struct((line.argument(), *(np.int32(v) for v in sizes), *divisors))
+    dw, db, partial = gradients
+    return Launch(
+        SUM_KERNEL, (line.items * form.sharers * chunks, 1, 1), (threads, parts, 1), (partial, dw, db, problem)
+    )
 
 
 def _x_map(x: Slot, conv: Conv, variant: Variant) -> TensorMap:
     cb, (w, h, n) = variant.form.cb, variant.tile
     dims = (conv.c, conv.w, conv.h, conv.n)
     if variant.form.window:
-        return image_map(x, dims, (cb, w + WINDOW_TAPS - 1, h + WINDOW_TAPS - 1, n), (), cb)
+        return image_map(x, dims, (cb, _pitches(conv, w)[0], h + WINDOW_TAPS - 1, n), (), cb)
     stride_h, stride_w = conv.stride
     return image_map(x, dims, (cb, w * stride_w, h * stride_h, n), (1, stride_w, stride_h, 1), cb)
 
 
 def _dy_map(dy: Slot, conv: Conv, variant: Variant) -> TensorMap:
     p, q = _outputs(conv)
-    return image_map(dy, (conv.k, q, p, conv.n), (64, *variant.tile), (), 64)
+    w, h, n = variant.tile
+    width = _pitches(conv, w)[1] if variant.form.window else w
+    return image_map(dy, (conv.k, q, p, conv.n), (64, width, h, n), (), 64)
+
+
+def _pitches(conv: Conv, width: int) -> tuple[int, int]:
+    """Pixels from row to row of a window's tile: of x, of dy. The same where a tile is a line of pixels."""
+    if width == WINDOW_WIDTH:
+        return width + WINDOW_TAPS - 1, width
+    pad = conv.pad[1]
+    between = conv.s <= WINDOW_TAPS and pad >= 1 and width + 1 - pad >= conv.w  # padding on both sides: a zero for both
+    return (width + 1,) * 2 if between else (width + WINDOW_TAPS - 1,) * 2
 
 
 class _Stage(NamedTuple):
@@ -292,43 +324,189 @@ class _Stage(NamedTuple):
     x_step_bytes: int
     dy_group_bytes: int
     dy_step_bytes: int
+    x_row_bytes: int
+    x_box_bytes: int
+    dy_box_bytes: int
     x_chunk_bytes: int
     dy_chunk_bytes: int
     load_bytes: int
     nbytes: int
+    steps: int
 
     @classmethod
     def of(cls, conv: Conv, form: Form, tile: tuple[int, int, int]) -> _Stage:
         w, h, n = tile
-        x_row, dy_row = 2 * form.cb, 128  # of a pixel
-        dy_chunk = w * h * n * dy_row
+        x_pixel, dy_pixel = 2 * form.cb, 128
+        x_group, x_step, dy_group, dy_step = 8 * x_pixel, STEP_PIXELS * x_pixel, 8 * dy_pixel, STEP_PIXELS * dy_pixel
         if form.window:
-            pitch = (w + WINDOW_TAPS - 1) * x_row
-            image = (h + WINDOW_TAPS - 1) * pitch
-            x_box, x_leading = n * image, x_row
-            # Sixteen pixels are two rows of an image, or a row of two images.
-            x_group, x_step = (pitch, 2 * pitch) if n == 1 else (image, pitch)
-            dy_group, dy_step = (w * dy_row, 2 * w * dy_row) if n == 1 else (h * w * dy_row, w * dy_row)
+            x_pitch, dy_pitch = _pitches(conv, w)
+            row, image = x_pitch * x_pixel, (h + WINDOW_TAPS - 1) * x_pitch * x_pixel
+            x_box, dy_box, x_leading = n * image, n * h * dy_pitch * dy_pixel, x_pixel
+            steps = ceil(n * h * dy_pitch / STEP_PIXELS)
+            last = steps * STEP_PIXELS + (WINDOW_TAPS - 1) * (x_pitch + 1)  # pixel of x that is read, of a line
+            if w != WINDOW_WIDTH:
+                x_chunk, dy_chunk = max(x_box, last * x_pixel), steps * dy_step
+            else:
+                x_chunk, dy_chunk = x_box, dy_box
+                # Sixteen pixels are two rows of an image, or a row of two images.
+                x_group, x_step = (row, 2 * row) if n == 1 else (image, row)
+                if n == 2:
+                    dy_group, dy_step = h * w * dy_pixel, w * dy_pixel
         else:
-            x_box = w * h * n * x_row
-            x_leading, x_group, x_step = x_box, 8 * x_row, STEP_PIXELS * x_row
-            dy_group, dy_step = 8 * dy_row, STEP_PIXELS * dy_row
-        x_chunk = _round_up(x_box, 1024)
-        loads = form.x_chunks * x_box + form.dy_chunks * dy_chunk
+            row, steps = 0, w * h * n // STEP_PIXELS
+            x_box = x_leading = x_chunk = w * h * n * x_pixel
+            dy_box = dy_chunk = w * h * n * dy_pixel
+        x_chunk, dy_chunk = _round_up(x_chunk, 1024), _round_up(dy_chunk, 1024)
+        loads = form.x_chunks * x_box + form.dy_chunks * dy_box
         nbytes = form.x_chunks * x_chunk + form.dy_chunks * dy_chunk
-        return cls(x_group, x_leading, x_step, dy_group, dy_step, x_chunk, dy_chunk, loads, nbytes)
+        ways = (x_group, x_leading, x_step, dy_group, dy_step)
+        return cls(*ways, row, x_box, dy_box, x_chunk, dy_chunk, loads, nbytes, steps)
 
 
-def _tiles(conv: Conv, tile: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Tiles along the width, the height and the images."""
-    p, q = _outputs(conv)
-    return ceil(q / tile[0]), ceil(p / tile[1]), ceil(conv.n / tile[2])
+class _Axis(NamedTuple):
+    """Filter rows, or columns: `Axis` of the .cu. `whole`: the tap that takes all outputs, or _TAPS_WHOLE."""
+
+    size: int
+    out: int
+    tile: int
+    pad: int
+    stride: int
+    dilation: int
+    taps: int
+    taps_per_item: int
+    whole: int
+    tiles: int  # along all outputs
+    all_tiles: int  # of all taps together
+    longest: int  # of a tap
+
+    @classmethod
+    def of(cls, conv: Conv, axis: int, form: Form, tile: int, bias: bool) -> _Axis:
+        """Of the rows (0) or columns (1)."""
+        size, taps = ((conv.h, conv.r), (conv.w, conv.s))[axis]
+        pad, stride, dilation = conv.pad[axis], conv.stride[axis], conv.dilation[axis]
+        middle = min(max(pad // dilation, 0), taps - 1)  # of an ordinary filter it reaches all outputs anyway
+        whole = _TAPS_WHOLE if form.window else middle if bias else _NO_TAP
+        return _axis(size, _outputs(conv)[axis], tile, pad, stride, dilation, taps, form.taps, whole)
+
+    def argument(self) -> Struct:
+        return Struct((*(np.int32(v) for v in self[:-1]), fast_div(self.stride), fast_div(self.tile)))
 
 
-def _items(conv: Conv, form: Form) -> tuple[int, int, int, int]:
-    """Items along the filters, the channels, the filter's rows and its columns."""
-    taps = WINDOW_TAPS if form.window else 1
-    return ceil(conv.k / form.filters), ceil(conv.c / form.channels), ceil(conv.r / taps), ceil(conv.s / taps)
+@lru_cache(maxsize=4096)
+def _axis(
+    size: int, out: int, tile: int, pad: int, stride: int, dilation: int, taps: int, taps_per_item: int, whole: int
+) -> _Axis:
+    def span(tap: int) -> int:
+        """Twin of `span_of`: tiles along the outputs that the tap reaches."""
+        if whole in (tap, _TAPS_WHOLE):
+            return ceil(out / tile)
+        shift = pad - tap * dilation
+        first = min(ceil(max(shift, 0) / stride), out - 1)
+        end = min(max(shift + size - 1, 0) // stride + 1, out)
+        return ceil(max(end - first, 1) / tile)
+
+    spans = [span(tap) for tap in range(0, taps, taps_per_item)]
+    numbers = (size, out, tile, pad, stride, dilation, taps, taps_per_item, whole)
+    return _Axis(*numbers, ceil(out / tile), sum(spans), max(spans))
+
+
+def _line(conv: Conv, bias: bool, variant: Variant) -> _Line:
+    return _Line.of(conv, variant.form, variant.tile, bias, variant.share, variant.aligned)
+
+
+class _Line(NamedTuple):
+    """The tiles of all items one after the other, as blocks share them: `Items` of the .cu."""
+
+    rows: _Axis
+    columns: _Axis
+    c: int
+    k: int
+    form: Form
+    image_tiles: int
+    share: int
+    aligned: bool
+
+    @classmethod
+    def of(
+        cls, conv: Conv, form: Form, tile: tuple[int, int, int], bias: bool, share: int, aligned: bool = False
+    ) -> _Line:
+        w, h, n = tile
+        rows, columns = (_Axis.of(conv, axis, form, size, bias) for axis, size in enumerate((h, w)))
+        return cls(rows, columns, conv.c, conv.k, form, ceil(conv.n / n), share, aligned)
+
+    @property
+    def tiles_each(self) -> int:
+        """Of the items of the same filters and channels."""
+        return self.rows.all_tiles * self.columns.all_tiles * self.image_tiles
+
+    @property
+    def pitch(self) -> int:
+        """From the first tile of filters and channels to that of the next."""
+        return _round_up(self.tiles_each, self.reach) if self.aligned else self.tiles_each
+
+    @property
+    def reach(self) -> int:
+        """Tiles whose sums have one place."""
+        return self.share * (2 if self.form.pair == PAIR_SUMS else 1)
+
+    @property
+    def places(self) -> int:
+        """Of an item's sums, where each begins with a block; else 0."""
+        return self.pitch // self.reach if self.aligned else 0
+
+    @property
+    def taps_alone(self) -> bool:
+        """Whether an item has all taps."""
+        return max(self.rows.taps, self.columns.taps) <= self.form.taps
+
+    @property
+    def blocks_each(self) -> int:
+        """Of filters and channels, which have all taps each."""
+        return ceil(self.k / self.form.filters) * ceil(self.c / self.form.channels)
+
+    @property
+    def items(self) -> int:
+        return self.blocks_each * ceil(self.rows.taps / self.form.taps) * ceil(self.columns.taps / self.form.taps)
+
+    @property
+    def tiles(self) -> int:
+        return self.blocks_each * self.pitch
+
+    @property
+    def blocks(self) -> int:
+        """That share the tiles, or pairs of them that share x."""
+        return ceil(self.tiles / self.share)
+
+    @property
+    def longest(self) -> int:
+        """Tiles of the longest item."""
+        return self.rows.longest * self.columns.longest * self.image_tiles
+
+    @property
+    def alike(self) -> bool:
+        """Whether all items have as many tiles."""
+        return self.longest * self.items == self.blocks_each * self.tiles_each
+
+    @property
+    def most_blocks(self) -> int:
+        """That may have a part of an item."""
+        return min(self.blocks, ceil((self.longest - 1) / self.reach) + 1)
+
+    @property
+    def partial_bytes(self) -> int:
+        """0 where each item lies in one block, or pair of them."""
+        if self.blocks == 1 or self.share % (self.longest if self.alike else self.tiles_each) == 0:
+            return 0
+        if self.aligned and self.reach >= self.tiles_each:
+            return 0
+        return 4 * ceil(self.tiles / self.reach) * self.form.sharers * self.form.slot_size
+
+    def argument(self) -> Struct:
+        form, c_blocks = self.form, ceil(self.c / self.form.channels)
+        most = self.tiles_each if self.aligned else MOST_TILES
+        numbers = (self.c, self.k, form.filters, form.channels, self.image_tiles, self.share, self.tiles, most)
+        divisors = (fast_div(d) for d in (self.reach, self.pitch, c_blocks))
+        return Struct((self.rows.argument(), self.columns.argument(), *(np.int32(v) for v in numbers), *divisors))
 
 
 @lru_cache(maxsize=1024)
@@ -336,25 +514,32 @@ def _ranked(conv: Conv, bias: bool, device: Device) -> tuple[Variant, ...]:
     """The best variants of each kernel by `_cycles`, best first."""
     costs: dict[Variant, float] = {}
     for form in FORMS:
-        shapes = list(_shapes(conv, form))
-        # Clusters of one tap of several took up to half as long again on an H200, without any gain in traffic.
-        for cluster in CLUSTERS if form.window or conv.r * conv.s == 1 else (1,):
-            own: dict[Variant, float] = {}
-            for tile in shapes:
-                for splits in _splits(conv, form, tile, device, cluster):
-                    variant = fit(conv, form, tile, splits, device, cluster)
-                    if variant:
-                        own[variant] = _cycles(conv, bias, variant, device)
-            costs |= {v: own[v] for v in sorted(own, key=own.__getitem__)[:2]}
+        own: dict[Variant, float] = {}
+        for tile in _shapes(conv, form):
+            own |= {v: _cycles(conv, bias, v, device) for v in _shares(conv, bias, form, tile, device)}
+        costs |= {v: own[v] for v in sorted(own, key=own.__getitem__)[:2]}
     return tuple(sorted(costs, key=costs.__getitem__)[:MOST_CANDIDATES])
 
 
-def _splits(conv: Conv, form: Form, tile: tuple[int, int, int], device: Device, cluster: int) -> set[int]:
-    """None, and those that fill a wave of blocks or a few, in whole clusters; none of the splits is empty."""
-    k, c, r, s = _items(conv, form)
-    x, y, z = _tiles(conv, tile)
-    waves = {min(device.sm_count * wave // (k * c * r * s), x * y * z) for wave in (1, 2, 3)}
-    return {1} | {max(1, splits) for splits in waves} if cluster == 1 else {v // cluster * cluster for v in waves} - {0}
+def _shares(conv: Conv, bias: bool, form: Form, tile: tuple[int, int, int], device: Device) -> Iterator[Variant]:
+    """A block for each multiprocessor, or fewer of whole items or whole parts of items, so that less is to be added."""
+    even = fit(conv, bias, form, tile, device)
+    if not even:
+        return
+    line = _line(conv, bias, even)
+    most = device.sm_count // form.sharers
+    if line.taps_alone and line.blocks_each <= most:
+        least = 2 if form.pair == PAIR_SUMS else 1
+        for parts in {most // line.blocks_each // least * least, max(least, most // line.blocks_each // 2), least}:
+            if 0 < parts <= line.tiles_each:
+                yield replace(even, share=ceil(line.tiles_each / parts), aligned=True)
+    if form.pair == PAIR_SUMS:
+        return
+    yield even
+    if line.alike and even.share >= line.longest:
+        yield replace(even, share=_round_up(even.share, line.longest))
+    if 2 * even.share <= line.tiles:
+        yield replace(even, share=2 * even.share)
 
 
 def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
@@ -370,8 +555,10 @@ def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
             yield WINDOW_WIDTH, _round_up(h, 2), 1
             if conv.n > 1 and h <= 16:
                 yield WINDOW_WIDTH, h, 2
+        if WINDOW_WIDTH < q <= MAX_BOX - WINDOW_TAPS:
+            yield from ((q, h, 1) for h in sorted(heights) if q * h <= MOST_LINE_PIXELS)
         return
-    if (form.consumers == 2 and conv.k <= 64) or (form.columns > 64 and form.columns // 2 >= conv.c):
+    if (form.filters > 64 and form.filters // 2 >= conv.k) or (form.columns > 64 and form.columns // 2 >= conv.c):
         return
     for w in sorted({ceil(q / parts) for parts in range(1, q + 1)} | {8, 16}):
         for h in sorted({ceil(p / parts) for parts in range(1, p + 1)}):
@@ -387,26 +574,28 @@ def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
 def _cycles(conv: Conv, bias: bool, variant: Variant, device: Device) -> float:
     """Estimated clock cycles of the call: its busiest SM's, or memory's (about 2400 bytes a cycle), and the sum's.
 
-    A product m64nNk16 takes N/2 cycles; L2 brings about 40 bytes a cycle to an SM (as `conv_sm90_tiles.Work` has it).
+    A product m64nNk16 takes N/2 cycles; L2 brings about 42 bytes a cycle to an SM (as `conv_sm90_tiles.Work` has it). Fitted
+    to an H200's times.
     """
-    form, (w, h, n) = variant.form, variant.tile
-    stage = _Stage.of(conv, form, variant.tile)
-    product = w * h * n / STEP_PIXELS * form.consumers * form.columns / 2
-    traffic = stage.load_bytes / 40
-    few_stages = 1 + 0.03 * max(0, 4 - variant.stages)
-    tile = 60 + few_stages * (max(product, traffic) + 0.1 * min(product, traffic))
-    x, y, z = _tiles(conv, variant.tile)
-    k, c, r, s = _items(conv, form)
-    blocks = k * c * r * s * variant.splits
-    busiest = ceil(blocks / device.sm_count) * (3500 + ceil(x * y * z / variant.splits) * tile)
+    form, pair = variant.form, variant.form.pair
+    stage, line = _Stage.of(conv, form, variant.tile), _line(conv, bias, variant)
+    product = 1.08 * stage.steps * form.consumers * form.columns / 2
+    shared = form.x_chunks * stage.x_box_bytes / 2 if pair == PAIR_X else 0.0  # what the other block copies
+    traffic = (stage.load_bytes - shared) / 42
+    ahead = (variant.stages - 1) * stage.nbytes / 1024  # KB
+    few_stages = 1 + 0.0012 * max(0.0, 128 - ahead)
+    tile = 58 + few_stages * (max(product, traffic) + 0.125 * min(product, traffic)) + (30 if pair == PAIR_X else 0)
+    share = min(variant.share, line.tiles_each if variant.aligned else line.tiles)
+    items = 1 if variant.aligned else ceil(share / line.longest)  # that a block has something of
+    waves = ceil(line.blocks * form.sharers / device.sm_count)
+    busiest = waves * (4500 + items * form.sums / 7 + share * tile)
+    if pair == PAIR_SUMS:
+        busiest += 160 + form.sums / 26
     p, q = _outputs(conv)
     pixels = min(conv.h, p * conv.r) * min(conv.w, q * conv.s)  # of x that are read
-    memory = 2 * conv.n * (pixels * conv.c + p * q * conv.k) / 2400
-    row_bytes = 4 * _row_size(conv, bias)
-    total = 2100 + 2 * variant.rows * row_bytes / 2400 if variant.rows > 1 else 0.0
-    if variant.cluster > 1:
-        total += 800 + form.sums_bytes / 30
-    return max(busiest, memory) + 0.1 * min(busiest, memory) + total
+    memory = 2 * conv.n * (pixels * conv.c + p * q * conv.k) / (2400 if variant.aligned else 2150)
+    total = 200 + 2 * (line.partial_bytes + 4 * conv.k * conv.taps_c) / 3000 if line.partial_bytes else 0.0
+    return max(busiest, memory) + 0.2 * min(busiest, memory) + total
 
 
 def _round_up(value: int, multiple: int) -> int:
