@@ -289,7 +289,8 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
                 const Divisor by_rows(item.rows.tiles), by_columns(item.columns.tiles);
                 for (const int last = min(item.begin + item.tiles, end); at < last; ++at, ring.next(g.stages)) {
                     int column, row;
-                    const int n = by_rows.divide(by_columns.divide(PAIR == PAIR_SUMS || g.places ? at - item.begin : walk.tile(at - begin), column), row) * g.tile_n;
+                    const int tile = PAIR == PAIR_SUMS || g.places ? at - item.begin : walk.tile(at - begin);
+                    const int n = by_rows.divide(by_columns.divide(tile, column), row) * g.tile_n;
                     const int q = item.columns.first + column * columns.tile, p = item.rows.first + row * rows.tile;
                     const int w = q * columns.stride - columns.pad + item.s * columns.dilation;
                     const int h = p * rows.stride - rows.pad + item.r * rows.dilation;

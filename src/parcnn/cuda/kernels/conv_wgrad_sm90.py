@@ -119,7 +119,7 @@ class Variant:
         kind = "window" if self.form.window else "tap"
         pair = "2x" if self.form.pair == PAIR_X else ""
         size = f"{pair}{self.form.filters // self.form.sharers}x{self.form.channels}"
-        share = f"{'in' if self.aligned else 'by'} {'2x' if self.form.pair == PAIR_SUMS else ''}{self.share}"
+        share = f"{'parts of' if self.aligned else 'by'} {'2x' if self.form.pair == PAIR_SUMS else ''}{self.share}"
         return f"{kind} {size} {'x'.join(map(str, self.tile))} {share} {self.stages}"
 
 
