@@ -14,13 +14,12 @@
 
 // Turns after which thread 0 looks whether all warps are done with a stage: at once it would wait for the slowest, and all for it.
 #define LAG 2
-#define NO_TURN -2
 
 // The thread's part in the rows of a block.
 template <bool Mirror>
 __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y, const ELEMENT *w, const float *bias, const Rows &g) {
     __shared__ u64 barriers[2 * MOST_STAGES];
-    __shared__ int ended[MOST_STAGES];  // the row of all images' outputs that lies in a stage; -1: none; NO_TURN: nor has it had a turn
+    __shared__ int ended[MOST_STAGES];  // the row of all images' outputs that lies in a stage, or -1
     __shared__ int end;
     __shared__ Feed feed;
     RING_MEMORY(ring_memory);
@@ -28,12 +27,12 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
     const Share share = share_of(blockIdx.x, g);
     if (thread == 0) {
         prefetch(x), prefetch(y);
-        for (int i = 0; i < g.stages; ++i) ended[i] = NO_TURN;
+        for (int i = 0; i < g.stages; ++i) ended[i] = -1;
         end = share.end;
     }
     Stages stages(ring_memory, barriers, g.stages);
     await_predecessors();
-    if (thread == 0) feed = feed_first<false>(g.stages, share, x, y, stages, g);
+    if (thread == 0) feed = feed_first<false>(g.stages - LAG - 1, share, x, y, stages, g);
 
     const int channel = share.channel + threadIdx.x * VEC, pitch = blockDim.x * VEC;
     const int own_x = ((threadIdx.z * (blockDim.y * COLUMNS + FILTER - 1) + threadIdx.y * COLUMNS) * blockDim.x + threadIdx.x) * VEC;
@@ -46,7 +45,7 @@ __device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y
     auto serve = [&]() {
         const int past = stages.wait_past<LAG>(g.stages);
         store_wait<0>();
-        if (ended[(past ? past : g.stages) - 1] != NO_TURN) feed_row<false>(feed, x, y, stages, g);
+        feed_row<false>(feed, x, y, stages, g);
         if (ended[past] < 0) return;
         int row;
         const int images = divide(ended[past], g.by_p, row);

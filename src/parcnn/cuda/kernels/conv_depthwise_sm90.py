@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, gcd
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +45,7 @@ FORMS = (Form(4, 4, 512), Form(2, 7, 512), Form(4, 7, 384))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
 # Forward and input gradients of fewer pixels an image are over before a ring pays: `conv_depthwise` was faster on an H200.
 LEAST_PIXELS = 49
-# A slice's run of channels below which lines of memory are a block's in parts only.
-SHORT_RUN = 48
+LINE_BYTES = 128  # of memory: what blocks have in parts costs more
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ class Variant:
 MEASURED = {
     (112, 112, 32, False): Variant(FORMS[0], 8, 14, 1, 7, 4),
     (56, 56, 96, False): Variant(FORMS[1], 48, 4, 1, 9, 2),
-    (28, 28, 144, False): Variant(FORMS[0], 36, 7, 1, 5, 2),
-    (14, 14, 384, False): Variant(FORMS[1], 48, 2, 2, 9, 2),
+    (28, 28, 144, False): Variant(FORMS[2], 36, 2, 1, 6, 4),
+    (14, 14, 384, False): Variant(FORMS[1], 64, 2, 1, 7, 4),
     (7, 7, 512, False): Variant(FORMS[1], 64, 1, 2, 6, 4),
-    (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 16, 2, 3, 1),
+    (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 5, 2),
     (14, 14, 384, True): Variant(WGRAD_FORMS[3], 96, 2, 2, 4, 1),
@@ -280,11 +279,14 @@ def _cost(walk: Walk, variant: Variant, device: Device) -> float:
     blocks = ceil(own.parts * own.units / device.sm_count)
     issued = (13 * form.vec * form.columns + 80) * warps / 4
     moved = (own.x_bytes + own.y_bytes) / 16
-    if not walk.wgrad:
-        short = own.slices > 1 and variant.lanes * form.vec < SHORT_RUN
-        issued, moved = 0.3 * issued, moved * (1.15 if short else 1.0)
-    uneven = 1 + (0.02 * blocks if walk.wgrad else 0.1 / blocks)
-    return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued + moved) * uneven
+    if walk.wgrad:
+        return (own.count / own.parts + 1.5 * (SIDE - 1)) * blocks * (issued + moved) * (1 + 0.02 * blocks)
+    if own.slices > 1:
+        run_bytes = 2 * variant.lanes * form.vec
+        moved *= 1 + 0.2 * (LINE_BYTES - gcd(run_bytes, LINE_BYTES)) / run_bytes  # lines that a run has in part
+    rows = own.count / own.parts
+    halo = 0 if own.count % own.parts == 0 and rows % walk.p == 0 else SIDE - 1
+    return (rows * (1 + 1 / walk.p) + halo + 2) * blocks * (0.3 * issued + moved) * (1 + 0.1 / blocks)
 
 
 def _shared_bytes(walk: Walk, variant: Variant, own: Cut) -> int:
