@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from parcnn.train import Trainer
 
 
 def create(network: str) -> nn.Module:
-    if network == "mixed":
-        return mixed()
+    if network in ("mixed", "pools"):
+        return {"mixed": mixed, "pools": pools}[network]()
     return models.create(network, in_channels=3 if network == "cifarnet" else 1)
 
 
@@ -60,6 +62,29 @@ def mixed() -> nn.Module:
     return Net()
 
 
+def pools() -> nn.Module:
+    """Pools of all kinds of windows behind activations: alone, and on Hopper in convolutions (the second and the fourth)."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            widths = (3, 24, 32, 64, 64)
+            layers = [nn.Conv2d(c, k, 3, padding=1) for c, k in pairwise(widths)]
+            for i, layer in enumerate(layers):
+                setattr(self, f"conv{i}", layer)
+            self.head = nn.Linear(256, 10)
+
+        def forward(self, x: parcnn.Tensor) -> parcnn.Tensor:
+            f = nn.functional
+            x = f.max_pool2d(f.gelu(self.conv0(x)), 3, 2, 1)
+            x = f.max_pool2d(f.relu(self.conv1(x)), 3, 2)
+            x = f.max_pool2d(f.silu(self.conv2(x)), 2, 1)
+            x = f.max_pool2d(f.tanh(self.conv3(x)), 3)
+            return self.head(x.flatten(1))
+
+    return Net()
+
+
 @pytest.mark.parametrize(("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32))])
 def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
     some = noise(32 * 2 + 7, shape)  # and a tail
@@ -70,8 +95,9 @@ def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape:
     run.session.pull()
 
 
-def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor) -> None:
-    run = Trainer(mixed(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
+@pytest.mark.parametrize("network", [mixed, pools])
+def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callable[[], nn.Module]) -> None:
+    run = Trainer(network(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
     run.fit(noise(40, (3, 32, 32)), 1)
 
 
@@ -96,7 +122,8 @@ def test_it_learns_as_fp32_does(cuda: CudaExecutor) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32)), ("mixed", (3, 32, 32))]
+    ("network", "shape"),
+    [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32)), ("mixed", (3, 32, 32)), ("pools", (3, 32, 32))],
 )
 def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
     losses = {}
