@@ -35,7 +35,14 @@
 #ifndef BITS
 #define BITS 8  // idx is null
 #endif
-#define BLOCKS (BATCHED > 4 || ACT ? 2 : 4)  // on a multiprocessor, at least: enough taps are then under way, and nothing spills
+// Blocks on a multiprocessor, at least: enough taps are then under way, and nothing spills.
+#if BATCHED > 4 || ACT
+#define BLOCKS 2
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define BLOCKS 3
+#else
+#define BLOCKS 4
+#endif
 
 struct Axis {
     int in, out, kernel, stride, pad, dilation;
