@@ -49,6 +49,7 @@ constexpr int CONSUMER_WARPS = ALTERNATE ? 4 : 8;  // that must give a stage bac
 constexpr int ROW_BYTES = CB * 2;
 constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = CHANNELS / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
 constexpr int STAGING_BYTES = (PIXELS * 128 + 1023) / 1024 * 1024;
+constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
 
 // Weights: rows of CB reduction channels for each output channel, or (FLIPPED) rows of 64 output channels.
@@ -193,6 +194,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         bar.init(g);
         prefetch(x), prefetch(w);
     }
+#if POOL == 1 || POOL == 2
+    Pooled *const pooled = reinterpret_cast<Pooled *>(shared + g.barrier_offset + BARRIER_BYTES);
+    list_pooled<PIXELS>(g, pooled);
+#endif
     await_predecessors();
     __syncthreads();
 
@@ -381,7 +386,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 named_barrier(3, 256);
 #if POOL
 #if POOL == 2
-            stage_pooled<PIXELS>(sums, out, !idx, staging, warp, lane);
+            if (idx)
+                stage_pooled<PIXELS, false>(sums, out, staging, warp, lane);
+            else
+                stage_pooled<PIXELS, true>(sums, out, staging, warp, lane);
 #else
             stage_tile<PIXELS>(sums, out, staging, warp, lane);
 #endif
@@ -389,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if POOL == 3
             write_windows(g, t, k, staging, thread, y, idx);
 #else
-            write_pooled<PIXELS, POOL == 2>(g, t, k, staging, thread, y, idx);
+            write_pooled<PIXELS, POOL == 2>(g, t, k, g.floor, staging, pooled, thread, y, idx);
 #endif
             if (!g.own_staging) {
                 fence_async();

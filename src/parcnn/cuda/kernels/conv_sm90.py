@@ -304,7 +304,7 @@ def _product(
         *([] if sizes.pool else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
-    return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.BARRIER_BYTES)
+    return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.fixed_bytes(sizes))
 
 
 def _sum(

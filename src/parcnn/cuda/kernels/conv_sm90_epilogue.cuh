@@ -29,10 +29,9 @@ struct Outputs {
     float bias0, bias1;  // of the thread's two channels
     u32 floor;
 
-    // Pixel j, channels c and c + 8, or channel c, pixels j and j + 1: two sums with their biases, rounded.
-    __device__ __forceinline__ u32 channels(float first, float second) const {
-        return max_bf16x2(round_bf16x2(first + bias0, second + bias1), floor);
-    }
+    // Pixel j, channels c and c + 8, or channel c, pixels j and j + 1: two sums with their biases, rounded. A pool's maximum
+    // sees to the floor.
+    __device__ __forceinline__ u32 channels(float first, float second) const { return round_bf16x2(first + bias0, second + bias1); }
     // Two channels' means of four sums, of a window's pixels.
     __device__ __forceinline__ u32 means(const float *s) const {
         const float mean0 = (above(s[0] + bias0) + above(s[1] + bias0)) + (above(s[4] + bias0) + above(s[5] + bias0));
@@ -41,7 +40,8 @@ struct Outputs {
     }
     __device__ __forceinline__ float above(float v) const { return v <= low_bf16(floor) ? low_bf16(floor) : v; }
     __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
-        return max_bf16x2(round_bf16x2(first + bias, second + bias), floor);
+        const u32 two = round_bf16x2(first + bias, second + bias);
+        return POOL == 1 ? two : max_bf16x2(two, floor);
     }
 };
 
@@ -118,8 +118,107 @@ template <int Pixels> __device__ __forceinline__ void store_partial(const float 
         for (int e = 0; e < 4; ++e) to[j * 512 + (e & 1) * 64 + (e >> 1) * 8] = sums[4 * j + e];
 }
 
-// The best of a pooling window so far, for two channels.
-struct Best {
+// Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of four pooled pixels: values, then (16 bits each)
+// which of the four won, STAGED_VALUE_BYTES behind them. Of a mean there are values alone.
+template <int Pixels> constexpr u32 STAGED_VALUE_BYTES = (Pixels / 16 + 1) / 2 * 1024;
+
+template <int Pixels, bool IsMean>
+__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+    constexpr int Pairs = Pixels / 16;  // of rows; two pairs make one 8x8 matrix
+    int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);
+    u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
+#pragma unroll
+    for (int i = 0; i < Pairs; i += 2) {
+        u32 value[2] = {}, index[2] = {};
+#pragma unroll
+        for (int e = 0; e < 2 && i + e < Pairs; ++e) {
+            const float *s = sums + (i + e) * 8;
+            if (IsMean) {
+                value[e] = out.means(s);
+                continue;
+            }
+            const Best best(out.channels(s[0], s[2]), out.channels(s[1], s[3]), out.channels(s[4], s[6]), out.channels(s[5], s[7]), out.floor);
+            value[e] = best.value, index[e] = best.index;
+        }
+        store_matrices(at + i * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632),
+                       __byte_perm(index[0], index[1], 0x5410), __byte_perm(index[0], index[1], 0x7632));
+    }
+}
+
+// A tile's, in whole rounds of a warpgroup; entries of `Pooled`.
+template <int Pixels> constexpr int POOLED_PIXELS = (Pixels / 4 + 15) / 16 * 16;
+
+// Eight indices, two to a word, as 2 bits each.
+__device__ __forceinline__ u16 pack_indices(uint4 index) {
+    const u32 nibbles = index.x + (index.y << 4) + (index.z << 8) + (index.w << 12);  // of even channels, and of odd ones
+    return (u16)(nibbles | nibbles >> 14);
+}
+
+// A pooled pixel of a tile: where it is in y, from the tile's first on, in elements; its column, row and image there, and the
+// first of its window's pixels in the staged tile, a byte each.
+struct Pooled {
+    u32 to, place;
+};
+
+// The table of a tile's pooled pixels; of those that there are not, the first's.
+template <int Pixels> __device__ __forceinline__ void list_pooled(const Problem &g, Pooled *table) {
+    const int pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, pixel = threadIdx.x;
+    if (pixel >= POOLED_PIXELS<Pixels>) return;
+    int x = 0, row = 0, image = 0;
+    if (pixel < pooled_w * pooled_h * g.tile_n) image = divide(divide(pixel, g.by_pooled_w, x), g.by_pooled_h, row);
+    table[pixel].to = (((u32)image * g.p + row) * g.q + x) * g.k;
+    table[pixel].place = x | row << 8 | image << 16 | ((image * g.tile_h + 2 * row) * g.tile_w + 2 * x) << 24;
+}
+
+// Pool a staged tile (InRegisters: it is already pooled) and write values and indices. y (N,P,Q,K), idx (N,P,Q,K/4).
+template <int Pixels, bool InRegisters>
+__device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, int k, u32 floor, u32 staging, const Pooled *table, int thread,
+                                             u16 *y, u8 *idx) {
+    constexpr int Items = POOLED_PIXELS<Pixels> / 16;  // of a thread: eight channels of a pixel
+    const int chunk = thread & 7, first = thread >> 3, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, channel = k + chunk * 8;
+    const int count = channel < g.k ? pooled_w * pooled_h * g.tile_n : 0, q = t.w / 2, p = t.h / 2;
+    u16 *const to = y + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel);
+    u8 *const idx_to = idx + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel) / 4;
+    Pooled at[Items];
+    bool is_there[Items];
+#pragma unroll
+    for (int i = 0; i < Items; ++i) at[i] = table[first + 16 * i], is_there[i] = first + 16 * i < count;
+    if (q + pooled_w > g.q || p + pooled_h > g.p || t.n + g.tile_n > g.n) {
+#pragma unroll
+        for (int i = 0; i < Items; ++i) {
+            const int x = at[i].place & 255, row = at[i].place >> 8 & 255, image = at[i].place >> 16 & 255;
+            is_there[i] = is_there[i] && q + x < g.q && p + row < g.p && t.n + image < g.n;
+        }
+    }
+    uint4 value[Items], index[Items];
+#pragma unroll
+    for (int i = 0; i < Items; ++i) {
+        if (InRegisters) {
+            const u32 from = chunk_address(staging, first + 16 * i, chunk);
+            value[i] = load_shared16(from), index[i] = load_shared16(from + STAGED_VALUE_BYTES<Pixels>);
+        } else {
+            const int corner = at[i].place >> 24;
+            uint4 v[4];
+#pragma unroll
+            for (int position = 0; position < 4; ++position)
+                v[position] = load_shared16(chunk_address(staging, corner + (position & 1) + (position >> 1) * g.tile_w, chunk));
+            const Best x(v[0].x, v[1].x, v[2].x, v[3].x, floor), y(v[0].y, v[1].y, v[2].y, v[3].y, floor);
+            const Best z(v[0].z, v[1].z, v[2].z, v[3].z, floor), w(v[0].w, v[1].w, v[2].w, v[3].w, floor);
+            value[i] = make_uint4(x.value, y.value, z.value, w.value), index[i] = make_uint4(x.index, y.index, z.index, w.index);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < Items; ++i)
+        if (is_there[i]) store_global16(to + at[i].to, value[i]);
+    if (!idx) return;
+#pragma unroll
+    for (int i = 0; i < Items; ++i)
+        if (is_there[i]) *reinterpret_cast<u16 *>(idx_to + at[i].to / 4) = pack_indices(index[i]);
+}
+
+#if POOL == 3
+// The best of a window so far, for two channels.
+struct Running {
     u32 value, index;
 
     __device__ __forceinline__ void consider(u32 v, u32 position) {
@@ -129,85 +228,6 @@ struct Best {
     }
 };
 
-// Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of four pooled pixels: values, then (16 bits each)
-// which of the four won, STAGED_VALUE_BYTES behind them. Of a mean there are values alone.
-template <int Pixels> constexpr u32 STAGED_VALUE_BYTES = (Pixels / 16 + 1) / 2 * 1024;
-
-template <int Pixels>
-__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, bool is_mean, u32 staging, int warp, int lane) {
-    constexpr int Pairs = Pixels / 16;  // of rows; two pairs make one 8x8 matrix
-    int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);
-    u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
-#pragma unroll
-    for (int i = 0; i < Pairs; i += 2) {
-        Best best[2] = {};
-#pragma unroll
-        for (int e = 0; e < 2 && i + e < Pairs; ++e) {
-            const float *s = sums + (i + e) * 8;
-            if (is_mean) {
-                best[e].value = out.means(s);
-                continue;
-            }
-            best[e] = {out.channels(s[0], s[2]), 0};
-            best[e].consider(out.channels(s[1], s[3]), 1);
-            best[e].consider(out.channels(s[4], s[6]), 2);
-            best[e].consider(out.channels(s[5], s[7]), 3);
-        }
-        store_matrices(at + i * 512, __byte_perm(best[0].value, best[1].value, 0x5410), __byte_perm(best[0].value, best[1].value, 0x7632),
-                       __byte_perm(best[0].index, best[1].index, 0x5410), __byte_perm(best[0].index, best[1].index, 0x7632));
-    }
-}
-
-// Eight indices, two to a word, as 2 bits each.
-__device__ __forceinline__ u16 pack_indices(const u32 (&index)[4]) {
-    u32 packed = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) packed |= ((index[e] | index[e] >> 14) & 0xf) << 4 * e;
-    return (u16)packed;
-}
-
-// Pool a staged tile (InRegisters: it is already pooled) and write values and indices. y (N,P,Q,K), idx (N,P,Q,K/4).
-template <int Pixels, bool InRegisters>
-__device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
-    const int chunk = thread & 7, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2;
-#pragma unroll 2
-    for (int pixel = thread >> 3; pixel < pooled_w * pooled_h * g.tile_n; pixel += 16) {
-        int x, row;
-        int image = divide(divide(pixel, g.by_pooled_w, x), g.by_pooled_h, row);
-        int q = t.w / 2 + x, p = t.h / 2 + row, n = t.n + image;
-        u32 value[4], index[4] = {};
-        if (InRegisters) {
-            u32 at = chunk_address(staging, pixel, chunk);
-            uint4 v = load_shared16(at), i = load_shared16(at + STAGED_VALUE_BYTES<Pixels>);
-            value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-            index[0] = i.x, index[1] = i.y, index[2] = i.z, index[3] = i.w;
-        } else {
-            int corner = (image * g.tile_h + 2 * row) * g.tile_w + 2 * x;
-#pragma unroll
-            for (int position = 0; position < 4; ++position) {
-                uint4 v = load_shared16(chunk_address(staging, corner + (position & 1) + (position >> 1) * g.tile_w, chunk));
-                const u32 candidate[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    if (position == 0) {
-                        value[e] = candidate[e];
-                    } else {
-                        Best best = {value[e], index[e]};
-                        best.consider(candidate[e], position);
-                        value[e] = best.value, index[e] = best.index;
-                    }
-                }
-            }
-        }
-        if (k + chunk * 8 < g.k && q < g.q && p < g.p && n < g.n) {
-            u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
-            *reinterpret_cast<uint4 *>(y + at) = make_uint4(value[0], value[1], value[2], value[3]);
-            if (idx) *reinterpret_cast<u16 *>(idx + at / 4) = pack_indices(index);
-        }
-    }
-}
-
-#if POOL == 3
 // The maxima of a staged tile's windows, and which element won. y (N,P,Q,K), idx (N,P,Q,K/4 or K/2 bytes).
 __device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
     const int chunk = thread & 7, across = g.by_pooled_w.d, down = g.by_pooled_h.d;
@@ -220,7 +240,7 @@ __device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, i
         // What lies inside of the convolution's outputs.
         const int r0 = max(0, -(t.h + top)), r1 = min(g.window_h, g.conv_p - t.h - top);
         const int s0 = max(0, -(t.w + left)), s1 = min(g.window_w, g.conv_q - t.w - left);
-        Best best[4];
+        Running best[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) best[e] = {0xff80ff80u, (u32)(r0 * g.window_w + s0) * 0x10001u};
 #pragma unroll 1
@@ -235,7 +255,7 @@ __device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, i
         const int q = q0 + x, p = p0 + row, n = t.n + image;
         if (k + chunk * 8 >= g.k || q >= g.q || p >= g.p || n >= g.n) continue;
         const u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
-        *reinterpret_cast<uint4 *>(y + at) = make_uint4(best[0].value, best[1].value, best[2].value, best[3].value);
+        store_global16(y + at, make_uint4(best[0].value, best[1].value, best[2].value, best[3].value));
         u32 packed = 0;
 #pragma unroll
         for (int e = 0; e < 4; ++e) {

@@ -14,7 +14,7 @@ from parcnn.cuda.launch import Device
 from parcnn.ops.pool import PoolWindow
 
 MAX_BOX = 256  # of TMA, a dimension
-BARRIER_BYTES = 512
+BARRIER_BYTES, POOLED_BYTES = 512, 512  # with a pool: the list of a tile's pooled pixels, 8 bytes each
 MAX_X_STAGES, MAX_W_STAGES = 8, 12
 # Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step): where a stage
 # serves several taps, and where it serves one, as tiles of any shape then do.
@@ -222,6 +222,11 @@ def computed(window: PoolWindow, p: int, q: int) -> float:
     return min(areas, default=inf) / (p * q)
 
 
+def fixed_bytes(sizes: Sizes) -> int:
+    """Shared memory beside stages and staging."""
+    return BARRIER_BYTES + POOLED_BYTES * (sizes.pool and sizes.window is None)
+
+
 def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     """The variant with as many stages as shared memory holds; None where it does not fit.
 
@@ -250,7 +255,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     weights = groups * blocks * taps * takes.w_stage_bytes
     enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
     for buffers in (0,) if splits > 1 else (2, 1) if own_staging and not sizes.pool else (int(own_staging),):
-        left = device.shared_bytes_per_block - BARRIER_BYTES - 2 * buffers * takes.staging_bytes
+        left = device.shared_bytes_per_block - fixed_bytes(sizes) - 2 * buffers * takes.staging_bytes
         resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
         if resident_stages >= max(enough, x_stages):
             return Variant(serves, tile, channels, True, buffers, x_stages or resident_stages, 1, shared, splits)
@@ -545,16 +550,17 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128), Shape("tap", (1, 1, 256), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
-    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (56, 4, 1), 128),),
+    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (8, 2, 16), 64, shared=True),),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
     (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
     (2000, 15, 15, 64, 64, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("window", (8, 14, 1), 64)),
     (2000, 15, 15, 64, 256, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("tap", (14, 2, 9), 128)),
-    (2000, 7, 7, 256, 256, 3, 1, True): (Shape("tap", (6, 2, 16), 128), Shape("tap", (6, 6, 7), 128)),
-    (2000, 3, 3, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 32), 128),),
+    (2000, 7, 7, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 56), 128), Shape("tap", (6, 2, 16), 128)),
+    (2000, 3, 3, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 64), Shape("tap", (2, 2, 32), 128)),
     (256, 56, 56, 64, 64, 3, 1, True): (Shape("window", (8, 28, 1), 64),),
     (256, 28, 28, 128, 128, 3, 1, True): (Shape("window", (8, 28, 1), 64, 2), Shape("tap", (4, 4, 16), 128)),
     (256, 14, 14, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("column", (14, 14, 1), 128)),
     (256, 7, 7, 512, 512, 3, 1, True): (Shape("tap", (6, 6, 4), 128),),
-    (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (4, 4, 16), 128),),
+    (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (4, 4, 16), 128)),
+    (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 6, 16), 128),),
 }

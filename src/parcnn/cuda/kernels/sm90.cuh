@@ -3,7 +3,7 @@
 // Addresses of shared memory are 32-bit. PTX ISA, "mbarrier", "cp.async.bulk.tensor", "stmatrix".
 #pragma once
 
-#include "common.cuh"
+#include "bf16_pairs.cuh"
 
 typedef unsigned short u16;
 
@@ -113,6 +113,11 @@ __device__ __forceinline__ void store_shared16(u32 at, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
+// To global memory. (NVRTC made four stores of what the language would write in one where this is used.)
+__device__ __forceinline__ void store_global16(void *to, uint4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // Sixteen bytes at `at` of the shared memory of the cluster's `block`.
 __device__ __forceinline__ float4 load_remote16(u32 at, int block) {
     float4 v;
@@ -148,22 +153,5 @@ __device__ __forceinline__ void load_matrices(u32 at, u32 &m0, u32 &m1, u32 &m2,
                  : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)
                  : "r"(at)
                  : "memory");
-}
-
-// ---- Pairs of bf16 in a register ---------------------------------------------------------------------------------------
-
-// Maximum of each half; NaN where either is NaN.
-__device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
-    u32 d;
-    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-// All bits of a half are set where v takes the place of `best` in a maximum (`beats` of common.cuh).
-__device__ __forceinline__ u32 beats_bf16x2(u32 v, u32 best) {
-    u32 not_less_or_equal, is_number;
-    asm("set.gtu.u32.bf16x2 %0, %1, %2;" : "=r"(not_less_or_equal) : "r"(v), "r"(best));
-    asm("set.eq.u32.bf16x2 %0, %1, %1;" : "=r"(is_number) : "r"(best));
-    return not_less_or_equal & is_number;
 }
 #endif
