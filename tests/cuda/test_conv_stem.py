@@ -13,7 +13,7 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem, conv_stem_sm90
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.ops.base import Spec
@@ -197,8 +197,8 @@ def every_form() -> Iterator[tuple[int, int, str, str | None]]:
 
 def test_the_registry_gives_them_what_they_take() -> None:
     x, w = Spec((256, 32, 32, 3), "bf16"), Spec((64, 3, 3, 3), "bf16")
-    for arch in ("sm_80", "sm_90a", "sm_120"):
-        assert REGISTRY.on(arch).find(ConvFprop(pad=SAME), (x, w), replace(H200, arch=arch)) is conv_stem
+    for arch, family in (("sm_80", conv_stem), ("sm_90a", conv_stem_sm90), ("sm_120", conv_stem)):
+        assert REGISTRY.on(arch).find(ConvFprop(pad=SAME), (x, w), replace(H200, arch=arch)) is family
 
 
 def test_what_it_refuses() -> None:

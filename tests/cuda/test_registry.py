@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_mma_wgrad, conv_padded, conv_sm90, conv_stem
+from parcnn.cuda.kernels import (
+    REGISTRY,
+    Registry,
+    conv_mma_fprop,
+    conv_mma_wgrad,
+    conv_padded,
+    conv_sm90,
+    conv_stem_sm90,
+)
 from parcnn.cuda.launch import Device
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import Op, Spec
@@ -81,7 +89,7 @@ def bf16(*shape: int) -> Spec:
     [
         (ConvFprop(pad=(1, 1, 1, 1)), (bf16(256, 28, 28, 128), bf16(128, 3, 3, 128)), conv_sm90),
         (ConvFprop(pad=(2, 2, 2, 2)), (bf16(29, 16, 16, 32), bf16(8, 4, 4, 32)), conv_mma_fprop),
-        (ConvFprop(pad=(3, 3, 3, 3), stride=(2, 2)), (bf16(256, 224, 224, 3), bf16(64, 7, 7, 3)), conv_stem),
+        (ConvFprop(pad=(3, 3, 3, 3), stride=(2, 2)), (bf16(256, 224, 224, 3), bf16(64, 7, 7, 3)), conv_stem_sm90),
         (ConvDgrad(pad=(1, 1, 1, 1), image=(64, 64)), (bf16(64, 64, 64, 536), bf16(536, 3, 3, 44)), conv_padded),
         (ConvWgrad(pad=(2, 2, 2, 2), stride=(2, 2), filter=(5, 5)), (bf16(4, 140, 140, 8), bf16(4, 70, 70, 8)), conv_mma_wgrad),
     ],

@@ -21,6 +21,7 @@ from parcnn.cuda.kernels import (
     conv_padded,
     conv_sm90,
     conv_stem,
+    conv_stem_sm90,
     conv_unpool,
     conv_wgrad,
     conv_wgrad_sm90,
@@ -147,5 +148,5 @@ REGISTRY = Registry(
         feed,
     ],
     Path(__file__).parent,
-    only_on={"sm_90a": [conv_depthwise_sm90, conv_sm90, conv_wgrad_sm90, conv_padded]},
+    only_on={"sm_90a": [conv_depthwise_sm90, conv_stem_sm90, conv_sm90, conv_wgrad_sm90, conv_padded]},
 )

@@ -87,12 +87,14 @@ class Sizes:
         return (2 * variant.units_h - 1) * self.stride[0] + (self.r - 1) * self.dilation_h + 1
 
     def pitch(self, variant: Variant) -> int:
-        """Words of such a row; a gradient's starts at an even element."""
-        return ceil(((UNIT_COLUMNS * variant.units_w - 1) * self.step + 8 * self.runs + self.pad[1] * self.c % 2) / 2)
+        """Words of such a row, in fours; a gradient's starts at an even element."""
+        return 4 * ceil(
+            ((UNIT_COLUMNS * variant.units_w - 1) * self.step + 8 * self.runs + self.pad[1] * self.c % 2) / 8
+        )
 
     def patch_bytes(self, variant: Variant) -> int:
         """Of those rows."""
-        return 16 * ceil(self.patch_rows(variant) * self.pitch(variant) / 4)
+        return 4 * self.patch_rows(variant) * self.pitch(variant)
 
     def tiles(self, variant: Variant) -> tuple[int, int, int]:
         """Along the width, the height and the images."""
@@ -108,7 +110,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the kernels of few channels take bf16 operands, not {x.dtype} and {other.dtype}"
     if reason := refuse_window(op):
         return reason
-    sizes = _sizes(op, inputs)
+    sizes = sizes_of(op, inputs)
     if op.groups != 1 or op.dilation[1] != 1:
         return f"the kernels of few channels have one group and no dilated width, not {op.groups} and {op.dilation[1]}"
     if sizes.run > MAX_RUN or sizes.c % 8 == 0:
@@ -136,29 +138,29 @@ def workspace_bytes(
     """The partial sums of a gradient."""
     if not isinstance(op, ConvWgrad):
         return 0
-    sizes = _sizes(op, inputs)
+    sizes = sizes_of(op, inputs)
     return 4 * _splits(op, sizes, variant or _ranked(op, sizes, device)[0], device) * _row_size(op, sizes)
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best estimate first."""
-    return _ranked(call.op, _sizes(call.op, call.input_specs), device)
+    return _ranked(call.op, sizes_of(call.op, call.input_specs), device)
 
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
-    costs = _costs(call.op, _sizes(call.op, call.input_specs), device)
+    costs = _costs(call.op, sizes_of(call.op, call.input_specs), device)
     return (6.0 if isinstance(call.op, ConvWgrad) else 3.0) + min(costs.values()) / CYCLES_PER_US
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """One launch, and for a gradient one that adds partial sums; `variant` forces one of `candidates`."""
-    op, sizes = call.op, _sizes(call.op, call.input_specs)
+    op, sizes = call.op, sizes_of(call.op, call.input_specs)
     if sizes.n * sizes.p == 0 and isinstance(op, ConvFprop):
         return []
     chosen = variant or _ranked(op, sizes, device)[0]
     tiles = _tiles(sizes, chosen)
-    problem = _problem(op, sizes, chosen)
+    problem = problem_of(op, sizes, chosen)
     shared_bytes = _shared_bytes(op, sizes, chosen)
     grid = (max(1, min(tiles, RESIDENT * device.sm_count)), ceil(sizes.k / _filters(op, sizes.k)), 1)
     if isinstance(op, ConvFprop):
@@ -210,7 +212,8 @@ def _filters(op: Op, k: int) -> int:
     return few if k <= few else many
 
 
-def _sizes(op: Op, inputs: tuple[Spec, ...]) -> Sizes:
+def sizes_of(op: Op, inputs: tuple[Spec, ...]) -> Sizes:
+    """Of a forward convolution or a filter gradient on these operands."""
     if isinstance(op, ConvFprop):
         k, r, s, _ = inputs[1].shape
         return Sizes.of(op, inputs[0], k, (r, s))
@@ -257,14 +260,18 @@ def _shared_bytes(op: Op, sizes: Sizes, variant: Variant) -> int:
 _SMALLEST_SHARED_BYTES = 101376  # of the architectures that bf16 runs on: what a block may have with opt-in
 
 
-def _fitting(op: Op, sizes: Sizes, most_bytes: int) -> Iterator[Variant]:
-    """Tiles of balanced widths that fit into shared memory."""
+def tiles_of(sizes: Sizes) -> Iterator[Variant]:
+    """Tiles of balanced widths."""
     units = ceil(sizes.q / UNIT_COLUMNS)
     widths = {ceil(units / parts) for parts in range(ceil(units / MOST_UNITS_W), units + 1)}
     for units_w in sorted(widths, reverse=True):
         for units_h in range(1, min(MOST_UNITS_H, max(1, ceil(sizes.p / 2))) + 1):
-            if _shared_bytes(op, sizes, Variant(units_w, units_h)) <= most_bytes:
-                yield Variant(units_w, units_h)
+            yield Variant(units_w, units_h)
+
+
+def _fitting(op: Op, sizes: Sizes, most_bytes: int) -> Iterator[Variant]:
+    """Those that fit into shared memory."""
+    return (variant for variant in tiles_of(sizes) if _shared_bytes(op, sizes, variant) <= most_bytes)
 
 
 def _ranked(op: Op, sizes: Sizes, device: Device) -> list[Variant]:
@@ -295,7 +302,7 @@ def _costs(op: Op, sizes: Sizes, device: Device) -> dict[Variant, float]:
     return {variant: cycles(variant) for variant in fitting}
 
 
-def _problem(op: Op, sizes: Sizes, variant: Variant) -> Struct:
+def problem_of(op: Op, sizes: Sizes, variant: Variant) -> Struct:
     """`Problem` of conv_stem.cuh."""
     rows, pitch = sizes.patch_rows(variant), sizes.pitch(variant)
     across, down, _ = sizes.tiles(variant)
@@ -305,5 +312,5 @@ def _problem(op: Op, sizes: Sizes, variant: Variant) -> Struct:
         sizes.patch_bytes(variant), _tiles(sizes, variant),
         act_code(op.act) if isinstance(op, ConvFprop) else 0,
     )  # fmt: skip
-    divisors = (variant.units_w, max(1, across), max(1, down))
+    divisors = (variant.units_w, max(1, across), max(1, down), pitch // 4)
     return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))
