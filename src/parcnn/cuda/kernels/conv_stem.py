@@ -22,7 +22,7 @@ MAX_RUN = 32  # elements of a filter's row
 LEAST_COLUMNS = 4  # of outputs: fewer would leave most of a unit's 16 columns empty
 WARPS = 8
 RESIDENT = 2  # blocks on an SM
-FILL_CYCLES = 3  # of a word of the image, as an H200 was measured
+BACKWARD_FILL_CYCLES = 3  # of a word of the image, of which the forward kernel takes one, as an H200 was measured
 UNIT_COLUMNS = 16
 MOST_UNITS_W, MOST_UNITS_H, MOST_CANDIDATES = 8, 16, 6
 # (RUN16, RUN8) by the eights that a run takes; tiles of 8 filters of a forward block, of 16 of a backward one.
@@ -287,9 +287,11 @@ def _costs(op: Op, sizes: Sizes, device: Device) -> dict[Variant, float]:
 
     def cycles(variant: Variant) -> float:
         units = variant.units_w * variant.units_h
-        fills: float = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes) * FILL_CYCLES
+        fills: float = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(op, sizes)
         if isinstance(op, ConvWgrad):  # copies run beside products
-            fills += 2 * UNIT_COLUMNS * units * filters / 32 + 100 * sizes.patch_rows(variant)
+            fills = (
+                BACKWARD_FILL_CYCLES * fills + 2 * UNIT_COLUMNS * units * filters / 32 + 100 * sizes.patch_rows(variant)
+            )
             step = 60 + 8 * filters / 16 * (sizes.runs + 2)
             work = ceil(2 * variant.units_h / _groups(op, sizes)) * (100 + variant.units_w * step)
             tile = 2500 + max(fills, work)
