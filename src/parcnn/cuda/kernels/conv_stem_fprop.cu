@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_add8(float *sums, u32 a0, u32 a1, u32 b
 template <int Pixels, class To>
 __device__ __forceinline__ void write_pixels(const u32 *staging, u16 *y, int k, int first_k, To to) {
     const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 2
     for (int item = lane; item < Pixels * TILES; item += 32) {
         int pixel = item / TILES, channel = first_k + item % TILES * 8, place = to(pixel);
         if (place < 0 || channel >= k) continue;
@@ -140,15 +140,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
         for (int unit = warp; unit < (WGMMA ? units + WARPS - 1 - (units + WARPS - 1) % WARPS : units); unit += WARPS) {
             const bool is_there = !WGMMA || unit < units;  // a warpgroup's warps go together
             int unit_w, unit_h = divide(is_there ? unit : 0, g.by_units_w, unit_w);
-            const u32 *a[2][2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    int p = 2 * unit_h + (POOL ? half : i), q = 16 * unit_w + (POOL ? 2 * row + i : 8 * half + row);
-                    int element = q * g.step;
-                    a[i][half] = patch + (element & 1) * (g.patch_bytes / 4) + p * g.stride_h * g.pitch + element / 2 + pair;
-                }
+            // Of rows of A (half 0: `row`, 1: row + 8) of two products (i): the four differ by what all threads share.
+            const int p_first = 2 * unit_h, q_first = 16 * unit_w + (POOL ? 2 * row : row), element = q_first * g.step;
+            const u32 *a = patch + (element & 1) * (g.patch_bytes / 4) + p_first * g.stride_h * g.pitch + element / 2 + pair;
+            const int down = g.stride_h * g.pitch, along = POOL ? g.step / 2 + (g.step & 1) * (g.patch_bytes / 4) : 4 * g.step;
+            const int to_i = POOL ? along : down, to_half = POOL ? down : along;
             float sums[2][TILES][4];
 #if WGMMA
             u32 b = shared_address(filters), add = 0;
@@ -163,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     for (int i = 0; i < 2; ++i)
 #pragma unroll
                         for (int half = 0; half < 2; ++half)
-                            f[eight / 2][i][eight % 2 * 2 + half] = kept ? a[i][half][(next ? row_words : 0) + 4 * in_run] & kept : 0u;
+                            f[eight / 2][i][eight % 2 * 2 + half] = kept ? a[i * to_i + half * to_half + (next ? row_words : 0) + 4 * in_run] & kept : 0u;
                 }
                 wgmma_fence();
 #pragma unroll
@@ -173,8 +169,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     for (int i = 0; i < 2; ++i) multiply_group(sums[i], f[step][i], matrices, add);
                 }
                 wgmma_commit();
-#pragma unroll
-                for (int i = 0; i < 2; ++i) a[i][0] += ROWS * row_words, a[i][1] += ROWS * row_words;
+                a += ROWS * row_words;
                 wgmma_wait<0>();
             }
             if (!is_there) continue;
@@ -195,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     for (int i = 0; i < 2; ++i)
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            f[i][e] = a[i][e % 2][8 * step + e / 2 * 4];
+                            f[i][e] = a[i * to_i + e % 2 * to_half + 8 * step + e / 2 * 4];
                             if (step == STEPS - 1) f[i][e] &= keep[e / 2];
                         }
 #pragma unroll
@@ -210,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 #pragma unroll
                     for (int i = 0; i < 2; ++i)
 #pragma unroll
-                        for (int e = 0; e < 2; ++e) f[i][e] = a[i][e][8 * RUN16] & keep[0];
+                        for (int e = 0; e < 2; ++e) f[i][e] = a[i * to_i + e * to_half + 8 * RUN16] & keep[0];
 #pragma unroll
                     for (int j = 0; j < TILES; ++j) {
                         u32 v = b[RUN16 * TILES * 64 + j * 32 - lane];
@@ -219,8 +214,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     }
                 }
                 b += FILTER_WORDS;
-#pragma unroll
-                for (int i = 0; i < 2; ++i) a[i][0] += row_words, a[i][1] += row_words;
+                a += row_words;
             }
 #endif
 
