@@ -185,7 +185,7 @@ def test_blocks_fill_the_device_and_none_is_empty() -> None:
 
 
 def test_windows_of_odd_heights_are_of_two_images() -> None:
-    """Of one image a step takes two rows."""
+    """Of one image a step takes two rows: an odd one would read behind its stage, and behind shared memory in the last."""
     conv = Conv.of(op_of(ALL["64 channels"], "bare"), Spec((5, 13, 11, 64), "bf16"), Spec((64, 3, 3, 64)))
     for height, images, fits in ((3, 1, False), (4, 1, True), (3, 2, True)):
         found = conv_wgrad_sm90.fit(conv, False, FORMS[0], (conv_wgrad_sm90.WINDOW_WIDTH, height, images), H200)
