@@ -42,10 +42,11 @@ TILES = (
     Tile(16, 64, 32, 4, 4, 4, 3),
     Tile(16, 16, 64, 4, 4, 8, 2),
     Tile(8, 32, 64, 4, 4, 16, 3),
+    Tile(128, 64, 16, 8, 8, 1, 3),
 )
 # (ROUTED, VEC_K, VEC_C): tiles compiled for it. Every problem fits (ROUTED, 1, 1).
 TILES_OF = {
-    (0, 4, 4): (TILES[0], TILES[1], TILES[2], TILES[5]),
+    (0, 4, 4): (TILES[0], TILES[1], TILES[2], TILES[5], TILES[7]),
     (0, 4, 1): (TILES[2], TILES[3]),
     (0, 1, 1): (TILES[2], TILES[5], TILES[6]),
     (1, 4, 4): (TILES[1], TILES[2]),

@@ -23,7 +23,7 @@
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define V_ROW (16 * TILES + 4)  // of a channel: its four tiles of a warp's stores lie in other banks than the next one's
 #define STAGE (U_STAGE + DEPTH * V_ROW)
-#define STORE_AT 2  // the channel of a step behind which the first row of the next patch is stored
+#define FIRST 2  // channels of a step that are multiplied before the next step is fetched
 #define E_ROW (32 + 4)
 
 // A row of G, applied to three values.
@@ -111,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         copy_async_commit();
         const float *row = patch + step * DEPTH;
 #pragma unroll
-        for (int i = 0; i < 4; ++i, row += down) {
-            const float *pixel = row;
+        for (int i = 0; i < 4; ++i) {
+            const float *pixel = row + i * down;
 #pragma unroll
             for (int j = 0; j < 4; ++j, pixel += across) d[i][j] = live >> (4 * i + j) & 1 ? *pixel : 0.0f;
         }
@@ -134,11 +134,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = 0; step < steps; ++step) {
         copy_async_wait<0>();
         __syncthreads();
-        fetch(min(step + 1, steps - 1), (step + 1) % 2);  // the last one for nothing: without a branch, all is one schedule
         const float *a_stage = shared + step % 2 * STAGE + product * FILTERS + 4 * tk;
         const float *b_stage = shared + step % 2 * STAGE + U_STAGE + product * TILES + 4 * tt;
-#pragma unroll
-        for (int c = 0; c < DEPTH; ++c) {
+        auto multiply = [&](int c) {
             float4 b[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) b[j] = load4(b_stage + c * V_ROW + 16 * j);
@@ -150,8 +148,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                     for (int j = 0; j < 8; ++j) acc[i + e][j] += at(a, e) * at(b[j / 4], j % 4);
             }
-            if (c >= STORE_AT && c < STORE_AT + 4) store_row(c - STORE_AT, (step + 1) % 2);
-        }
+        };
+#pragma unroll
+        for (int c = 0; c < FIRST; ++c) multiply(c);
+        // Behind the last step there is nothing to fetch, but without a branch all is one schedule.
+        fetch(min(step + 1, steps - 1), (step + 1) % 2);
+#pragma unroll
+        for (int c = FIRST; c < DEPTH; ++c) multiply(c);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_row(i, (step + 1) % 2);
     }
     copy_async_wait<0>();
 
