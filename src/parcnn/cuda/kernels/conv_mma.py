@@ -15,6 +15,9 @@ from parcnn.ops.program import Call
 
 CHUNK, PAIR = 8, 2  # bf16 that are copied at once
 MAX_GROUPS = 65535  # of a grid's second and third dimension
+# Of the tile with the fewest outputs: what comes from memory, and not from L2, wants more bytes under way than its ring has
+# (16 rows of 4096 -> 4096, H200: 26 us, of Hopper's kernel 20).
+MOST_FILTER_BYTES_OF_SMALLEST = 8 << 20
 _SHARED_PER_SM_BEYOND_BLOCK = 1024  # an SM has that much more than the most that one block may have
 _RESERVED_SHARED_BYTES = 1024
 _REGISTERS_PER_SM, _THREADS_PER_SM = 65536, 1536
@@ -60,6 +63,9 @@ class Tile(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.bm}x{self.bn}x{self.bk}/{self.warps_m}x{self.warps_n}/{self.stages}" + " flat" * self.flat
+
+
+SMALLEST = Tile(16, 32, 64, 1, 2, 3, 1)  # forward and of inputs' gradients: few outputs, and code that is soon there
 
 
 @dataclass(frozen=True)

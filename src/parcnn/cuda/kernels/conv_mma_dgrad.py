@@ -12,6 +12,8 @@ from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
 from parcnn.cuda.kernels.conv_mma import (
     CHUNK,
+    MOST_FILTER_BYTES_OF_SMALLEST,
+    SMALLEST,
     Grouped,
     Pieces,
     Tile,
@@ -30,7 +32,7 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvDgrad,)
 SOURCE = "conv_mma_dgrad.cu"
 
-_FLAT = (Tile(128, 64, 32, 4, 1, 4, 1), Tile(64, 64, 32, 2, 2, 4, 1), Tile(64, 16, 64, 2, 1, 4, 1))
+_FLAT = (Tile(128, 64, 32, 4, 1, 4, 1), Tile(64, 64, 32, 2, 2, 4, 1), Tile(64, 16, 64, 2, 1, 4, 1), SMALLEST)
 _FEW_WARPS = 1.08  # what four warps take for the largest tile that they hold, against the same forward
 _GATHERED, _FEW_GATHERED = Tile(128, 64, 32, 4, 1, 3, 1), Tile(64, 16, 32, 4, 1, 3, 1)
 # (ROUTED, VEC_A, VEC_B): tiles compiled for it, from many pixels and channels down to few. Every problem fits (ROUTED, 1, 1).
@@ -95,6 +97,8 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     taps = sizes.conv.r * sizes.conv.s / classes
     costs = {}
     for tile in TILES_OF[kind]:
+        if tile == SMALLEST and call.inputs[1].spec.nbytes > MOST_FILTER_BYTES_OF_SMALLEST:
+            continue
         shared_bytes = _shared_bytes(tile)
         if shared_bytes <= device.shared_bytes_per_block:
             blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups

@@ -9,7 +9,19 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
-from parcnn.cuda.kernels.conv_mma import CHUNK, Grouped, Pieces, Tile, cycles, gathers, microseconds, refuse, vector
+from parcnn.cuda.kernels.conv_mma import (
+    CHUNK,
+    MOST_FILTER_BYTES_OF_SMALLEST,
+    SMALLEST,
+    Grouped,
+    Pieces,
+    Tile,
+    cycles,
+    gathers,
+    microseconds,
+    refuse,
+    vector,
+)
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -33,6 +45,7 @@ TILES = (
     Tile(128, 32, 32, 4, 1, 4, 1),
     Tile(64, 16, 64, 4, 1, 4, 1),
     Tile(64, 16, 64, 2, 1, 4, 1),
+    SMALLEST,
 )
 # By what is copied at once: an even number of channels, an odd one.
 TILES_OF = {
@@ -81,6 +94,8 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     vec = vector(sizes.channels)
     costs = {}
     for tile in TILES_OF[vec]:
+        if tile == SMALLEST and call.inputs[1].spec.nbytes > MOST_FILTER_BYTES_OF_SMALLEST:
+            continue
         shared_bytes = _shared_bytes(tile)
         if shared_bytes <= device.shared_bytes_per_block and _fits(tile, sizes.conv.pool is not None):
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
