@@ -90,7 +90,7 @@ class Sizes:
 class Shape(NamedTuple):
     """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
     images; its output channels, 64 or 128; X stages, where not as many as fit; whether a stage serves all groups of
-    output channels; blocks that share its reduction; whether the epilogue has staging of its own even where it could borrow."""
+    output channels; blocks that share its reduction."""
 
     serves: str
     tile: tuple[int, int, int]
@@ -98,7 +98,6 @@ class Shape(NamedTuple):
     x_stages: int = 0
     shared: bool = False
     splits: int = 1
-    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -231,9 +230,10 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     """The variant with as many stages as shared memory holds; None where it does not fit.
 
     Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
-    where tiles have too few loads to borrow from, or few bytes for it to hurt.
+    where tiles have too few loads to borrow from, or few bytes for it to hurt, or where two consumers share tiles, who must
+    wait for each other when they borrow.
     """
-    serves, tile, channels, x_stages, shared, splits, apart = shape
+    serves, tile, channels, x_stages, shared, splits = shape
     takes = Footprint.of(sizes, serves, tile, channels)
     if takes is None:
         return None
@@ -249,20 +249,26 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = 1 if sizes.window else least
     else:
         least = {"column": sizes.s, "window": 1}[serves]
-    scarce = blocks * least < (1 if channels == 64 else 2) or splits > 1
-    own_staging = scarce or shared or apart or takes.cb == 32 or (taps == 1 and not sizes.pool)
-    stage = takes.x_stage_bytes(own_staging)
+    scarce = blocks * least < (1 if channels == 64 else 2)
+    if splits > 1:
+        choices: tuple[int, ...] = (0,)
+    elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
+        choices = (1,) if sizes.pool else (2, 1)
+    else:
+        choices = (1, 0) if channels == 128 and not sizes.pool else (0,)
     weights = groups * blocks * taps * takes.w_stage_bytes
     enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
-    for buffers in (0,) if splits > 1 else (2, 1) if own_staging and not sizes.pool else (int(own_staging),):
-        left = device.shared_bytes_per_block - fixed_bytes(sizes) - 2 * buffers * takes.staging_bytes
+    for own_staging in choices:
+        stage = takes.x_stage_bytes(own_staging > 0 or splits > 1)
+        left = device.shared_bytes_per_block - fixed_bytes(sizes) - 2 * own_staging * takes.staging_bytes
         resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
         if resident_stages >= max(enough, x_stages):
-            return Variant(serves, tile, channels, True, buffers, x_stages or resident_stages, 1, shared, splits)
+            return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1, shared, splits)
+        may_borrow = choices == (1, 0) and own_staging == 1
         x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
-        w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages else x
-        if not shared and min(x, w) >= (4 if buffers == 2 else 2):
-            return Variant(serves, tile, channels, False, buffers, x, w, splits=splits)
+        w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages or may_borrow else x
+        if not shared and min(x_stages or x, w) >= (4 if own_staging == 2 else 3 if may_borrow and not x_stages else 2):
+            return Variant(serves, tile, channels, False, own_staging, x, w, splits=splits)
     return None
 
 
@@ -530,24 +536,27 @@ def _key(sizes: Sizes) -> tuple[int | bool, ...]:
     side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, pad[0], sizes.pool)
     if sizes.window:
         return ()
-    square = sizes.r == sizes.s and pad[0] == pad[1]
-    return side if square and sizes.stride == sizes.dilation == sizes.spread == (1, 1) else ()
+    square = sizes.r == sizes.s and pad[0] == pad[1] and sizes.stride[0] == sizes.stride[1]
+    if not square or sizes.dilation != (1, 1) or sizes.spread != (1, 1):
+        return ()
+    return side if sizes.stride == (1, 1) else (*side, sizes.stride[0])
 
 
-# (N, H, W, C, K, R, pad, pool): tiles, fastest first, measured on an H200 with this kernel or its prototype. dgrad finds its
-# own row: it is the convolution of dy.
+# (N, H, W, C, K, R, pad, pool, stride where it is not 1): tiles, fastest first, measured on an H200 with this kernel or its
+# prototype. dgrad finds its own row: it is the convolution of dy.
 MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 31, 1), 64), Shape("window", (8, 16, 1), 64)),
     (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 64),),
-    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64),),
+    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64), Shape("tap", (1, 1, 240), 64)),
+    (256, 56, 56, 256, 512, 1, 0, False, 2): (Shape("tap", (1, 28, 7), 128), Shape("tap", (1, 28, 8), 128)),
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 15, 15, 64, 256, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
-    (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (1, 1, 200), 128)),
+    (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 224), 128), Shape("tap", (1, 1, 200), 128)),
     (256, 56, 56, 64, 64, 3, 1, False): (Shape("window", (8, 28, 1), 64), Shape("window", (8, 14, 1), 64)),
-    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (28, 7, 1), 128), Shape("window", (8, 28, 1), 64, 2)),
-    (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128), Shape("tap", (1, 1, 256), 128)),
-    (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128), Shape("tap", (1, 1, 256), 128)),
+    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (7, 28, 1), 128, 3), Shape("column", (28, 7, 1), 128, 3)),
+    (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128, 3), Shape("tap", (1, 1, 256), 128)),
+    (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128, 3), Shape("tap", (1, 1, 256), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
     (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (2, 2, 64), 64, shared=True),),
