@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from parcnn.cpu import CpuExecutor
+from parcnn.ops.conv import ConvFprop
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from tests import reference
 from tests.op_runner import run_op
@@ -33,6 +36,28 @@ def test_train(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, 
     np.testing.assert_allclose(rstd, expected_rstd, rtol=1e-12)
     np.testing.assert_allclose(new_mean, 0.7 * running_mean + 0.3 * expected_mean, rtol=1e-12)
     np.testing.assert_allclose(new_var, 0.7 * running_var + 0.3 * unbiased, rtol=1e-12)
+
+
+@acts
+@pytest.mark.parametrize("pool", [None, "max", "avg"])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_train_by_the_moments_of_a_convolution(
+    cpu: CpuExecutor, random: np.random.Generator, act: str | None, pool: str | None, groups: int
+) -> None:
+    """The convolution's other outputs do not change, and the batch norm's are what its own pass gives."""
+    if pool and groups > 1:
+        pytest.skip("groups have no pool")
+    conv = ConvFprop(pad=(1, 1, 1, 1), pool=pool, act=act, groups=groups)
+    operands = [random.standard_normal((3, 9, 11, 6)) + 2, random.standard_normal((9, 3, 3, 6 // groups))]
+    y, *idx, moments = run_op(cpu, replace(conv, moments=True), operands)
+    for got, plain in zip((y, *idx), run_op(cpu, conv, operands), strict=True):
+        np.testing.assert_array_equal(got, plain)
+    rows = y.reshape(-1, 9)
+    np.testing.assert_allclose(moments, [rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)], rtol=1e-12)
+    rest = tensors(random, y.shape)[1:]
+    given = run_op(cpu, BatchNormTrain(act=act, moments=True), [y, *rest, moments])
+    for one, other in zip(given, run_op(cpu, BatchNormTrain(act=act), [y, *rest]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
 
 
 @shapes

@@ -59,6 +59,19 @@ def test_train(
     check(executor, BatchNormTrain(1e-5, 0.1, act), [data(random, shape, dtype), *parameters(random, shape[-1])])
 
 
+@acts
+@dtypes
+@pytest.mark.parametrize("shape", [(9, 8, 8, 3), (3, 37, 41, 8), (1, 1, 1300, 60)], ids=str)
+def test_train_by_given_moments(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, dtype: str
+) -> None:
+    """x is read once, by the pass that writes."""
+    x = data(random, shape, dtype)
+    rows = values_of(x).astype(float).reshape(-1, shape[-1])
+    moments = np.array([rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)], np.float32)
+    check(executor, BatchNormTrain(1e-5, 0.1, act, moments=True), [x, *parameters(random, shape[-1]), moments])
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [

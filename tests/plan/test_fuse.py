@@ -161,6 +161,42 @@ def test_batch_norm_and_sum_with_their_activations(cpu: CpuExecutor, mode: str) 
     assert found == ["conv_fprop", "conv_fprop", "add relu"]
 
 
+def _with_moments(calls: list[Call]) -> list[str]:
+    """Forward ops between the batch and the head that give or take moments."""
+    return _forward([c for c in calls if getattr(c.op, "moments", False)])
+
+
+def test_convolutions_take_the_moments_of_what_a_batch_norm_reads(cpu: CpuExecutor) -> None:
+    """Also of what others read too, and after an activation and a pool; the gradients are right (`_calls` checks them)."""
+    both = ["conv_fprop", "batch_norm_train relu"]
+    assert _with_moments(_calls(cpu, lambda net, x: F.relu(net.norm(x)), "train", 105)) == both
+    assert _with_moments(_calls(cpu, lambda net, x: F.relu(net.norm(x)), "eval", 105)) == []
+    assert _with_moments(_calls(cpu, lambda net, x: x + net.norm(x), "train", 105)) == [
+        "conv_fprop",
+        "batch_norm_train",
+    ]
+    pooled = _calls(cpu, lambda net, x: net.norm(F.max_pool2d(F.tanh(x), 2)), "train", 18)
+    assert _with_moments(pooled) == ["conv_fprop tanh max", "batch_norm_train"]
+    assert _with_moments(_calls(cpu, lambda net, x: net.norm(F.gelu(x)), "train", 105)) == []
+    twice = _calls(cpu, lambda net, x: net.norm(x) + net.norm(x), "train", 105)
+    assert _with_moments(twice) == ["conv_fprop", "batch_norm_train", "batch_norm_train"]
+    taken = {slot.offset for c in twice if c.op.name == "batch_norm_train" for slot in c.inputs[5:]}
+    given = [slot.offset for c in twice if c.op.name == "conv_fprop" for slot in c.outputs[1:]]
+    assert taken == set(given)
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("refused", ["conv_fprop", "batch_norm_train"])
+def test_moments_need_both_ops_of_the_executor(refused: str) -> None:
+    class One(CpuExecutor):
+        def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+            return super().can_fuse(op, inputs) and op.name != refused
+
+    executor = One(threads=1)
+    assert _with_moments(_calls(executor, lambda net, x: net.norm(x), "train", 105)) == []
+    executor.close()
+
+
 def test_the_error_signal_takes_sum_and_derivative_along(cpu: CpuExecutor) -> None:
     """Back through a residual: dgrad, the other path's error and relu's derivative are one call."""
     calls = _calls(cpu, lambda net, x: (y := F.relu(x)) + net.other(y), "train", 105)

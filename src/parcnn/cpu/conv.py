@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from parcnn.cpu import conv_grouped, conv_wgrad
+from parcnn.cpu import conv_grouped, conv_wgrad, norm
 from parcnn.cpu.conv_error import dgrad_epilogue, routed_error
 from parcnn.cpu.lowering import Block, Lowering, lowering
 from parcnn.cpu.pointwise import activate
@@ -27,7 +27,14 @@ Arrays = list[tuple[Shape, np.dtype | type]]
 
 
 def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
-    """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too."""
+    """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too, and y's moments if asked."""
+    _convolve(op, inputs, outputs, workspace)
+    if op.moments:
+        y, (mean, squares) = outputs[0], outputs[-1]
+        squares[...] = norm.moments(y.reshape(-1, y.shape[-1]), mean, workspace)
+
+
+def _convolve(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
     if op.window is not None:
         _fprop_then_pool(op, op.window, inputs, outputs, workspace)
         return
@@ -278,6 +285,15 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], worker
     return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
 
 
+def _forward_scratch(op: ConvFprop, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
+    """The convolution's, and after it its moments'."""
+    own = _scratch(op, inputs, outputs, workers)
+    if not op.moments:
+        return own
+    moments = norm.scratch_size(1)(op, inputs, outputs, workers)
+    return ScratchSize(max(own.shared, moments.shared), max(own.per_worker, moments.per_worker))
+
+
 TIME_US = {ConvFprop: time_us, ConvDgrad: time_us, ConvWgrad: time_us}
 RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: filter_gradient}
-SCRATCH = {ConvFprop: _scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}
+SCRATCH = {ConvFprop: _forward_scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}

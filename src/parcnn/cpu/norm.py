@@ -18,21 +18,31 @@ def batch_norm_train(
 ) -> None:
     """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics; running statistics move towards them."""
     x, y = _rows(inputs[0]), _rows(outputs[0])
-    gamma, beta, running_mean, running_var = inputs[1:]
+    gamma, beta, running_mean, running_var = inputs[1:5]
     mean, rstd = outputs[1:]
     n = x.shape[0]
+    if op.moments:
+        mean[...], var = inputs[5][0], inputs[5][1] / n
+    else:
+        var = moments(x, mean, workspace) / n
+    rstd[...] = 1 / np.sqrt(var + op.eps)
+    running_mean += op.momentum * (mean - running_mean)
+    running_var += op.momentum * (var * (n / max(n - 1, 1)) - running_var).astype(x.dtype)
+    workspace.each_slice(
+        n, lambda i, _: _normalise(x[i], mean, rstd * gamma, beta, op.act, y[i]), rows_a_piece(*x.shape)
+    )
+
+
+def moments(x: np.ndarray, mean: np.ndarray, workspace: Workspace) -> np.ndarray:
+    """Write the mean (C) of x (rows, C); return the sums of squared deviations from it, in float64."""
     sums = _sums(x, 1, workspace)
-    mean[...] = sums.total(lambda rows, scratch: (x[rows],))[0] / n
+    mean[...] = sums.total(lambda rows, scratch: (x[rows],))[0] / x.shape[0]
 
     def squares(rows: slice, scratch: Scratch) -> tuple[np.ndarray, ...]:
         centred = np.subtract(x[rows], mean, out=scratch.take(x[rows].shape, x.dtype))
         return (np.square(centred, out=centred),)
 
-    var = sums.total(squares)[0] / n
-    rstd[...] = 1 / np.sqrt(var + op.eps)
-    running_mean += op.momentum * (mean - running_mean)
-    running_var += op.momentum * (var * (n / max(n - 1, 1)) - running_var).astype(x.dtype)
-    workspace.each_slice(n, lambda i, _: _normalise(x[i], mean, rstd * gamma, beta, op.act, y[i]), sums.rows_a_piece)
+    return sums.total(squares)[0]
 
 
 def batch_norm_infer(
@@ -143,7 +153,9 @@ def _rows(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, x.shape[-1])
 
 
-def _scratch(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...], int], ScratchSize]:
+def scratch_size(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...], int], ScratchSize]:
+    """Scratch memory of an op that sums `count` terms over the rows of its first output's shape."""
+
     def size(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
         dtype = np.dtype(np.float64 if outputs[0].dtype == "f64" else np.float32)
         c = outputs[0].shape[-1]
@@ -161,4 +173,4 @@ RUN = {
     BatchNormDgrad: batch_norm_dgrad,
     BatchNormInferDgrad: batch_norm_infer_dgrad,
 }
-SCRATCH = {BatchNormTrain: _scratch(1), BatchNormDgrad: _scratch(2), BatchNormInferDgrad: _scratch(2)}
+SCRATCH = {BatchNormTrain: scratch_size(1), BatchNormDgrad: scratch_size(2), BatchNormInferDgrad: scratch_size(2)}

@@ -55,11 +55,14 @@ class ConvGeometry(Op):
 
 @dataclass(frozen=True)
 class ConvFprop(ConvGeometry):
-    """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), and with max-pooling idx (N,P,Q,K) u2."""
+    """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), with max-pooling idx (N,P,Q,K) u2, and
+    if `moments`, for a batch norm behind it, moments (2,K): each channel's mean over all pixels of y as it is stored, and
+    the sum of squared deviations from it."""
 
     bias: bool = False
     act: str | None = None
     window: PoolWindow | None = None  # the pool's, of kind `pool`, where it is not 2x2, stride 2, floor
+    moments: bool = False
 
     def pooled_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
         """Outputs (p, q) after the pool."""
@@ -70,7 +73,8 @@ class ConvFprop(ConvGeometry):
         (n, h, wd, _), (k, r, s, _) = x.shape, w.shape
         p, q = self.pooled_hw(h, wd, r, s)
         y = Spec((n, p, q, k), x.dtype)
-        return (y, Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")) if self.pool == "max" else (y,)
+        idx = [Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")] * (self.pool == "max")
+        return y, *idx, *[Spec((2, k), accumulator(x.dtype))] * self.moments
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         x, w = inputs[:2]
@@ -79,7 +83,7 @@ class ConvFprop(ConvGeometry):
             return (None,) * len(inputs)
         if self.act:
             (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
-        pool, idx = self.pool, outputs[1:2]
+        pool, idx = self.pool, outputs[1:2] if self.pool == "max" else ()
         if self.window:
             (dy,) = emit(self.window.backward(self.output_hw(*image_of(x), *image_of(w))), dy, *idx)
             pool, idx = None, ()

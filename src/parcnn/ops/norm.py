@@ -11,7 +11,8 @@ from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator
 class BatchNormTrain(Op):
     """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics.
 
-    inputs: x (..., C), gamma (C), beta (C), running_mean (C), running_var (C); outputs: y, mean (C), rstd (C), both in the
+    inputs: x (..., C), gamma (C), beta (C), running_mean (C), running_var (C), and if `moments`, those of x (2, C), as
+    ConvFprop gives them: statistics then need no pass over x; outputs: y, mean (C), rstd (C), both in the
     tensor's float type. running = (1-momentum)*running + momentum*batch, with the unbiased variance (n/(n-1)).
     `act`: None or 'relu'.
     """
@@ -19,6 +20,7 @@ class BatchNormTrain(Op):
     eps: float = 1e-5
     momentum: float = 0.1
     act: str | None = None
+    moments: bool = False
 
     @property
     def overwritten(self) -> tuple[int, ...]:
@@ -31,16 +33,18 @@ class BatchNormTrain(Op):
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         if dys[0] is None:
-            return (None,) * 5
+            return (None,) * len(inputs)
         x, gamma, beta = inputs[:3]
+        # dx has the moments' part in it.
         dx, dgamma, dbeta = emit(BatchNormDgrad(act=self.act), dys[0], x, gamma, beta, outputs[1], outputs[2])
-        return dx, dgamma, dbeta, None, None
+        return dx, dgamma, dbeta, *[None] * len(inputs[3:])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return 5 * inputs[0].size
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return super().bytes(inputs, outputs) + inputs[0].nbytes  # statistics need a pass of their own
+        statistics = 0 if self.moments else inputs[0].nbytes  # need a pass of their own
+        return super().bytes(inputs, outputs) + statistics
 
 
 @dataclass(frozen=True)

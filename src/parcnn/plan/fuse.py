@@ -3,6 +3,7 @@
 Forward, before differentiation (a fused op carries its own gradient rule):
     act -> max-pool, wherever it stands: then nothing of the size before the pool is kept for backward
     conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, add -> act
+    conv -> batch norm in training: two ops still, but the convolution takes the moments of what it writes
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
 
@@ -30,6 +31,7 @@ def fuse_forward(graph: Graph, can_fuse: CanFuse) -> None:
         pass
     while _pass(graph, lambda producer, node: _forward_rule(producer, node, graph.mode == "train"), can_fuse):
         pass
+    _take_moments(graph, can_fuse)
 
 
 def fuse_backward(graph: Graph, can_fuse: CanFuse) -> None:
@@ -111,6 +113,23 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
     if isinstance(first, Add) and first.act is None and isinstance(second, Act) and second.kind in FROM_OUTPUT:
         return replace(first, act=second.kind), producer.inputs
     return None
+
+
+def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:
+    """Batch norms behind a convolution get its outputs' moments from it."""
+    producer_of = {node.outputs[0]: node for node in graph.nodes if isinstance(node.op, ConvFprop)}
+    for node in graph.nodes:
+        conv = producer_of.get(node.inputs[0]) if node.inputs else None
+        if not isinstance(node.op, BatchNormTrain) or conv is None or not isinstance(conv.op, ConvFprop):
+            continue
+        op, specs = replace(conv.op, moments=True), tuple(v.spec for v in conv.inputs)
+        moments = conv.outputs[-1] if conv.op.moments else Value(op.infer(*specs)[-1], f"{conv.layer}.moments")
+        norm, inputs = replace(node.op, moments=True), (*node.inputs, moments)
+        if not can_fuse(op, specs) or not can_fuse(norm, tuple(v.spec for v in inputs)):
+            continue
+        node.op, node.inputs = norm, inputs
+        if not conv.op.moments:
+            conv.op, conv.outputs = op, (*conv.outputs, moments)
 
 
 def _is_2x2(pool: PoolFprop) -> bool:

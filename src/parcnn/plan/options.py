@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Options:
     """What the plan may do. All on is the default."""
 
-    fuse: bool = True  # convolution + bias + activation + pool in one kernel; activation's derivative inside dgrad
+    # Convolution + bias + activation + pool in one kernel, with batch norm's statistics; activation's derivative in dgrad.
+    fuse: bool = True
     reuse: bool = True  # tensors share arena memory when their lifetimes allow, error signals among them
     inplace: bool = True  # an op may write over an operand that nobody reads later
     parallel: bool = True  # weight gradients and updates run beside the chain of error signals

@@ -34,6 +34,9 @@ SINGLE_LEAST_ROWS = 4  # of a thread
 SINGLE_THREADS = {"f32": 1024, "bf16": 512}
 SINGLE_RUNS_BYTES = (128, 64, 32)
 SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
+# A pass over so few bytes, most of which lie in L2, takes as long as the convolution's own moments (H200: 12 MB, 97 us for
+# convolution and norm with a pass of its own, 95 with moments; 103 MB, 183 and 153).
+MOMENTS_LEAST_BYTES = 12 << 20
 FROZEN_FEW_ROWS = 1024  # one launch of the gradients with frozen statistics
 SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
 MAX_GRID_Y = 65535
@@ -116,11 +119,18 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     return None if rows < 2**31 else f"rows must be fewer than 2**31, there are {rows}"
 
 
+def gains(op: Op, inputs: tuple[Spec, ...]) -> bool:
+    """Whether moments that a convolution takes, where the op wants such, save more than they cost."""
+    x = inputs[0]
+    wants = isinstance(op, BatchNormTrain) and op.moments
+    return not wants or (x.size // x.shape[-1] > SINGLE_MOST_ROWS and x.nbytes >= MOMENTS_LEAST_BYTES)
+
+
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
     if isinstance(op, BatchNormTrain):
-        return 0 if _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
+        return 0 if op.moments or _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
     if isinstance(op, BatchNormDgrad):
         return 0 if _single(x, 2, device) else _partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
@@ -130,7 +140,7 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
 
 
 def launches(call: Call, device: Device) -> list[Launch]:
-    """One launch for inference and for few rows, else two: sum, then merge and write."""
+    """One launch for inference, for few rows and where moments are given, else two: sum, then merge and write."""
     op = call.op
     if isinstance(op, BatchNormTrain):
         return _train(op, call, device)
@@ -157,15 +167,19 @@ def variants() -> Iterable[Kernel]:
 
 
 def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
-    x, gamma, beta, running_mean, running_var = call.inputs
+    x, gamma, beta, running_mean, running_var, *moments = call.inputs
     y, mean, rstd = call.outputs
     statistics = Struct((running_mean, running_var, mean, rstd, np.float32(op.eps), np.float32(op.momentum)))
-    single = _single(x.spec, 1, device)
     args: tuple[Argument, ...]
+    write = _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
+    if moments:  # as if one block had left the partial results
+        args = (x, gamma, beta, *moments, y, statistics, replace(write, row_blocks=1).split, write.shape, _relu(op))
+        return [write.launch("batch_norm_train", *args)]
+    single = _single(x.spec, 1, device)
     if single:
         args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
         return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
-    sums, write = _sums(x.spec, MOMENTS_THREADS, device), _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
+    sums = _sums(x.spec, MOMENTS_THREADS, device)
     args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
     return [
         sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),

@@ -20,6 +20,7 @@ MAX_SIDE = 2**14
 CYCLES_PER_US = 1755.0  # of an H200 at work
 MOST_FILTERS = 16  # of the direct kernels in bf16: more fill the tiles of tensor cores
 SMALLEST_GPU = Device("any GPU", "sm_80", 1, shared_bytes_per_block=101376)  # what each that bf16 runs on has
+NO_MOMENTS = "the kernels take no moments of what they write"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def unsupported(
             return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"
     if op.groups != 1:
         return f"these convolution kernels have one group, not {op.groups}"
+    if isinstance(op, ConvFprop) and op.moments:
+        return NO_MOMENTS
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
         return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
+from parcnn.cuda.kernels.conv_common import NO_MOMENTS
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
@@ -157,6 +158,8 @@ def refuse_epilogue(op: ConvGeometry, inputs: tuple[Spec, ...]) -> str | None:
             return f"{op.act} is not fused to a depthwise convolution"
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
+        if op.moments:
+            return NO_MOMENTS
     if isinstance(op, ConvDgrad) and op.act not in (None, *FROM_OUTPUT):
         return f"the derivative of {op.act} does not follow from its output"
     return None

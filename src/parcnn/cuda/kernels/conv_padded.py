@@ -15,7 +15,7 @@ import numpy as np
 
 from parcnn.cuda.kernels import conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
-from parcnn.cuda.kernels.conv_common import refuse_window
+from parcnn.cuda.kernels.conv_common import NO_MOMENTS, refuse_window
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -51,6 +51,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"{op.name} is not a convolution"
     if reason := refuse_window(op):
         return reason
+    if isinstance(op, ConvFprop) and op.moments:
+        return NO_MOMENTS
     if op.groups != 1:
         return f"padded convolutions have one group, not {op.groups}"
     outputs, padded = op.infer(*inputs), _padded(op, inputs)

@@ -37,9 +37,10 @@
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
 // Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where
 // constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3;
-// else 1 where it serves one tap, 0 any).
+// else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no pool (conv_sm90_moments.cuh).
 
 #include "conv_sm90_epilogue.cuh"
+#include "conv_sm90_moments.cuh"
 #include "sm90_wgmma.cuh"
 
 DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
@@ -180,6 +181,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
 #else
               const __grid_constant__ TensorMap y,
+#if MOMENTS
+              float *partial_moments, int moments_rows, const __grid_constant__ Inside inside,
+#endif
 #endif
 #if !POOL
               float *__restrict__ partial,
@@ -227,6 +231,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const int row_step = in_register(x_row_step(g));
         const u32 x_descriptor = in_register(g.x_descriptor);
         const bool resident = in_register(g.resident), borrows = in_register(g.own_staging) == 0;
+#if MOMENTS
+        // A row for each consumer that has tiles of its own, or for each patch of pixels.
+        constexpr int Rows = ALTERNATE ? 2 : 1;
+        const bool by_patch = !keeps_sums(g);
+        const MomentsRows rows = {partial_moments, moments_rows, g.k};
+        const auto first_channel = [&] { return (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2); };
+        Moments moments;
+#endif
         if (g.resident) barrier_wait(bar.w_full, 0);
         const auto find = [&](int round, Tile &t, int &k_round) {
             const int item = item_at(g, order, slot, round, k_round);
@@ -391,7 +403,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             else
                 stage_pooled<PIXELS, true>(sums, out, staging, warp, lane);
 #else
-            stage_tile<PIXELS>(sums, out, staging, warp, lane);
+            u32 words[PIXELS / 4];
+            stage_tile<PIXELS>(words, sums, out, staging, warp, lane);
 #endif
             named_barrier(1 + consumer, 128);
 #if POOL == 3
@@ -427,12 +440,25 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 multiply_by_derivative<PIXELS>(sums, g.act, staging, warp, lane);
             }
 #endif
-            stage_tile<PIXELS>(sums, out, staging, warp, lane);
+            u32 words[PIXELS / 4];
+            stage_tile<PIXELS>(words, sums, out, staging, warp, lane);
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);
+#if MOMENTS
+            // The tile once more: there are no registers to keep its place in beside a product.
+            int k_round_before;
+            const int item = item_at(g, order, slot, round - (ALTERNATE ? 2 : 1), k_round_before);
+            const Tile done = tile_of(g, item, k_group + k_round_before);
+            if (by_patch) moments.count = 0.0f;
+            moments.add_tile<PIXELS>(words, inside, ends_within(g, done), lane);
+            if (by_patch) moments.write(rows, quotient(item, g.by_k_inner), done.k + first_channel(), lane);
+#endif
 #endif
         }
         if (!ALTERNATE && lead > 0 && lane == 0) barrier_arrive(bar.turn);
+#if MOMENTS
+        if (!by_patch) moments.write(rows, slot * Rows + (ALTERNATE ? consumer : 0), k_group * CHANNELS + first_channel(), lane);
+#endif
     }
 }

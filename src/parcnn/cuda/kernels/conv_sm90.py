@@ -25,7 +25,9 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_sm90.cu"
 UNPOOLS = True
-THREADS, UNREACHED_THREADS, SUM_THREADS = 384, 256, 256
+THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
+PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
+MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
 WINDOWS = 3  # POOL: by other windows than 2x2
@@ -55,6 +57,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"the bias must be f32, not {inputs[2].dtype}"
         if max(op.stride) > MAX_ELEMENT_STRIDE:
             return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
+        if op.moments and (op.pool or 0 in op.infer(*inputs)[0].shape):
+            return "moments are taken of outputs before any pool, of one pixel at least"
         image = (x.shape[1], x.shape[2])
     else:
         if op.act not in (None, *FROM_OUTPUT):
@@ -100,8 +104,11 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled."""
+    """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled; rows of moments."""
     sizes = _sizes(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
+    if sizes.moments:
+        rows = _rows_of_moments(sizes, variant or tiles.candidates(sizes, device)[0], device)
+        return PARTIAL_MOMENTS * 4 * rows * sizes.k
     return _partial_offset(op, inputs[0]) + _partial_bytes(sizes, variant, device)
 
 
@@ -156,6 +163,7 @@ def variants() -> Iterable[Kernel]:
         for constants, pixels in (((0, 0), halo), ((3, 1), halo), *window, ((0, 1), tap), ((1, 1), tap)):
             for count in pixels:
                 yield _kernel(count, cb, channels, 0, False, constants)
+                yield _kernel(count, cb, channels, 0, False, constants, moments=True)
                 yield _kernel(count, cb, channels, 0, True, constants)
                 if constants != (3, 3):  # windows are eight pixels wide
                     yield _kernel(count, cb, channels, 1, False, constants)
@@ -166,15 +174,19 @@ def variants() -> Iterable[Kernel]:
             yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
     yield UNREACHED
     yield SUM
+    yield MERGE_MOMENTS
 
 
 UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")
 SUM = Kernel("conv_sm90_sum.cu", "conv_sm90_sum")
+MERGE_MOMENTS = Kernel("conv_moments.cu", "conv_moments")
 
 
-def _kernel(pixels: int, cb: int, channels: int, pool: int, flipped: bool, constants: tuple[int, int]) -> Kernel:
-    names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED", "FILTER", "COLUMNS")
-    values = (pixels, cb, channels, pool, int(flipped), *constants)
+def _kernel(
+    pixels: int, cb: int, channels: int, pool: int, flipped: bool, constants: tuple[int, int], moments: bool = False
+) -> Kernel:
+    names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED", "FILTER", "COLUMNS", "MOMENTS")
+    values = (pixels, cb, channels, pool, int(flipped), *constants, int(moments))
     return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
 
 
@@ -188,7 +200,7 @@ def _sizes(call: Call) -> Sizes:
         return Sizes(
             conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.dilation,
             conv.pool is not None, (Class((conv.r, conv.s), conv.pad),), tap_steps=(conv.s, 1),
-            mean=conv.pool == "avg", window=op.window,
+            mean=conv.pool == "avg", window=op.window, moments=op.moments,
         )  # fmt: skip
     if isinstance(op, ConvDgrad):
         conv = Conv.of(op, call.outputs[0].spec, filters)
@@ -265,9 +277,10 @@ def _convolution(
     act: str | None = None,
     dgrad: DgradEpilogue = (None, None, None),
 ) -> list[Launch]:
-    """The product, and behind splits their sum, which then has the epilogue."""
+    """The product, and behind splits their sum, which then has the epilogue; or what merges the product's moments."""
     if variant.splits == 1:
-        return [_product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad)]
+        product = _product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad, call.workspace)
+        return [product, *_merge_moments(sizes, variant, device, call)]
     if call.workspace is None:
         raise ValueError("a convolution of several splits needs its workspace")
     place = Pointer(call.workspace, _partial_offset(call.op, call.inputs[0].spec), tiles.partial_bytes(sizes, variant))
@@ -286,12 +299,13 @@ def _product(
     partial: Pointer | None,
     act: str | None,
     dgrad: DgradEpilogue,
+    moments: Slot | None = None,
 ) -> Launch:
     tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
     pool = WINDOWS if sizes.window else sizes.pool + tiles.pools_in_registers(sizes, variant.tile[0], variant.channels)
     constants = tiles.constants(sizes, variant.serves)
-    kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants)
+    kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(not variant.borrows)
     resident = work.k_rounds * tiles.steps(sizes, variant) * sizes.r * sizes.s
@@ -299,9 +313,12 @@ def _product(
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
+    own_moments: tuple[Argument, ...] = ()
+    if sizes.moments:
+        own_moments = (moments, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant))
     args: tuple[Argument, ...] = (
         _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad),
-        *([] if sizes.pool else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
+        *own_moments, *([] if sizes.pool else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.fixed_bytes(sizes))
@@ -354,6 +371,46 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: D
     maps += [_NO_MAP] * (CLASSES - len(maps))
     maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in dgrad[:2]]
     return tuple(maps)
+
+
+def _rows_of_moments(sizes: Sizes, variant: Variant, device: Device) -> int:
+    """Rows of partial moments: one for each consumer that has tiles of its own, or where its tiles are not all of the same
+    channels, one for each patch of pixels."""
+    work, pixels = Work.of(sizes, variant, device), tiles.footprint(sizes, variant).pixels
+    if work.k_inner > 1 or work.k_rounds > 1 or pixels > MOST_PIXELS_BESIDE_SUMS:
+        return tiles.items(sizes, variant.tile)
+    return work.slots * (2 if variant.channels == 64 else 1)
+
+
+def _inside(sizes: Sizes, variant: Variant) -> bytes:
+    """`Inside` of conv_sm90_moments.cuh: the pixels of a tile that lie inside the image, by where the image ends."""
+    extents, (width, height, images), row = (
+        (sizes.q, sizes.p, sizes.n),
+        variant.tile,
+        tiles.footprint(sizes, variant).row,
+    )
+    inside = np.zeros((8, 8 * 32), np.uint8)
+    for ends in range(8):
+        left = [
+            e - (ceil(e / t) - 1) * t if ends >> i & 1 else t
+            for i, (e, t) in enumerate(zip(extents, variant.tile, strict=True))
+        ]
+        w, h, n = (np.arange(t) < some for t, some in zip((row, height, images), left, strict=True))
+        slowest, middle, fastest = (h, w, n) if tiles.images_inner(variant.serves, images) else (n, h, w)
+        pixels = (slowest[:, None, None] & middle[:, None] & fastest).reshape(-1)[: inside.shape[1]]
+        inside[ends, : pixels.size] = pixels
+    whole = np.append(inside, np.zeros((8, 1), np.uint8), axis=1).argmin(1).astype(np.int32)
+    bits = np.packbits(inside, axis=1, bitorder="little")
+    return b"".join(part.tobytes() for part in (bits, inside.sum(1, dtype=np.float32), whole))
+
+
+def _merge_moments(sizes: Sizes, variant: Variant, device: Device, call: Call) -> list[Launch]:
+    """The launch that merges the consumers' partial moments, where there are any."""
+    if not sizes.moments:
+        return []
+    grid = (sizes.k // CHANNEL_UNIT, 1, 1)
+    args = (call.workspace, call.outputs[-1], np.int32(_rows_of_moments(sizes, variant, device)), np.int32(sizes.k))
+    return [Launch(MERGE_MOMENTS, grid, (MERGE_THREADS, 1, 1), args)]
 
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:

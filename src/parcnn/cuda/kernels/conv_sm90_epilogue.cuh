@@ -90,12 +90,13 @@ __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2]
     }
 }
 
-// Write the tile's rows.
-template <int Pixels> __device__ __forceinline__ void stage_tile(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+// Write the tile's rows; `words` are what the thread has of them, of each eight pixels two words.
+template <int Pixels>
+__device__ __forceinline__ void stage_tile(u32 (&words)[Pixels / 4], const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
     const u32 at = matrix_address(staging, warp, lane);
 #pragma unroll
     for (int j = 0; j < Pixels / 8; j += 2) {
-        u32 v[4];
+        u32 *v = words + 2 * j;
 #pragma unroll
         for (int i = 0; i < 2 && j + i < Pixels / 8; ++i) {
             const float *s = sums + (j + i) * 4;

@@ -68,6 +68,7 @@ class Sizes:
     flipped: bool = False
     mean: bool = False  # the pool's, which only threads that have whole windows take
     window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
+    moments: bool = False  # whether the epilogue takes them, which sees no sums of splits
 
     @property
     def pooled(self) -> tuple[int, int]:
@@ -239,7 +240,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         return None
     steps, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
     blocks = ceil(steps / splits)
-    if splits > 1 and (sizes.pool or shared or splits != ceil(steps / blocks)):
+    if splits > 1 and (sizes.pool or sizes.moments or shared or splits != ceil(steps / blocks)):
         return None
     groups = ceil(sizes.k / channels) if shared else 1
     if shared and (blocks * taps > 1 or groups == 1):
