@@ -34,9 +34,9 @@ SINGLE_LEAST_ROWS = 4  # of a thread
 SINGLE_THREADS = {"f32": 1024, "bf16": 512}
 SINGLE_RUNS_BYTES = (128, 64, 32)
 SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
-# A pass over so few bytes, most of which lie in L2, takes as long as the convolution's own moments (H200: 12 MB, 97 us for
-# convolution and norm with a pass of its own, 95 with moments; 103 MB, 183 and 153).
-MOMENTS_LEAST_BYTES = 12 << 20
+# Down to here the convolution's own moments were measured to gain (H200, convolution and norm with a pass of its own, or with
+# moments: 4 MB, 17.9 and 16.7 us; 13 MB, 97 and 95; 103 MB, 183 and 153).
+MOMENTS_LEAST_BYTES = 4 << 20
 FROZEN_FEW_ROWS = 1024  # one launch of the gradients with frozen statistics
 SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
 MAX_GRID_Y = 65535
