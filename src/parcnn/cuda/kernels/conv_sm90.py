@@ -384,19 +384,16 @@ def _rows_of_moments(sizes: Sizes, variant: Variant, device: Device) -> int:
 
 def _inside(sizes: Sizes, variant: Variant) -> bytes:
     """`Inside` of conv_sm90_moments.cuh: the pixels of a tile that lie inside the image, by where the image ends."""
-    extents, (width, height, images), row = (
-        (sizes.q, sizes.p, sizes.n),
-        variant.tile,
-        tiles.footprint(sizes, variant).row,
-    )
+    extents, tile = (sizes.q, sizes.p, sizes.n), variant.tile
     inside = np.zeros((8, 8 * 32), np.uint8)
     for ends in range(8):
         left = [
             e - (ceil(e / t) - 1) * t if ends >> i & 1 else t
-            for i, (e, t) in enumerate(zip(extents, variant.tile, strict=True))
+            for i, (e, t) in enumerate(zip(extents, tile, strict=True))
         ]
-        w, h, n = (np.arange(t) < some for t, some in zip((row, height, images), left, strict=True))
-        slowest, middle, fastest = (h, w, n) if tiles.images_inner(variant.serves, images) else (n, h, w)
+        steps = (tiles.footprint(sizes, variant).row, *tile[1:])
+        w, h, n = (np.arange(step) < some for step, some in zip(steps, left, strict=True))
+        slowest, middle, fastest = (h, w, n) if tiles.images_inner(variant.serves, tile[2]) else (n, h, w)
         pixels = (slowest[:, None, None] & middle[:, None] & fastest).reshape(-1)[: inside.shape[1]]
         inside[ends, : pixels.size] = pixels
     whole = np.append(inside, np.zeros((8, 1), np.uint8), axis=1).argmin(1).astype(np.int32)
