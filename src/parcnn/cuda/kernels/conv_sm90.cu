@@ -185,10 +185,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               float *partial_moments, int moments_rows, const __grid_constant__ Inside inside,
 #endif
 #endif
-#if !POOL
+#if !POOL && !MOMENTS
               float *__restrict__ partial,
 #endif
               const float *__restrict__ bias, const __grid_constant__ Problem g, const __grid_constant__ Order order) {
+#if MOMENTS
+    constexpr float *partial = nullptr;  // moments are not taken of splits
+#endif
     extern __shared__ __align__(1024) u8 shared[];
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
     const Barriers bar(g, x_base + g.barrier_offset);

@@ -318,7 +318,7 @@ def _product(
         own_moments = (moments, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant))
     args: tuple[Argument, ...] = (
         _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad),
-        *own_moments, *([] if sizes.pool else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
+        *own_moments, *([] if sizes.pool or sizes.moments else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.fixed_bytes(sizes))
