@@ -74,7 +74,8 @@ def test_the_best_variants_go_into_the_users_table(home: Path, monkeypatch: pyte
     assert "1 of 2 problems" in output
     content = json.loads(path.read_text())
     assert content["choices"] == {"conv_fprop f32[1]": "conv_fprop: b"}
-    assert Tuning(user=tuning.read(path, GPU.null().device)).digest in output
+    gpu = GPU.null()
+    assert Tuning(gpu.tuning.shipped, tuning.read(path, gpu.device)).digest in output
 
 
 def test_a_models_problems_are_those_of_its_training_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -404,7 +404,14 @@ def test_every_compiled_tile(
             kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)}
     pool = {1, 2} if kind == "pooled" else {0}
     filter, columns = tiles.constants(sizes, serves)
-    macros = {"CB": cb, "CHANNELS": channels, "FLIPPED": int(kind == "dgrad"), "FILTER": filter, "COLUMNS": columns}
+    macros = {
+        "CB": cb,
+        "CHANNELS": channels,
+        "FLIPPED": int(kind == "dgrad"),
+        "FILTER": filter,
+        "COLUMNS": columns,
+        "MOMENTS": 0,
+    }
     listed = {
         k for k in conv_sm90.variants()
         if k.entry == "conv_sm90" and dict(k.defines)["POOL"] in pool and macros.items() <= dict(k.defines).items()

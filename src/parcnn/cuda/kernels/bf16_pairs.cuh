@@ -11,12 +11,12 @@ __device__ __forceinline__ u32 max_bf16x2(u32 a, u32 b) {
     return d;
 }
 
-// All bits of a half are set where the bits of the two differ, in more than the sign of a zero. A comparison of the two as floats
-// would not find a NaN again; what differs, read as a float, is 0 where nothing does, and min.u16x2 is slow.
+// The highest bit of each half is set where the bits of the two differ; the others are anything. Read as floats, what differs is
+// not zero, or -0, whose bit is there already. (As floats the two themselves would not find a NaN again; min.u16x2 is slow.)
 __device__ __forceinline__ u32 differ_bf16x2(u32 a, u32 b) {
     u32 d;
     asm("set.neu.u32.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a ^ b), "r"(0u));
-    return d;
+    return d | (a ^ b);
 }
 
 // All bits of a half are set where v takes the place of `best` in a maximum (`beats` of common.cuh).
@@ -28,7 +28,7 @@ __device__ __forceinline__ u32 beats_bf16x2(u32 v, u32 best) {
 }
 
 // A 2x2 window of two channels, row-major, of rounded values: its maximum, at least `floor`, and which is the first that has
-// its bits: NaN has but one form here.
+// its very bits: NaN has but one form here, and zeros are positive where there is a floor, or the sum of anything.
 struct Best {
     u32 value, index;
 
@@ -36,7 +36,8 @@ struct Best {
         v0 = max_bf16x2(v0, floor);  // where none is above the floor, all equal it: then the first wins
         value = max_bf16x2(max_bf16x2(v0, v1), max_bf16x2(v2, v3));
         const u32 not0 = differ_bf16x2(v0, value), not1 = differ_bf16x2(v1, value), not2 = differ_bf16x2(v2, value);
-        index = (not0 & (~not1 | not2) & 0x00010001u) | (not0 & not1 & 0x00020002u);
+        const u32 one_or_three = not0 & (~not1 | not2), two_or_three = not0 & not1;
+        index = (one_or_three >> 15 & 0x00010001u) | (two_or_three >> 14 & 0x00020002u);
     }
 };
 #endif
