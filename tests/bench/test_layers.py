@@ -185,6 +185,18 @@ def test_times_are_of_each_run() -> None:
 # The benchmark
 
 
+@pytest.mark.parametrize(("commit", "again"), [("abc", 3), ("abc+changes", 5)])
+def test_what_a_run_of_the_same_commit_measured_is_left_out(
+    null: CudaExecutor, monkeypatch: pytest.MonkeyPatch, commit: str, again: int
+) -> None:
+    monkeypatch.setenv("GIT_COMMIT", commit)
+    subjects = layers.of_layers(null, [ODD], "fp32", ignore)
+    earlier = [row for part in layers.run(null, subjects[:2], ignore, precision="fp32") for row in part]
+    assert len(earlier) == 2
+    later = [row for part in layers.run(null, subjects, ignore, precision="fp32", earlier=earlier) for row in part]
+    assert [row.problem for row in later] == [subject.problem for subject in subjects[-again:]]
+
+
 def test_rows_of_layers(null: CudaExecutor) -> None:
     subjects = layers.of_layers(null, [ODD, FIRST], "fp32", ignore)
     rows = [row for part in layers.run(null, subjects, ignore, precision="fp32") for row in part]

@@ -301,6 +301,19 @@ def test_a_pool_by_another_window(random: np.random.Generator, problem: Problem,
         np.testing.assert_array_equal(result, wanted)
 
 
+@pytest.mark.parametrize("images", [2, 3])
+def test_moments_of_a_pool_by_another_window(cpu: CpuExecutor, random: np.random.Generator, images: int) -> None:
+    """They are of the outputs, the pooled ones."""
+    x, w = random.standard_normal((images, 9, 11, 6)), random.standard_normal((8, 3, 3, 6))
+    op = ConvFprop(pool="max", window=PoolWindow("max", (3, 3), (2, 2)))
+    y, idx = run_op(cpu, op, [x, w])
+    y_too, idx_too, moments = run_op(cpu, replace(op, moments=True), [x, w])
+    np.testing.assert_array_equal(y_too, y)
+    np.testing.assert_array_equal(idx_too, idx)
+    rows = y.reshape(-1, 8)
+    np.testing.assert_allclose(moments, [rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)], rtol=1e-12, atol=1e-12)
+
+
 def test_products_that_no_window_needs_are_not_counted() -> None:
     x, w = Spec((2, 11, 8, 5)), Spec((3, 1, 1, 5))
     apart = ConvFprop(pool="max", window=PoolWindow("max", (3, 2), (4, 3)))

@@ -150,3 +150,13 @@ def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
     op = replace(problem.op(kind), window=window)
     if min(op.pooled_hw(h, w, problem.r, problem.s)) > 0:
         check_exact(cuda, op, problem.integers(kind, random), f"{problem} {window}")
+
+
+@pytest.mark.parametrize(("side", "width"), [(3, 1400), (4, 1100)])
+def test_images_too_wide_for_any_tile(null: CudaExecutor, side: int, width: int) -> None:
+    window = PoolWindow("max", (side, side), (side, side))
+    op = ConvFprop(pad=(1, 1, 1, 1), pool="max", window=window)
+    specs = (Spec((1, 64, width, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"))
+    assert "no tile" in (conv_sm90.supports(op, specs) or "")
+    narrow = (Spec((1, 64, width // 2, 64), "bf16"), specs[1])
+    assert null.can_fuse(op, narrow)

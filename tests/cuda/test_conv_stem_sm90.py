@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem_sm90
 from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
 from tests import reference
 from tests.cuda.bf16 import to_bits
@@ -151,3 +152,11 @@ def test_what_it_refuses() -> None:
     assert conv_stem_sm90.supports(op, specs) is None
     assert "gelu" in (conv_stem_sm90.supports(ConvFprop(act="gelu"), specs) or "")
     assert "no forward" in (conv_stem_sm90.supports(ConvWgrad(filter=(3, 3)), specs) or "")
+
+
+@pytest.mark.parametrize(("x", "w"), [((8, 128, 200, 1), (16, 128, 9, 1)), ((8, 128, 200, 3), (16, 60, 10, 3))])
+def test_tall_filters_are_left_to_others(x: tuple[int, ...], w: tuple[int, ...]) -> None:
+    """A block keeps 64 filters, however few there are."""
+    specs = (Spec(x, "bf16"), Spec(w, "bf16"))
+    assert "do not fit" in (conv_stem_sm90.supports(ConvFprop(act="relu"), specs) or "")
+    assert REGISTRY.on("sm_90a").supports(ConvFprop(act="relu"), specs)

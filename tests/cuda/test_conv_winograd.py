@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parcnn.cuda.kernels import Registry, conv_winograd, conv_winograd_wgrad
+from parcnn.cuda.kernels import Registry, conv_wgrad, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.cuda.launch import Kernel, Launcher
-from parcnn.ops.base import ACTIVATIONS, Op
+from parcnn.ops.base import ACTIVATIONS, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Executor
 from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, on_cpu, random_fixture  # noqa: F401
@@ -158,3 +158,9 @@ def test_what_is_not_finite_stays_where_it_was(make: MakeExecutor, random: np.ra
 def test_refusals_say_why(op: Op, shape: tuple[int, ...], reason: str) -> None:
     call = call_of(op, [np.zeros((2, 9, 9, shape[3]), np.float32), np.zeros(shape, np.float32)])
     assert reason in (conv_winograd.supports(op, call.input_specs) or "")
+
+
+def test_filters_of_too_many_elements() -> None:
+    x = Spec((4, 4, 4, 16384))
+    for family in (conv_winograd_wgrad, conv_wgrad):
+        assert "2**31" in (family.supports(ConvWgrad(pad=(1, 1, 1, 1), filter=(3, 3)), (x, x)) or "")

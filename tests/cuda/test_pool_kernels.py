@@ -189,4 +189,5 @@ def test_refuses() -> None:
     assert "f64" in (pool.supports(PoolFprop(), (Spec((1, 2, 2, 1), "f64"),)) or "")
     assert "u8" in (pool.supports(PoolDgrad("avg", image=(4, 4)), (Spec((1, 2, 2, 1), "u8"),)) or "")
     assert "2**31" in (pool.supports(PoolFprop(), (Spec((2**15, 2**8, 2**8, 1)),)) or "")
+    assert "65536" in (pool.supports(PoolFprop("max", (257, 256)), (Spec((1, 300, 300, 8), "bf16"),)) or "")
     assert "2**31" in (pool.supports(AdaptiveAvgFprop((2**16, 1)), (Spec((1, 2**16, 1, 1)),)) or "")

@@ -233,6 +233,23 @@ def test_a_pool_by_another_window(mode: str, pool: tuple[int, ...], kind: str) -
     assert not [c for c in calls if isinstance(c.op, ConvDgrad) and c.op.pool]
 
 
+@pytest.mark.parametrize("act_first", [True, False])
+def test_a_window_that_may_lie_in_the_padding_is_pooled_apart_from_the_activation(act_first: bool) -> None:
+    """Its maximum is -inf before the activation, and after it too where the activation comes first."""
+    greedy = Greedy(threads=1)
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        pooled = F.max_pool2d(F.relu(x) if act_first else x, 2, 1, 1, dilation=3)
+        return pooled if act_first else F.relu(pooled)
+
+    (p, q) = PoolFprop("max", (2, 2), (1, 1), (1, 1), (3, 3)).output_hw(5, 7)
+    calls = _calls(greedy, middle, "train", 3 * p * q)
+    greedy.close()
+    pools = [c.op for c in calls if getattr(c.op, "window", None) and c.phase == "forward"]
+    assert pools
+    assert all(op.act is None for op in pools)
+
+
 class Choosy(CpuExecutor):
     """An executor without any fused form."""
 

@@ -133,6 +133,28 @@ def test_errors_that_two_layers_share_are_spread_by_the_indices_of_each(unpoolin
     assert set(ops) == {ConvUnpool("max", "relu"), ConvUnpool("max")}
 
 
+class Around(nn.Module):
+    """A way around a pooled convolution: what dgrad reads as the error, before the pool, it also adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 3, padding=3), nn.Linear(4, 4)
+
+    def forward(self, x: F.Tensor) -> F.Tensor:
+        x = self.first(x)
+        y = F.relu(F.max_pool2d(self.second(x), 2) + x)
+        return self.head(F.adaptive_avg_pool2d(y, 1).flatten(1))
+
+
+def test_a_derivative_that_a_gradient_also_adds_stays(unpooling: Unpooling) -> None:
+    random = np.random.default_rng(2)
+    model = Around()
+    step = step_of(unpooling, model, random.standard_normal((3, 2, 4, 4)), np.array([0, 3, 1], np.int32))
+    check_gradients(step, model)
+    (op,) = [call.op for call in step.plan.program.calls if isinstance(call.op, ConvUnpool)]
+    assert op == ConvUnpool("max")
+
+
 def test_without_fusion_there_is_nothing_to_unpool(unpooling: Unpooling) -> None:
     calls = _calls(unpooling, _model(nn.MaxPool2d(2), nn.ReLU(), 6), Options(fuse=False))
     assert not any(isinstance(call.op, ConvUnpool) for call in calls)

@@ -110,13 +110,16 @@ def run(
 
     peers: PyTorch in the same run, where it is installed and has the GPU; cuDNN's convolution alone, also where ours does
     more in the same kernel. compiled: modes of torch.compile (`conv_peers.COMPILE_MODES`), the best of which the fused
-    block's row has. earlier: subjects that these rows measured, of the same sources, GPU and tables, are left out. At the
-    end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
+    block's row has. earlier: subjects that these rows measured, of the same commit without changes, GPU and tables, are left
+    out. At the end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
     """
     peers = peers and has_torch_on_gpu()
     machine = Machine.of(executor)
     same = (bench, machine.gpu, machine.commit, executor.tuning_digest, peers)
+    wanted = [subject.problem for subject in subjects]
+    is_known = machine.commit is not None and not machine.commit.endswith("+changes")
     kept = [r for r in earlier if (r.bench, r.gpu, r.commit, r.extra.get("tuning"), bool(r.peer)) == same]
+    kept = [r for r in kept if is_known and r.problem in wanted]
     subjects = [subject for subject in subjects if all(subject.problem != row.problem for row in kept)]
     roof = Roofline.of(executor.device.name, precision, executor)
     executor.compile(kernel for subject in subjects for call in subject.calls for kernel in executor.kernels(call))

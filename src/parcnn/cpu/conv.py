@@ -91,7 +91,7 @@ def _fprop_then_pool(
 def _apart(op: ConvFprop, window: PoolWindow, x: Shape, w: Shape) -> tuple[ConvFprop, PoolFprop, Shape]:
     """Convolution and pool as ops of their own, and the shape of what is between them."""
     between = (x[0], *op.output_hw(*x[1:3], *w[1:3]), w[0])
-    return replace(op, pool=None, window=None), PoolFprop(**window.__dict__), between
+    return replace(op, pool=None, window=None, moments=False), PoolFprop(**window.__dict__), between
 
 
 def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:

@@ -34,6 +34,11 @@ class PoolWindow(Op):
         """The window alone."""
         return PoolWindow(**{f.name: getattr(self, f.name) for f in fields(PoolWindow)})
 
+    @property
+    def may_miss(self) -> bool:
+        """Whether a window may lie wholly in the padding (pads are at most half a kernel: only taps apart can)."""
+        return self.dilation != (1, 1) and any(self.pad)
+
     def covered_hw(self, h: int, w: int) -> tuple[int, int]:
         """Rows and columns of an image (h, w) that lie in some window."""
         rows, columns = (

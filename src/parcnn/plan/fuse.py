@@ -87,6 +87,8 @@ def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> t
 def _pool_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple[Value, ...]] | None:
     first, second = producer.op, node.op
     if isinstance(first, Act) and isinstance(second, PoolFprop) and second.kind == "max" and second.act is None:
+        if second.may_miss:  # the maximum of no pixels is -inf, whatever the activation
+            return None
         keep = training and first.kind not in FROM_OUTPUT
         return replace(second, act=first.kind, keep=keep), producer.inputs
     return None
@@ -98,12 +100,15 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
         if isinstance(second, Act) and first.act is None:
             # In training the derivative must follow from what is kept: the output. After a pool the activation must
             # commute with it, which these (monotone) do with a maximum.
-            if (second.kind in FROM_OUTPUT and first.pool != "avg") or (not training and first.pool is None):
+            commutes = first.pool != "avg" and not (first.window and first.window.may_miss)
+            if (second.kind in FROM_OUTPUT and commutes) or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
         if isinstance(second, PoolFprop) and first.pool is None and not second.keep:
             pooled = replace(first, pool=second.kind, window=None if _is_2x2(second) else second.window)
             if second.act:
                 return (replace(pooled, act=second.act), producer.inputs) if first.act is None else None
+            if first.act and second.may_miss:
+                return None
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
                 return pooled, producer.inputs

@@ -41,7 +41,8 @@ def _unpool(graph: Graph, error: tuple[Value, ...], nodes: list[Node]) -> None:
     op, inputs = ConvUnpool("max" if len(error) == 2 else "avg"), error
     below = next((node for node in graph.nodes if error[0] in node.outputs), None)
     if below is not None and isinstance(below.op, ActDgrad) and below.op.kind in FROM_OUTPUT:
-        if all(any(node is one for one in nodes) for node in graph.consumers()[error[0]]):
+        readers = graph.consumers()[error[0]]
+        if all(any(node is one for one in nodes) and node.inputs.count(error[0]) == 1 for node in readers):
             dy, saved = below.inputs
             op, inputs = replace(op, act=below.op.kind), (dy, *error[1:], saved)
             first = graph.nodes.index(below)

@@ -31,6 +31,7 @@ TAP_PIXELS = {
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
 MOST_CANDIDATES = 8
+MOST_PARTS = 16  # of a row of such windows, in which tiles may take it
 
 
 class Class(NamedTuple):
@@ -446,6 +447,12 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                         yield Shape("tap", tile, channels, shared=True)
 
 
+def has_window_tiles(window: PoolWindow, columns: int) -> bool:
+    """Whether a row of the narrowest tile's windows, of an image with `columns` of them, fits in a tile."""
+    w = (ceil(columns / MOST_PARTS) - 1) * window.stride[1] + window.kernel[1]
+    return w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS.values())
+
+
 def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
     """Tiles of whole windows: rows of them or even parts of rows, and whole images."""
     rows, columns = sizes.pooled
@@ -453,7 +460,7 @@ def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
         if channels == 128 and sizes.k <= 64:
             continue
         for pixels in compiled:
-            for across in {ceil(columns / parts) for parts in range(1, min(columns, 16) + 1)}:
+            for across in {ceil(columns / parts) for parts in range(1, min(columns, MOST_PARTS) + 1)}:
                 w = (across - 1) * window.stride[1] + window.kernel[1]
                 down = min(rows, pooled_by(window, pixels // w, 0))
                 if down < 1:

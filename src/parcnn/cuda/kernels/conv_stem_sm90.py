@@ -26,6 +26,7 @@ from parcnn.ops.program import Call
 
 OPS: tuple[type[Op], ...] = (ConvFprop,)
 FILTERS = 64  # of a block: the N of wgmma
+SHARED_BYTES = 227 * 1024  # a block's, on Hopper
 _EIGHT_BYTES = 16 * FILTERS  # of eight elements of every filter's row
 
 
@@ -33,7 +34,12 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None where the kernel runs the op on these operands, else the reason why not."""
     if not isinstance(op, ConvFprop):
         return f"{op.name} is no forward convolution"
-    return portable_supports(op, inputs)
+    if reason := portable_supports(op, inputs):
+        return reason
+    sizes = sizes_of(op, inputs)
+    if not any(_shared_bytes(sizes, variant) <= SHARED_BYTES for variant in tiles_of(sizes)):
+        return f"{FILTERS} filters of {sizes.r} rows do not fit in shared memory beside a tile's image"
+    return None
 
 
 def workspace_bytes(

@@ -72,6 +72,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, dy = inputs[:2]
     dw = op.infer(*inputs)[0]
     reason = unsupported(op, (x, dy), (x.shape[1], x.shape[2]), op.filter)
+    if reason is None and dw.size >= 2**31:
+        reason = f"the filters have {dw.size} elements; the kernels address fewer than 2**31"
     if reason or x.dtype == "f32":
         return reason
     conv = Conv.of(op, x, dw)

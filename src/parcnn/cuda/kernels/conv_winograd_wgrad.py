@@ -60,7 +60,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return "Winograd's algorithm runs 3x3 filters of stride and dilation 1"
     if op.pool:
         return "Winograd's filter gradient has no pool"
-    if reason := refuse_dtype(x, dy) or unsupported(op, (x, dy), (x.shape[1], x.shape[2]), op.filter):
+    if reason := refuse_dtype(x, dy) or unsupported(op, (x, dy, *outputs), (x.shape[1], x.shape[2]), op.filter):
         return reason
     if not all(spec.size for spec in (*inputs, *outputs)):
         return "there is nothing to compute"

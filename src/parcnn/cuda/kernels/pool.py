@@ -40,6 +40,9 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
     (y, *_), x = op.infer(*inputs), inputs[0]
     reason = refuse_dtype(x, among=tuple(ELEMENTS)) or refuse_size(x, y)
+    if reason is None and isinstance(op, PoolFprop) and op.kind == "max" and x.dtype == "bf16":
+        if op.kernel[0] * op.kernel[1] > 2**16:
+            return f"maxima of bf16 are of windows of at most 65536 elements, not {op.kernel}"
     if reason is None and not isinstance(op, PoolWindow):
         for a in (1, 2):
             if (x.shape[a] + 1) * (y.shape[a] + 1) >= 2**31:
