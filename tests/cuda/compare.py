@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from parcnn.cpu import CpuExecutor
-from parcnn.cuda.launch import Launch
+from parcnn.cuda.kernels import Registry
+from parcnn.cuda.launch import Launch, Launcher
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Executor
 from tests.cuda.bf16 import from_bits, to_bits, values_of
@@ -32,6 +33,31 @@ class CheckedEmulation(runner.EmulationExecutor):
             assert all(0 < extent < 2**16 for extent in launch.grid[1:]), launch.grid
             assert 0 < np.prod(launch.block) <= 1024
         return launches
+
+
+MakeExecutor = Callable[[Sequence[Launcher]], Executor]
+
+
+def makers(emulated: Callable[[Launcher], Launcher] = lambda launcher: launcher) -> Callable[..., MakeExecutor]:
+    """A fixture that makes an executor which runs the given launchers; in the emulation, what `emulated` makes of each."""
+
+    @pytest.fixture(params=WHERE, name="make")
+    def fixture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
+        if request.param == "gpu":
+            cuda = request.getfixturevalue("cuda")
+
+            def on_device(launchers: Sequence[Launcher]) -> Executor:
+                monkeypatch.setattr(cuda, "registry", Registry(launchers, runner.KERNELS))
+                return cuda
+
+            return on_device
+        if not runner.available():
+            pytest.skip("the emulation needs g++")
+        return lambda launchers: CheckedEmulation(
+            list(map(emulated, launchers)), descending=request.param == "descending"
+        )
+
+    return fixture
 
 
 def executors(family: ModuleType) -> Callable[..., Executor]:

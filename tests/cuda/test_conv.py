@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
@@ -10,20 +10,19 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from parcnn.cuda.kernels import Registry, conv_dgrad, conv_dgrad_direct, conv_fprop, conv_wgrad
+from parcnn.cuda.kernels import conv_dgrad, conv_dgrad_direct, conv_fprop, conv_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
-from parcnn.cuda.launch import Device, Launcher
+from parcnn.cuda.launch import Device
 from parcnn.ops.base import ACTIVATIONS, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Executor, Program, Slot
 from tests import reference
-from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, random_fixture  # noqa: F401
+from tests.cuda.compare import WHERE, CheckedEmulation, MakeExecutor, check, makers, normal, random_fixture  # noqa: F401
 from tests.cuda.host_emulation import runner
 from tests.op_runner import run_op, unpack
 
 FAMILIES = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: conv_wgrad}
 H100 = Device("H100", "sm_90a", 132)
-MakeExecutor = Callable[[Sequence[Launcher]], Executor]
 
 
 @dataclass(frozen=True)
@@ -98,20 +97,7 @@ def with_pools(problems: dict[str, Problem], *pools: str | None) -> pytest.MarkD
     return pytest.mark.parametrize(("problem", "pool"), fit)
 
 
-@pytest.fixture(params=WHERE)
-def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
-    """Makes an executor that runs the given launchers."""
-    if request.param == "gpu":
-        cuda = request.getfixturevalue("cuda")
-
-        def on_device(launchers: Sequence[Launcher]) -> Executor:
-            monkeypatch.setattr(cuda, "registry", Registry(launchers, runner.KERNELS))
-            return cuda
-
-        return on_device
-    if not runner.available():
-        pytest.skip("the emulation needs g++")
-    return lambda launchers: CheckedEmulation(launchers, descending=request.param == "descending")
+make_fixture = makers()
 
 
 @pytest.fixture

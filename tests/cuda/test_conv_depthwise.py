@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -15,18 +15,17 @@ from hypothesis import strategies as st
 from parcnn.cuda.kernels import Registry, conv_depthwise, conv_depthwise_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
-from parcnn.cuda.launch import Device, Launcher
+from parcnn.cuda.launch import Device
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Executor, Slot
 from tests.cuda.bf16 import stored, values_of
-from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, random_fixture, specs_of  # noqa: F401
+from tests.cuda.compare import WHERE, CheckedEmulation, MakeExecutor, check, makers, normal, random_fixture, specs_of  # noqa: F401
 from tests.cuda.host_emulation import runner
 from tests.op_runner import run_op
 
 FAMILIES = {ConvFprop: conv_depthwise, ConvDgrad: conv_depthwise, ConvWgrad: conv_depthwise_wgrad}
 KINDS = ("fprop", "dgrad", "wgrad")
-MakeExecutor = Callable[[Sequence[Launcher]], Executor]
 H200 = Device("H200", "sm_90a", 132)
 
 
@@ -90,33 +89,20 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
-@pytest.fixture(params=WHERE)
-def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
-    """Makes an executor that runs the given launchers."""
-    if request.param == "gpu":
-        cuda = request.getfixturevalue("cuda")
-
-        def on_device(launchers: Sequence[Launcher]) -> Executor:
-            monkeypatch.setattr(cuda, "registry", Registry(launchers, runner.KERNELS))
-            return cuda
-
-        return on_device
-    if not runner.available():
-        pytest.skip("the emulation needs g++")
-    return lambda launchers: CheckedEmulation(list(map(with_sum, launchers)), descending=request.param == "descending")
-
-
-@pytest.fixture
-def executor(make: MakeExecutor) -> Executor:
-    return make([conv_depthwise, conv_depthwise_wgrad])
-
-
 def with_sum(family: Any) -> Any:
     """A family that lists conv_wgrad's sum among its kernels."""
     names = ("OPS", "supports", "workspace_bytes", "launches")
     return SimpleNamespace(
         **{name: getattr(family, name) for name in names}, variants=lambda: [*family.variants(), SUM_KERNEL]
     )
+
+
+make_fixture = makers(with_sum)
+
+
+@pytest.fixture
+def executor(make: MakeExecutor) -> Executor:
+    return make([conv_depthwise, conv_depthwise_wgrad])
 
 
 def call_of(op: Op, arrays: Sequence[np.ndarray]) -> Call:

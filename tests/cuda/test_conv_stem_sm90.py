@@ -13,8 +13,6 @@ from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem_sm90
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
-from tests import reference
-from tests.cuda.bf16 import to_bits
 from tests.cuda.test_conv_mma import (
     H200,
     Problem,
@@ -26,7 +24,7 @@ from tests.cuda.test_conv_mma import (
     random_of,
     ternary,
 )
-from tests.cuda.test_conv_stem import PROBLEMS, call_of, call_specs, problems
+from tests.cuda.test_conv_stem import PROBLEMS, call_of, call_specs, check_not_finite, problems
 from tests.op_runner import run_op
 
 CASES = [
@@ -72,23 +70,7 @@ def test_rounds_once(
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["lenet conv 1", "cifarnet stem", "resnet stem"])
 def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """They reach the outputs that they reach in float64, and no other: not those whose runs end before them."""
-    problem = PROBLEMS[name]
-    for pool in (None, "max"):
-        op = problem.op("fprop", pool, act="relu")
-        x, w = problem.operands(op, ternary(random_of(name)), random_of(name))
-        x[0, 1, 1, 0], x[1, 0, 0, 0], x[1, 4, 4, 0], x[0, 9, 20, -1] = np.nan, np.inf, -np.inf, np.inf
-        w[...] = 1
-        geometry = {"stride": problem.stride, "pad": problem.pad, "dilation": problem.dilation}
-        with np.errstate(invalid="ignore"):
-            true = reference.act("relu", reference.conv(x, w, **geometry))
-            value, index = reference.pool2x2(true, pool) if pool else (true, None)
-        got, *winners = run_op(on_device(cuda, monkeypatch, conv_stem_sm90), op, bits_of(op, [x, w]))
-        assert np.isnan(value).any()
-        assert np.isinf(value).any()
-        np.testing.assert_array_equal(got, to_bits(value + 0.0))
-        for winner in winners:
-            np.testing.assert_array_equal(winner[~np.isnan(value)], index[~np.isnan(value)])
+    check_not_finite(on_device(cuda, monkeypatch, conv_stem_sm90), name)
 
 
 @pytest.mark.gpu

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from math import ceil
 from typing import Any
 
 import numpy as np
 import pytest
 
-from parcnn.cuda.kernels import Registry, conv_wgrad, conv_winograd, conv_winograd_wgrad
+from parcnn.cuda.kernels import conv_wgrad, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
-from parcnn.cuda.launch import Kernel, Launcher
+from parcnn.cuda.launch import Kernel
 from parcnn.ops.base import ACTIVATIONS, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
-from parcnn.ops.program import Executor
-from tests.cuda.compare import WHERE, CheckedEmulation, check, normal, on_cpu, random_fixture  # noqa: F401
-from tests.cuda.host_emulation import runner
+from tests.cuda.compare import WHERE, CheckedEmulation, MakeExecutor, check, makers, normal, on_cpu, random_fixture  # noqa: F401
 from tests.cuda.test_conv import Problem, call_of
 from tests.op_runner import run_op
 
-MakeExecutor = Callable[[Sequence[Launcher]], Executor]
 PROBLEMS = {
     "one tile": Problem(1, 2, 2, 8, 8, 3, 3, pad=(1, 1, 1, 1)),
     "odd sides": Problem(3, 9, 7, 16, 72, 3, 3, pad=(1, 1, 1, 1)),
@@ -32,20 +29,7 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
-@pytest.fixture(params=WHERE)
-def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
-    """Makes an executor that runs the given launchers."""
-    if request.param == "gpu":
-        cuda = request.getfixturevalue("cuda")
-
-        def on_device(launchers: Sequence[Launcher]) -> Executor:
-            monkeypatch.setattr(cuda, "registry", Registry(launchers, runner.KERNELS))
-            return cuda
-
-        return on_device
-    if not runner.available():
-        pytest.skip("the emulation needs g++")
-    return lambda launchers: CheckedEmulation(launchers, descending=request.param == "descending")
+make_fixture = makers()
 
 
 FORWARD, FILTERS = 25 / 9, 16 / 4
