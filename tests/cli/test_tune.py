@@ -51,6 +51,13 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     return tmp_path
 
 
+def _with_users_table(home: Path) -> CudaExecutor:
+    """A null GPU whose tables include the user's."""
+    gpu = GPU.null()
+    gpu.tuning = Tuning.of(gpu.device, home / "parcnn" / "tuned")
+    return gpu
+
+
 def succeed(*arguments: str | Path) -> str:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
@@ -132,8 +139,36 @@ def test_what_ships_is_written_where_it_ships(home: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(tune_bench, "run", run)
     succeed("tune", "shipped")
-    assert tried == [tune_bench.SHIPPED_MOST]
+    assert tried == [tune_bench.MOST_OF_MANY]
     assert list(json.loads((home / "ships" / "sm_90a-132.json").read_text())["choices"]) == ["conv_fprop bf16[1]"]
+
+
+def test_random_problems_are_tuned_and_then_told_apart(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def two_layers(count: int, seed: int) -> tuple[Layer, ...]:
+        drawn.append((count, seed))
+        return SMALL
+
+    def run(executor: CudaExecutor, calls: list[Call], say: object, most: int) -> Iterator[Measured]:
+        assert (len(calls), most) == (5, tune_bench.MOST_OF_MANY)
+        first, *_, last = executor.choices(calls[0].op, calls[0].input_specs, calls[0].output_specs)
+        yield Measured(problem_key(calls[0].op, calls[0].input_specs), first, 3.0, last, 2.0, 9)
+
+    monkeypatch.setattr(tune_bench, "run", run)
+    for command in (tune_command, bench_command):
+        monkeypatch.setattr(command, "random_layers", lambda count, seed: two_layers(count, seed) if count else ())
+    measure = ("bench", "layers", "--random", "2", "--seed", "9", "--out", home)
+    succeed(*measure)
+    succeed("tune", "layers", "--random", "2", "--seed", "9")
+    monkeypatch.setattr("parcnn.cuda.executor.CudaExecutor", lambda registry: _with_users_table(home))
+    succeed(*measure)
+    assert drawn == [(2, 9)] * 3
+    before, after = (read(home / "layers.jsonl")[i : i + 5] for i in (0, 5))
+    assert {row.bench for row in before} == {"conv random"}
+    assert {row.bench for row in after} == {"conv random tuned"}
+    assert before[0].variant != after[0].variant
+    assert [row.variant for row in before[1:]] == [row.variant for row in after[1:]]
 
 
 def test_a_damaged_table_stops_it(home: Path) -> None:
@@ -171,6 +206,7 @@ def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pyte
 
 def test_a_stopped_run_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = ("bench", "layers", "--no-pauses", "--out", home)
+    monkeypatch.setenv("GIT_COMMIT", "one")
     succeed(*layer, "--only", "3,8,5")
     first = read(home / "layers.jsonl")
     assert [row.extra["rested_us"] for row in first] == [None, None]

@@ -16,7 +16,7 @@ from parcnn.ops.program import Call, Slot
 
 LEAST_GAIN = 1.03  # below it the default stays: the times of one kernel differ by as much
 MOST_OF_OTHERS = 3  # variants of a family that does not run by default: the best by its own rule
-SHIPPED_MOST = 8  # variants of the family that does: where a table that ships is measured
+MOST_OF_MANY = 8  # variants of the family that does, where there are many problems: a table that ships, random ones
 NEAR = 1.1  # how many times the best first time a variant may take to be timed again
 # Training steps whose problems a table that ships has, beside the layers of `parcnn bench layers`: model, batch, image.
 SHIPPED_STEPS = (

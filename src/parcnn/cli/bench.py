@@ -112,7 +112,10 @@ def layers(
         chosen = tuple(layer for layer in chosen if only in layer.shape)
         subjects = layers_bench.of_layers(executor, chosen, precision, say, wanted)
     kind = "model" if model else "random" if random else "depthwise" if depthwise else ""
-    bench = " ".join(filter(None, ["conv", kind, "portable" * portable, precision * (precision != "bf16")]))
+    calls = (call for subject in subjects for call in subject.calls)
+    tuned = any(executor.tuning.is_users(call.op, call.input_specs) for call in calls)
+    special = (kind, "tuned" * tuned, "portable" * portable, precision * (precision != "bf16"))
+    bench = " ".join(filter(None, ("conv", *special)))
     compiled = ("default", "max-autotune") if max_autotune else ("default",)
     path = out / "layers.jsonl"
     for rows in layers_bench.run(

@@ -12,7 +12,7 @@ from rich.table import Table
 from parcnn import models
 from parcnn.bench import layers as layers_bench
 from parcnn.bench import tune as tune_bench
-from parcnn.bench.layer import CONV, FUSED, LAYERS
+from parcnn.bench.layer import CONV, FUSED, LAYERS, random_layers
 from parcnn.bench.tune import Measured
 from parcnn.cli.console import console, say
 from parcnn.cli.plan import image_shape
@@ -37,6 +37,10 @@ def tune(
     ] = None,
     classes: Annotated[int, typer.Option(min=1, help="Classes of the network.")] = 10,
     only: Annotated[str, typer.Option(help="Of `layers`: those with this in N,H,W,C,K,R,stride,pad.")] = "",
+    random: Annotated[
+        int, typer.Option(min=0, help="Of `layers`: so many random problems instead, without the block with a pool.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random problems.")] = 0,
     table: Annotated[Path | None, typer.Option(help="The table to write. [default: the user's own]")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Of `shipped`: measure nothing; exit code 1 where a table is out of date.")
@@ -60,14 +64,14 @@ def tune(
     if model == SHIPPED:
         subjects = tune_bench.of_shipped(executor, say)
     elif model == ALL_LAYERS:
-        wanted = [layer for layer in LAYERS if only in layer.shape]
-        subjects = layers_bench.of_layers(executor, wanted, precision, say, (*CONV, *FUSED))
+        wanted = [layer for layer in (random_layers(random, seed) or LAYERS) if only in layer.shape]
+        subjects = layers_bench.of_layers(executor, wanted, precision, say, CONV if random else (*CONV, *FUSED))
     else:
         sample = image_shape(model, input_shape)
         subjects = layers_bench.of_model(executor, model, sample, batch, precision, classes)
     measured: list[Measured] = []
     choices = old
-    most = tune_bench.SHIPPED_MOST if model == SHIPPED else None
+    most = tune_bench.MOST_OF_MANY if random or model == SHIPPED else None
     for each in tune_bench.run(executor, tune_bench.problems(subjects), say, most):
         measured.append(each)
         choices = tune_bench.table(measured, old)
