@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from parcnn import models, nn
 from parcnn.bench import layers, repeated, roofline, tune
+from parcnn.bench.conv_peers import Peer
 from parcnn.bench.layer import CONV, DEPTHWISE, LAYERS, Layer, Plans, kept_bytes, layer_of, least_bytes, random_layers
 from parcnn.bench.repeated import RepeatedCalls, time_in_turn
 from parcnn.bench.roofline import Roofline
+from parcnn.bench.rows import Row
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.device import is_available
 from parcnn.cuda.executor import CudaExecutor
@@ -19,6 +23,7 @@ from parcnn.errors import ArgumentError
 from parcnn.ops.base import Spec
 from parcnn.ops.pointwise import Act, Add
 from parcnn.ops.program import Call, Slot
+from parcnn.plan.trace import Tensor
 
 ODD = Layer(4, 9, 7, 8, 16, 3, 1, 1)
 FIRST = Layer(4, 12, 12, 3, 8, 5, 2, 2)
@@ -197,6 +202,50 @@ def test_what_a_run_of_the_same_commit_measured_is_left_out(
     assert [row.problem for row in later] == [subject.problem for subject in subjects[-again:]]
 
 
+def test_a_run_that_asks_for_more_measures_again(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's modes and pauses that earlier rows lack; a problem that no peer has needs no peer's row."""
+    monkeypatch.setenv("GIT_COMMIT", "abc")
+    monkeypatch.setattr(layers, "has_torch_on_gpu", lambda: True)
+
+    class Stub:
+        def __init__(self, *arguments: object) -> None:
+            pass
+
+        def convolution(self, direction: str, choice: str) -> Peer:
+            return Peer(lambda steps: None)
+
+        def block(self, direction: str, mode: str) -> Peer:
+            return Peer(lambda steps: None)
+
+    monkeypatch.setattr(layers, "TorchLayer", Stub)
+    monkeypatch.setattr(layers, "version", lambda: "a peer")
+    monkeypatch.setattr(layers, "PAUSE_SECONDS", 1e-4)
+    subjects = layers.of_layers(null, [ODD], "fp32", ignore, ("fprop", "fused_pool_fwd"))
+    alone = replace(subjects[0], layer=None, problem={"direction": "fprop", "shape": "its own"})
+    rows: list[Row] = []
+
+    def measured(compiled: tuple[str, ...], pauses: bool) -> list[str]:
+        """Directions that are measured beside what was before."""
+        of = (*subjects, alone)
+        parts = layers.run(null, of, ignore, precision="fp32", compiled=compiled, pauses=pauses, earlier=list(rows))
+        found = [row for part in parts for row in part]
+        rows.extend(found)
+        return [f"{row.problem['direction']} {row.peer}" for row in found]
+
+    fused = ["fused_pool_fwd torch_eager", "fused_pool_fwd torch_compile"]
+    both = ("default", "max-autotune")
+    assert measured(("default",), pauses=False) == ["fprop cudnn", *fused, "fprop None"]
+    assert measured(("default",), pauses=False) == []
+    assert measured(both, pauses=False) == fused
+    assert measured(("default",), pauses=False) == []
+    assert measured(("default",), pauses=True) == ["fprop cudnn", *fused, "fprop None"]
+    assert measured(both, pauses=True) == fused
+    assert measured(both, pauses=True) == []
+    rows.remove(next(row for row in reversed(rows) if row.peer == "torch_eager"))
+    del rows[:-1]
+    assert measured(both, pauses=True) == ["fprop cudnn", *fused, "fprop None"], "one of two peers is not both"
+
+
 def test_rows_of_layers(null: CudaExecutor) -> None:
     subjects = layers.of_layers(null, [ODD, FIRST], "fp32", ignore)
     rows = [row for part in layers.run(null, subjects, ignore, precision="fp32") for row in part]
@@ -245,7 +294,39 @@ def test_the_convolutions_of_a_model_each_once(null: CudaExecutor) -> None:
     assert ("fprop", "6,32,32,3,64,3,1,1") in shapes
     assert ("wgrad", "6,1,1,256,10,1,1,0") in shapes
     assert subjects[0].extra == {"model": "cifarnet", "batch": 6, "layer": "blocks.0.conv1"}
-    assert subjects[0].problem["fused"] == "pool"
+    assert subjects[0].problem["fused"] == "pool=max"
+
+
+class Branches(nn.Module):
+    """Convolutions of one shape that differ by their groups and by what follows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 64, 1)
+        self.plain, self.grouped = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, groups=2)
+        self.relu = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+        self.tanh = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Tanh())
+        self.twos = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(2))
+        self.threes = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.MaxPool2d(3))
+        self.end = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.end(self.plain(x))
+        for branch in (self.grouped, self.relu, self.tanh, self.twos, self.threes):
+            y = y + self.end(branch(x))
+        return y
+
+
+def test_problems_of_a_model_have_names_of_their_own(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "create", lambda name, **_: Branches())
+    subjects = layers.of_model(null, "branches", (3, 24, 24), 32, "bf16")
+    names = [str(subject.problem) for subject in subjects]
+    assert len(set(names)) == len(names)
+    shape = "32,24,24,64,64,3,1,1"
+    found = [(s.problem["fused"], s.problem.get("groups")) for s in subjects if s.problem["shape"] == shape]
+    wanted = ("bias", None), ("bias", 2), ("bias act=relu", None), ("bias act=tanh", None), ("pool=max bias", None)
+    assert {*wanted, ("pool=max bias pool_window kernel=(3, 3) stride=(3, 3)", None)} <= set(found)
 
 
 def test_peaks_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

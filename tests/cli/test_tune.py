@@ -205,6 +205,7 @@ def test_layers_are_measured_and_kept_part_by_part(home: Path, monkeypatch: pyte
 
 
 def test_a_stopped_run_goes_on(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_COMMIT", "first")
     layer = ("bench", "layers", "--no-pauses", "--out", home)
     monkeypatch.setenv("GIT_COMMIT", "one")
     succeed(*layer, "--only", "3,8,5")
@@ -227,7 +228,7 @@ def test_a_models_own_convolutions_are_measured(home: Path, monkeypatch: pytest.
     assert {row.bench for row in rows} == {"conv model fp32"}
     assert len(rows) == 14
     assert {row.extra["layer"] for row in rows} == {"conv1", "conv2", "fc1", "fc2", "fc3"}
-    assert rows[0].problem == {"direction": "fprop", "shape": "7,28,28,1,6,5,1,2", "fused": "bias act pool"}
+    assert rows[0].problem == {"direction": "fprop", "shape": "7,28,28,1,6,5,1,2", "fused": "pool=max bias act=relu"}
 
 
 def test_only_portable_kernels_run_where_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

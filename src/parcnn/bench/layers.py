@@ -7,7 +7,7 @@ random tensors that take turns, and their repeats take turns too (`parcnn.bench.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from operator import itemgetter
 from statistics import geometric_mean
 from typing import Any
@@ -23,12 +23,15 @@ from parcnn.bench.rows import Row
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.tuning import problem_key
 from parcnn.errors import UnsupportedError
+from parcnn.ops.base import Op
+from parcnn.ops.pool import PoolWindow
 from parcnn.ops.program import Call
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
 
 # The second measurement: so many single graphs, before each of which the chip rests.
 RESTED_REPEATS, PAUSE_SECONDS = 5, 0.02
+_GEOMETRY = ("stride", "pad", "dilation", "groups", "image", "filter")  # what a Layer tells of an op
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,26 @@ def of_model(
         if not isinstance(call.op, tuple(OPS.values())) or key in found:
             continue
         direction, layer = layer_of(call)
-        fused = [name for name in ("bias", "act", "pool", "add") if getattr(call.op, name, None)]
-        problem = {"direction": direction, "shape": layer.shape if layer else key, "fused": " ".join(fused)}
+        problem = {
+            "direction": direction,
+            "shape": layer.shape if layer else key,
+            **({"groups": layer.groups} if layer and layer.groups > 1 else {}),
+            "fused": " ".join(_fused(call.op)),
+        }
         found[key] = Subject(direction, problem, (call,), layer, {"model": model, "batch": batch, "layer": call.layer})
     return list(found.values())
+
+
+def _fused(op: Op) -> Iterator[str]:
+    """What a convolution does beyond its geometry: 'pool=max', 'bias', 'act=relu', 'pool_window kernel=(3, 3)'."""
+    for attribute in fields(op):
+        value = getattr(op, attribute.name)
+        if attribute.name in _GEOMETRY or value == attribute.default:
+            continue
+        if isinstance(value, PoolWindow):
+            yield problem_key(value, ())
+        else:
+            yield attribute.name if value is True else f"{attribute.name}={value}"
 
 
 def run(
@@ -110,17 +129,19 @@ def run(
 
     peers: PyTorch in the same run, where it is installed and has the GPU; cuDNN's convolution alone, also where ours does
     more in the same kernel. compiled: modes of torch.compile (`conv_peers.COMPILE_MODES`), the best of which the fused
-    block's row has. earlier: subjects that these rows measured, of the same commit without changes, GPU and tables, are left
-    out. At the end geometric means and the worst are said. Raises UnsupportedError or OutOfMemoryError.
+    block's row has. earlier: subjects that these rows measured, of the same commit without changes, GPU and tables, against
+    all that is asked for here, are left out. At the end geometric means and the worst are said. Raises UnsupportedError or
+    OutOfMemoryError.
     """
     peers = peers and has_torch_on_gpu()
     machine = Machine.of(executor)
-    same = (bench, machine.gpu, machine.commit, executor.tuning_digest, peers)
-    wanted = [subject.problem for subject in subjects]
-    is_known = machine.commit is not None and not machine.commit.endswith("+changes")
-    kept = [r for r in earlier if (r.bench, r.gpu, r.commit, r.extra.get("tuning"), bool(r.peer)) == same]
-    kept = [r for r in kept if is_known and r.problem in wanted]
-    subjects = [subject for subject in subjects if all(subject.problem != row.problem for row in kept)]
+    kept: list[Row] = []
+    if machine.commit is not None and not machine.commit.endswith("+changes"):
+        same = (bench, machine.gpu, machine.commit, executor.tuning_digest)
+        comparable = [r for r in earlier if (r.bench, r.gpu, r.commit, r.extra.get("tuning")) == same]
+        of_each = [_earlier(comparable, subject, peers, compiled, pauses) for subject in subjects]
+        subjects = [subject for subject, rows in zip(subjects, of_each, strict=True) if not rows]
+        kept = [row for rows in of_each for row in rows]
     roof = Roofline.of(executor.device.name, precision, executor)
     executor.compile(kernel for subject in subjects for call in subject.calls for kernel in executor.kernels(call))
     for subject in subjects:
@@ -131,6 +152,18 @@ def run(
         yield rows
     for line in _summary(kept):
         say(line)
+
+
+def _earlier(rows: Sequence[Row], subject: Subject, peers: bool, compiled: Sequence[str], pauses: bool) -> list[Row]:
+    """Rows that are all that measuring the subject would bring; none where something is missing."""
+
+    def suffices(row: Row) -> bool:
+        has_modes = row.peer != "torch_compile" or set(compiled) <= set(row.extra.get("compile_modes") or ())
+        return has_modes and (not pauses or row.extra.get("rested_us") is not None)
+
+    of_peer = {row.peer: row for row in rows if row.problem == subject.problem and suffices(row)}
+    wanted: tuple[str | None, ...] = _peer_names(subject) if peers else ()
+    return [of_peer[name] for name in wanted or (None,)] if {*(wanted or (None,))} <= of_peer.keys() else []
 
 
 def _summary(rows: Sequence[Row]) -> Iterator[str]:
@@ -200,11 +233,18 @@ def _measure(
             rested_us=rested[0],
             peer_rested_us=best_rested.get(name),
             peer_mode=peer_mode,
+            compile_modes=list(compiled) if name == "torch_compile" else None,
             kept_bytes=kept_bytes(calls) if subject.direction == "fused_pool_train" else None,
             peer_kept_bytes=peer_kept,
             peer_version=version() if name else None,
             **subject.extra,
         )
+
+
+def _peer_names(subject: Subject) -> tuple[str, ...]:
+    if subject.layer is None:
+        return ()
+    return ("cudnn",) if subject.direction in CONV else ("torch_eager", "torch_compile")
 
 
 def _peers(
