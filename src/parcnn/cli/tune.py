@@ -17,6 +17,7 @@ from parcnn.bench.tune import Measured
 from parcnn.cli.console import console, say
 from parcnn.cli.plan import image_shape
 from parcnn.cuda import tuning
+from parcnn.errors import ArgumentError
 
 WIDTH = 200  # of the table where the output is no terminal
 ALL_LAYERS, SHIPPED = "layers", "shipped"
@@ -53,6 +54,8 @@ def tune(
     from parcnn.cuda.executor import CudaExecutor
 
     if check:
+        if model != SHIPPED:
+            raise ArgumentError("only the tables that ship are checked", where="--check", expected=SHIPPED, got=model)
         _check()
         return
     executor = CudaExecutor(tuning=tuning.Tuning())
