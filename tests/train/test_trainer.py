@@ -26,6 +26,7 @@ from parcnn.errors import (
     OutOfMemoryError,
     ShapeError,
 )
+from parcnn.nn import functional
 from parcnn.plan.trace import Tensor
 from parcnn.train import Augment, Callback, EpochResult, Trainer, predict
 from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -87,13 +88,16 @@ def test_fp64_and_fp32_agree(make_trainer: Make, digits: Dataset) -> None:
     assert not np.array_equal(a.losses, b.losses)
 
 
+class StopEarly(Callback):
+    """Ends a run after its first epoch."""
+
+    def on_epoch(self, result: Any) -> None:
+        raise KeyboardInterrupt
+
+
 def test_resumed_training_gives_the_same_bits(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
     whole = make_trainer(optim.Adam(1e-3))
     whole.fit(digits, 3)
-
-    class StopEarly(Callback):
-        def on_epoch(self, result: Any) -> None:
-            raise KeyboardInterrupt
 
     half = make_trainer(optim.Adam(1e-3))
     with pytest.raises(KeyboardInterrupt):
@@ -102,6 +106,19 @@ def test_resumed_training_gives_the_same_bits(make_trainer: Make, digits: Datase
     resumed = make_trainer(optim.Adam(1e-3))
     resumed.load(tmp_path / "a.safetensors")
     resumed.fit(digits, 3)
+    assert_same(whole, resumed)
+
+
+def test_a_checkpoint_of_fp64_holds_fp64(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    whole = make_trainer(precision="fp64")
+    whole.fit(digits, 2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(precision="fp64").fit(digits, 2, callbacks=[StopEarly()], checkpoint=tmp_path / "a.safetensors")
+    saved = load_checkpoint(tmp_path / "a.safetensors")
+    assert {tensor.dtype for tensor in (*saved.weights.values(), *saved.optimizer.values())} == {np.dtype(np.float64)}
+    resumed = make_trainer(precision="fp64")
+    resumed.load(tmp_path / "a.safetensors")
+    resumed.fit(digits, 2)
     assert_same(whole, resumed)
 
 
@@ -459,7 +476,16 @@ def test_progress_is_reported(make_trainer: Make, digits: Dataset) -> None:
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"seed": 5}, "seed"), ({"batch_size": 32}, "batch_size"), ({"optimizer": optim.Adam()}, "optimizer")],
+    [
+        ({"seed": 5}, "seed"),
+        ({"batch_size": 32}, "batch_size"),
+        ({"optimizer": optim.Adam()}, "optimizer"),
+        ({"schedule": optim.CosineLR(warmup=0.2)}, "schedule"),
+        ({"loss": nn.CrossEntropyLoss(label_smoothing=0.1)}, "loss"),
+        ({"precision": "fp64"}, "precision"),
+        ({"augment": Augment(flip=True)}, "augment"),
+        ({"shuffle": False}, "shuffle"),
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(
     make_trainer: Make, digits: Dataset, tmp_path: Path, change: dict[str, Any], what: str
@@ -473,6 +499,44 @@ def test_a_checkpoint_of_another_run_is_refused(
         other.load(path)
     for name, value in before.items():
         np.testing.assert_array_equal(value, weights(other)[name])
+
+
+def test_an_older_checkpoint_that_says_less_is_taken(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    make_trainer().fit(digits, 1, checkpoint=path)
+    old = load_checkpoint(path)
+    for key in ("schedule", "loss", "precision", "augment", "shuffle"):
+        del old.info[key]
+    save_checkpoint(path, old)
+    make_trainer().load(path)
+    del old.info["seed"]
+    save_checkpoint(path, old)
+    with pytest.raises(CheckpointError, match="seed"):
+        make_trainer().load(path)
+
+
+class Halves:
+    """A schedule of the user's own, without a repr."""
+
+    def factor(self, step: np.ndarray, total: int) -> np.ndarray:
+        return np.where(np.asarray(step) < total / 2, 1.0, 0.5)
+
+
+def smoothed(x: Tensor, target: Tensor) -> functional.Loss:
+    """A loss of the user's own."""
+    return functional.cross_entropy(x, target, label_smoothing=0.1)
+
+
+def test_a_schedule_and_a_loss_of_the_user_s_own_are_known_again(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.safetensors"
+    make_trainer(schedule=Halves(), loss=smoothed).fit(digits, 1, checkpoint=path)
+    make_trainer(schedule=Halves(), loss=smoothed).load(path)
+    with pytest.raises(CheckpointError, match="another loss"):
+        make_trainer(schedule=Halves()).load(path)
+    with pytest.raises(CheckpointError, match="another schedule"):
+        make_trainer(loss=smoothed).load(path)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "3"])

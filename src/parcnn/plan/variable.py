@@ -39,6 +39,10 @@ class Variable:
         self.data = np.array(data, self.data.dtype, order="C")
         self.version += 1
 
+    def widen(self) -> None:
+        """Be float64 from now on, with the same values: what is trained in fp64 then loses no bits on the host."""
+        self.data = self.data.astype(np.float64)
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.data.shape

@@ -51,6 +51,9 @@ class Session:
         self.model, self.executor, self.loss, self.optimizer = model, executor, loss, optimizer
         self.options, self.dtype = options or Options(), TENSOR_TYPES[precision]
         self.layout = Layout.of(model.named_variables(), accumulator(self.dtype))
+        if self.layout.dtype == "f64":
+            for variable in self.layout.offsets:
+                variable.widen()
         if optimizer is not None:
             self.layout.add_state(optimizer)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()

@@ -35,6 +35,7 @@ from parcnn.train.session import Session
 
 REPORT_SECONDS = 0.25  # between two looks at the loss
 _NEEDED = {"epoch", "step", "trained", "classes", "mean", "std"}  # of a checkpoint's description, to go on from it
+_SAID_LATER = {"schedule", "loss", "precision", "augment", "shuffle"}  # which older checkpoints do not tell
 
 
 @dataclass(frozen=True)
@@ -113,12 +114,12 @@ class Trainer:
         self.optimizer = optimizer or SGD(0.01, momentum=0.9)
         self.schedule = schedule or ConstantLR()
         self.batch_size, self.seed, self.shuffle = _positive(batch_size, "Trainer.batch_size"), seed, shuffle
-        self.augment = augment or Augment()
+        self.augment, self.loss, self.precision = augment or Augment(), loss or CrossEntropyLoss(), precision
         self.executor = resolve_executor(device)
         self.session = Session(
             model,
             self.executor,
-            loss=loss or CrossEntropyLoss(),
+            loss=self.loss,
             optimizer=self.optimizer,
             precision=precision,
             options=options,
@@ -281,12 +282,10 @@ class Trainer:
         mean, std = self.normalization or ((), ())
         info = {
             "model": type(self.model).__name__,
-            "optimizer": repr(self.optimizer),
+            **self._recipe(),
             "epoch": self.epoch,
             "step": self.step,
             "trained": self.trained,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
             "classes": list(self.classes),
             "mean": list(mean),
             "std": list(std),
@@ -300,8 +299,8 @@ class Trainer:
     def load(self, path: str | Path) -> None:
         """Take weights, optimizer state and position from a checkpoint; `fit` goes on from there.
 
-        Raises CheckpointError, changing nothing, when it is corrupt or belongs to another model, optimizer, batch size
-        or seed.
+        Raises CheckpointError, changing nothing, when it is corrupt, belongs to another model, or was trained in another
+        way: by another optimizer, schedule, loss, batch size, seed, precision, augmentation or order.
         """
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
@@ -313,8 +312,8 @@ class Trainer:
                 got=", ".join(sorted(info)) or "nothing",
                 remedy="take the weights only, from load_checkpoint(path).weights",
             )
-        for key, own in (("optimizer", repr(self.optimizer)), ("batch_size", self.batch_size), ("seed", self.seed)):
-            if info["trained"] and info.get(key) != own:
+        for key, own in self._recipe().items():
+            if info["trained"] and info.get(key, own if key in _SAID_LATER else None) != own:
                 raise CheckpointError(
                     f"the checkpoint was trained with another {key}",
                     where=str(path),
@@ -340,6 +339,19 @@ class Trainer:
         return self.session.held_bytes
 
     # -- how it is done -----------------------------------------------------------------------------------------
+
+    def _recipe(self) -> dict[str, Any]:
+        """What a run that goes on must have in common with the one before."""
+        return {
+            "optimizer": _described(self.optimizer),
+            "schedule": _described(self.schedule),
+            "loss": _described(self.loss),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "precision": self.precision,
+            "augment": repr(self.augment),
+            "shuffle": self.shuffle,
+        }
 
     def _train_steps(self, train: Dataset, epochs: int, callbacks: Sequence[Callback]) -> Iterator[None]:
         """The steps of the current epoch that are left, a slice at a time."""
@@ -482,6 +494,13 @@ def _per_channel(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """One entry a channel from one for all or one for each."""
     return (mean * channels if len(mean) == 1 else mean), (std * channels if len(std) == 1 else std)
+
+
+def _described(thing: Any) -> str:
+    """Its repr, where that says what it is; else its name, or that of its class: not where in memory it lies."""
+    if type(thing).__repr__ not in (object.__repr__, type(_described).__repr__):
+        return repr(thing)
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
 
 
 def _positive(value: Any, where: str) -> int:
