@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import parcnn.data.folder as module
 from parcnn.data import from_folder, load
+from parcnn.data.image import decode
 from parcnn.errors import ArgumentError, DataError, ShapeError, UnsupportedError
 
 Image = pytest.importorskip("PIL.Image")
@@ -53,6 +56,29 @@ def test_a_flat_folder_is_split_the_same_way_every_time(flat: tuple[Path, dict[s
     np.testing.assert_array_equal(from_folder(folder).images, train.images)
     assert (train.mean, train.std) == (test.mean, test.std)
     np.testing.assert_allclose(train.mean, (train.images / 255).mean(axis=(0, 2, 3)), rtol=1e-12)
+
+
+def test_images_are_decoded_once_for_both_splits(
+    flat: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, decoded = flat[0], list[str]()
+
+    def watched(file: Path, mode: str, size: tuple[int, int]) -> np.ndarray:
+        decoded.append(f"{file.parent.name}/{file.name}")
+        return decode(file, mode, size)
+
+    monkeypatch.setattr(module, "decode", watched)
+    train, test = from_folder(path), from_folder(path, split="test")
+    assert sorted(decoded) == sorted(flat[1])
+    assert (test.mean, test.std) == (train.mean, train.std)
+    changed = path / "cat" / "1.png"
+    picture(changed)
+    os.utime(changed, ns=(1, 1))
+    again = from_folder(path, split="test")
+    assert again.mean != train.mean, "of the training images as they are now"
+    assert again.mean == from_folder(path).mean
+    smaller = from_folder(path, split="test", size=(3, 4))
+    assert smaller.mean == from_folder(path, size=(3, 4)).mean != again.mean
 
 
 def test_test_every(flat: tuple[Path, dict[str, np.ndarray]]) -> None:
