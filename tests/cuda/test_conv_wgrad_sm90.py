@@ -200,6 +200,20 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     assert CudaExecutor.null("sm_89").registry.find(op, tensors, H200) is conv_mma_wgrad
 
 
+@pytest.mark.parametrize(("dilation", "pixels", "runs"), [(1, 438, True), (2, 376, False)])
+def test_huge_filters_of_huge_images(null: CudaExecutor, dilation: int, pixels: int, runs: bool) -> None:
+    """Windows of nine taps have few enough tiles, single taps have not: then another family runs it."""
+    op = ConvWgrad(dilation=(dilation,) * 2, filter=(63, 63), bias=True)
+    x, dy = Spec((900, 500, 500, 8), "bf16"), Spec((900, pixels, pixels, 8), "bf16")
+    reason = conv_wgrad_sm90.supports(op, (x, dy))
+    call = Call(op, (Slot(x, "arena"), Slot(dy, "arena")), tuple(Slot(spec, "arena") for spec in op.infer(x, dy)))
+    assert bool(conv_wgrad_sm90.candidates(call, H200)) == (reason is None) == runs
+    assert runs or "tiles" in str(reason)
+    assert null.registry.find(op, (x, dy), H200) is conv_mma_wgrad
+    odd = Spec((900, 500, 500, 5), "bf16")
+    assert null.registry.find(op, (odd, dy), H200).supports(op, (odd, dy)) is None
+
+
 def test_gradients_of_bf16_tensors_are_f32() -> None:
     op = ConvWgrad(pad=(1, 1, 1, 1), filter=(3, 3), bias=True)
     for dtype, wanted in (("bf16", "f32"), ("f32", "f32"), ("f64", "f64")):

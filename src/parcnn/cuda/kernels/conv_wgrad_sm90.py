@@ -143,6 +143,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return "there are no pixels to sum over"
     if max(x.size, dy.size * (4 if op.pool else 1), *(spec.size for spec in op.infer(*inputs))) >= 2**31:
         return "a tensor has 2**31 elements or more"
+    if not _has_variant(_conv(op, x, op.infer(*inputs)[0])[1], op.bias):
+        return f"the outputs of all taps make {MOST_TILES} tiles or more, in any form"
     return None
 
 
@@ -224,6 +226,12 @@ def _conv(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Conv]:
     if not isinstance(op, ConvWgrad):
         raise TypeError(f"{op.name} is not a convolution's filter gradient")
     return op, Conv.of(op, x, dw)
+
+
+@lru_cache(maxsize=1024)
+def _has_variant(conv: Conv, bias: bool) -> bool:
+    any_hopper = Device("", "sm_90a", 1)  # its shared memory; how many multiprocessors there are makes no difference
+    return any(fit(conv, bias, form, tile, any_hopper) for form in FORMS for tile in _shapes(conv, form))
 
 
 def _workspace(call: Call) -> Slot:
