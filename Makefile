@@ -68,12 +68,16 @@ gpu-check:
 # A few problems by every kernel family: the tools slow kernels down by far too much for all tests. Errors of the driver's
 # functions are exceptions anyway, and some ask for functions that this driver lacks.
 SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
+SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_winograd.py::test_integers_are_exact \
+	conv_depthwise_sm90.py::test_every_form conv_stem_sm90.py::test_not_a_number_and_infinity_pass \
+	conv_unpool.py::test_nan_and_infinities conv_moments.py::test_moments_of_integers \
+	batch_norm_kernels.py::test_train_by_given_moments batch_norm_kernels.py::test_dgrad_in_place pool_kernels.py::test_smallest)
 sanitize:
 	$(SETUP) test
 	@for tool in $(SANITIZER_TOOLS); do \
 		echo "compute-sanitizer --tool $$tool"; \
 		PATH="$$PATH:/usr/local/cuda/bin" compute-sanitizer --tool $$tool --target-processes all --report-api-errors no --error-exitcode 1 \
-			env $(PY) -m pytest -q -m gpu -k every_family tests/cuda/test_conv_fuzz.py || exit 1; \
+			env $(PY) -m pytest -q -m gpu $(SANITIZED) || exit 1; \
 	done
 
 clean:
