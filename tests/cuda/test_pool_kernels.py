@@ -191,3 +191,15 @@ def test_refuses() -> None:
     assert "2**31" in (pool.supports(PoolFprop(), (Spec((2**15, 2**8, 2**8, 1)),)) or "")
     assert "65536" in (pool.supports(PoolFprop("max", (257, 256)), (Spec((1, 300, 300, 8), "bf16"),)) or "")
     assert "2**31" in (pool.supports(AdaptiveAvgFprop((2**16, 1)), (Spec((1, 2**16, 1, 1)),)) or "")
+
+
+def test_images_of_one_pixel_are_counted_pixel_by_pixel() -> None:
+    """2 x 2 pixels to a thread would be four threads to a pixel: more than 2^31 of an image that has fewer elements."""
+    dx = Spec((700_000_000, 1, 1, 3), "bf16")
+    op = PoolFprop("max", kernel=(4, 4), stride=(2, 2), pad=(2, 2))
+    dy, idx = op.infer(dx)
+    back = op.backward((1, 1))
+    assert pool.supports(back, (dy, idx)) is None
+    call = Call(back, (Slot(dy, "arena"), Slot(idx, "arena", dy.nbytes)), (Slot(dx, "arena", 2 * dy.nbytes),))
+    (launch,) = pool.launches(call, Device("a GPU", "sm_80", 100))
+    assert launch.grid[0] * launch.block[0] < 2**31

@@ -1,4 +1,4 @@
-"""Launcher of pooling on its own: windows of any size, stride and padding, and adaptive averages."""
+"""Launcher of pool_fprop.cu and pool_dgrad.cu: pooling on its own, by windows of any size and stride, and adaptive averages."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ SHARED_TAPS = 16
 THREADS_TO_FILL = 1024
 INDEX_BITS = {"u2": 2, "u4": 4, "u8": 8, "i32": 32}
 MAX, AVG, ADAPTIVE = 0, 1, 2
+# What makes each entry a compilation of its own, and the source: a cubin is soon there that has one kernel.
+ENTRIES: dict[str, tuple[str, tuple[str, int]]] = {
+    "pool_fprop": ("pool_fprop.cu", ("SHARED", 0)),
+    "pool_fprop_shared": ("pool_fprop.cu", ("SHARED", 1)),
+    "pool_dgrad": ("pool_dgrad.cu", ("WINDOWS", 0)),
+    "pool_dgrad_apart": ("pool_dgrad.cu", ("WINDOWS", 1)),
+    "pool_dgrad_twos": ("pool_dgrad.cu", ("WINDOWS", 2)),
+}
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -95,7 +103,8 @@ def _kernel(
         defines.append(("BATCHED", taps))
     if applied:
         defines.append(("ACT", 1))
-    return Kernel("pool.cu", entry, tuple(defines))
+    source, own = ENTRIES[entry]
+    return Kernel(source, entry, (*defines, own))
 
 
 def _as_window(op: Op, x: Spec, y: Spec) -> PoolWindow | None:
@@ -153,7 +162,13 @@ def _dgrad(call: Call) -> Launch:
     op = _as_window(call.op, dx.spec, dy.spec)
     if op and op.dilation == (1, 1) and op.kernel[0] <= op.stride[0] and op.kernel[1] <= op.stride[1]:
         entry, rows, cells = "pool_dgrad_apart", h, -(-(w + op.pad[1]) // op.stride[1])
-    elif op and op.dilation == (1, 1) and op.stride == (2, 2) and all(side in (3, 4) for side in op.kernel):
+    elif (
+        op
+        and op.dilation == (1, 1)
+        and op.stride == (2, 2)
+        and all(side in (3, 4) for side in op.kernel)
+        and min(h, w) > 1
+    ):
         entry, rows, cells = "pool_dgrad_twos", -(-(h + op.pad[0]) // 2), -(-(w + op.pad[1]) // 2)
     else:
         entry, rows, cells = "pool_dgrad", h, w
