@@ -225,6 +225,7 @@ def test_what_it_refuses() -> None:
         (ConvDgrad(image=(8, 8), act="gelu"), (Spec((2, 6, 6, 64), "bf16"), w, x), "gelu"),
         (ConvDgrad(image=(8, 8), add=True), (Spec((2, 6, 6, 64), "bf16"), w, Spec(x.shape)), "f32"),
         (ConvWgrad(filter=(3, 3)), (x, Spec((2, 6, 6, 64), "bf16")), "neither"),
+        (ConvDgrad(image=(6, 6), pool="avg"), (Spec((2**20, 3, 3, 64), "bf16"), Spec((64, 1, 1, 8), "bf16")), "2**31"),
     ]
     for op, inputs, reason in refused:
         assert reason in (conv_sm90.supports(op, inputs) or "supported"), op

@@ -160,6 +160,21 @@ def test_without_fusion_there_is_nothing_to_unpool(unpooling: Unpooling) -> None
     assert not any(isinstance(call.op, ConvUnpool) for call in calls)
 
 
+@pytest.mark.parametrize(("channels", "filters", "count"), [(20, 64, 1), (24, 64, 1), (20, 62, 0)])
+def test_gradients_of_padded_channels_unpool_once(channels: int, filters: int, count: int) -> None:
+    """Where the error itself needs no padding."""
+    block = nn.Sequential(nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plan = outline(
+        model, mode="train", batch=128, sample=(3, 32, 32), executor=CudaExecutor.null(), loss=nn.CrossEntropyLoss(),
+        optimizer=SGD(), precision="bf16",
+    )  # fmt: skip
+    calls = [call for call in plan.program.calls if call.layer.startswith("1.")]
+    assert sum(isinstance(call.op, ConvUnpool) for call in calls) == count
+    pooled = [call.op.pool for call in calls if isinstance(call.op, ConvDgrad | ConvWgrad)]
+    assert pooled == ([None, None] if count else ["max", "max"])
+
+
 @pytest.mark.parametrize(
     ("precision", "arch", "count"), [("bf16", "sm_90a", 2), ("bf16", "sm_89", 0), ("fp32", "sm_90a", 0)]
 )

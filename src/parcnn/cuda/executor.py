@@ -341,8 +341,9 @@ class CudaExecutor:
 
     def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the family that runs this gradient writes the error before its pool into scratch memory first."""
-        launcher, _ = self._choose(_placeless(op, inputs, op.infer(*inputs)))
-        return isinstance(launcher, UnpoolingLauncher)
+        call = _placeless(op, inputs, op.infer(*inputs))
+        launcher, chosen = self._choose(call)
+        return isinstance(launcher, UnpoolingLauncher) and launcher.unpools(call, self.device, **chosen)
 
     def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         """Scratch memory that the call needs. Raises UnsupportedError where no kernel runs it, and TuningError."""

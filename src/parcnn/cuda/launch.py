@@ -144,8 +144,7 @@ class TunableLauncher(Launcher, Protocol):
 
 @runtime_checkable
 class UnpoolingLauncher(Launcher, Protocol):
-    """A launcher of gradients that behind a pool first writes the error before the pool into its workspace."""
+    """A launcher of gradients that behind a pool may first write the error before the pool into its workspace."""
 
-    @property
-    def UNPOOLS(self) -> bool:
-        """True."""
+    def unpools(self, call: Call, device: Device) -> bool:
+        """Whether it would, of a call behind a pool, where one call may do so for both gradients. Takes `variant=`, too."""

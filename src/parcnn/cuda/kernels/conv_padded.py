@@ -16,7 +16,7 @@ import numpy as np
 from parcnn.cuda.kernels import conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import NO_MOMENTS, refuse_window
-from parcnn.cuda.launch import Device, Kernel, Launch, Struct
+from parcnn.cuda.launch import Device, Kernel, Launch, Struct, UnpoolingLauncher
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
 from parcnn.ops.program import Call, Slot
@@ -66,6 +66,15 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if max(spec.nbytes // _unit(spec) for spec in (*inputs, *outputs, *padded, *op.infer(*padded))) >= 2**31:
         return "a tensor has 2**31 elements or more"
     return None
+
+
+def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
+    """Where the family does that runs the padded convolution, and dy needs no padding before."""
+    padded = _Parts.of(call).call
+    dy = 1 if isinstance(call.op, ConvWgrad) else 0
+    family = variant.family if variant else _families(padded, device)[0]
+    is_whole = call.input_specs[dy] == padded.input_specs[dy]
+    return is_whole and isinstance(family, UnpoolingLauncher) and family.unpools(padded, device)
 
 
 def workspace_bytes(

@@ -24,7 +24,6 @@ from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE = "conv_sm90.cu"
-UNPOOLS = True
 THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
 PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
@@ -78,7 +77,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, (r, s), strict=True)]
     if max(*image, *span, *op.pad) >= MAX_SIDE:
         return f"image sides, filter spans and padding must be below {MAX_SIDE}"
-    if max(spec.size for spec in (*inputs, *op.infer(*inputs))) >= 2**31:
+    before_pool = 4 if isinstance(op, ConvDgrad) and op.pool else 1  # elements of the error, by those of dy
+    if max(before_pool * x.size, *(spec.size for spec in (*inputs, *op.infer(*inputs)))) >= 2**31:
         return "a tensor has 2**31 elements or more"
     return None
 
@@ -101,6 +101,11 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
     if not tiles.has_window_tiles(window, op.infer(*inputs)[0].shape[2]):
         return "no tile is as wide as a sixteenth of a row of windows"
     return None
+
+
+def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
+    """True: tensor maps know no indices."""
+    return True
 
 
 def workspace_bytes(

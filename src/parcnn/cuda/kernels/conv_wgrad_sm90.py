@@ -22,7 +22,6 @@ from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_wgrad_sm90.cu"
-UNPOOLS = True
 MAX_STAGES = 8
 BARRIER_BYTES = 16 * MAX_STAGES
 STEP_PIXELS = 16  # the K of wgmma
@@ -146,6 +145,11 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if not _has_variant(_conv(op, x, op.infer(*inputs)[0])[1], op.bias):
         return f"the outputs of all taps make {MOST_TILES} tiles or more, in any form"
     return None
+
+
+def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
+    """True: tensor maps know no indices."""
+    return True
 
 
 def workspace_bytes(
