@@ -106,8 +106,3 @@ def test_the_roofline_shows_layers_that_have_a_peer(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["bench", "graphs", "--results", str(tmp_path)]).exit_code == 0
     (tmp_path / "rows.jsonl").write_text("")
     assert CliRunner().invoke(app, ["bench", "graphs", "--results", str(tmp_path)]).exit_code == 1
-
-
-def test_geometric_mean() -> None:
-    assert tables.geometric_mean([0.5, 2.0]) == pytest.approx(1.0)
-    assert tables.geometric_mean([3.0]) == pytest.approx(3.0)
