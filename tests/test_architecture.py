@@ -14,9 +14,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "parcnn"
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 # What each room may import: the executors know neither the plan nor the layers, and the layers no executor.
-BASE = {"errors"}
+BASE = {"errors", "files"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
+    "files": set(),
     "data": BASE,
     "ops": BASE | {"data"},
     "cpu": BASE | {"data", "ops"},

@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TuningError, match=r"table\.json: the table cannot be written \(No space"):
         tuning.write(path, H200, {})
     assert tuning.read(path, H200) == {KEY: Choice("a", "b")}
     assert [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -18,7 +18,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from parcnn.cuda.cubin import KernelInfo, parse
 from parcnn.cuda.device import bindings_missing
 from parcnn.cuda.launch import Kernel
 from parcnn.errors import KernelCompileError
+from parcnn.files import write_whole
 
 # A process takes about as long to start as NVRTC to compile one kernel.
 _KERNELS_PER_PROCESS = 2
@@ -201,18 +201,9 @@ def _read_entry(path: Path | None) -> bytes | None:
 
 
 def _write_entry(path: Path, cubin: bytes) -> None:
-    """Write under another name, then rename: readers see all or nothing. A cache that cannot be written is none."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(cubin).digest() + cubin)
-        Path(name).replace(path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
+    """Readers see all or nothing. A cache that cannot be written is none."""
+    with contextlib.suppress(OSError):
+        write_whole(path, hashlib.sha256(cubin).digest() + cubin)
 
 
 def _compile_share(order: str) -> None:

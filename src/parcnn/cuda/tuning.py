@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from parcnn.cuda.launch import Device
 from parcnn.errors import TuningError
+from parcnn.files import write_whole
 from parcnn.ops.base import Op, Spec
 
 FORMAT = "parcnn-tuning-1"
@@ -123,17 +123,16 @@ def read(path: Path, device: Device) -> dict[str, Choice]:
 
 
 def write(path: Path, device: Device, choices: Mapping[str, Choice]) -> None:
-    """Make `choices` the file's content; readers see the old file or the whole new one."""
+    """Make `choices` the file's content; readers see the old file or the whole new one. Raises TuningError."""
     content = {"format": FORMAT, "gpu": _gpu(device), "choices": {k: str(choices[k]) for k in sorted(choices)}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as fault:
+        raise TuningError(
+            f"the table cannot be written ({fault.strerror or fault})",
+            where=str(path),
+            remedy="make room or give permission there, or name another file with --table",
+        ) from fault
 
 
 def _gpu(device: Device) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parcnn.errors import CheckpointError
+from parcnn.files import write_whole
 
 FORMAT = "parcnn-1"
 
@@ -38,23 +37,14 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
     metadata = {"format": FORMAT, "info": json.dumps(checkpoint.info)}
     blob = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, blob)
     except OSError as fault:
         raise CheckpointError(
             f"cannot be written ({fault.strerror or fault})",
             where=str(path),
             remedy="make room or give permission there, or write it to another folder",
         ) from fault
-    finally:
-        with contextlib.suppress(OSError):  # there is none where it took its place, or no such folder
-            temporary.unlink()
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
