@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
@@ -125,6 +125,19 @@ def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], fi
     if max(*padded, *span, *op.stride) >= MAX_SIDE:
         return f"padded image sides, filter spans and strides must be below {MAX_SIDE}"
     return None
+
+
+def shared_bytes(tile: Tile) -> int:
+    """Of a forward convolution or an input gradient: the ring, where the outputs lie in the end."""
+    return max(tile.ring_bytes, 2 * tile.bm * tile.bn)
+
+
+def fitting(tiles: Iterable[Tile], filters: Spec, device: Device) -> Iterator[Tile]:
+    """Those for a forward convolution or an input gradient by `filters` whose blocks the device takes."""
+    for tile in tiles:
+        is_fast = tile != SMALLEST or filters.nbytes <= MOST_FILTER_BYTES_OF_SMALLEST
+        if is_fast and shared_bytes(tile) <= device.shared_bytes_per_block:
+            yield tile
 
 
 def vector(channels: int) -> int:

@@ -12,16 +12,17 @@ from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
 from parcnn.cuda.kernels.conv_mma import (
     CHUNK,
-    MOST_FILTER_BYTES_OF_SMALLEST,
     SMALLEST,
     Grouped,
     Pieces,
     Tile,
     cycles,
+    fitting,
     gathers,
     key,
     microseconds,
     refuse,
+    shared_bytes,
     vector,
 )
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
@@ -96,18 +97,13 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     classes = op.stride[0] * op.stride[1]
     taps = sizes.conv.r * sizes.conv.s / classes
     costs = {}
-    for tile in TILES_OF[kind]:
-        if tile == SMALLEST and call.inputs[1].spec.nbytes > MOST_FILTER_BYTES_OF_SMALLEST:
-            continue
-        shared_bytes = _shared_bytes(tile)
-        if shared_bytes <= device.shared_bytes_per_block:
-            blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
-            copies = gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b)
-            pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK, bool(tile.flat))
-            estimate = cycles(tile, blocks, tile.steps(taps, sizes.filters), pieces, shared_bytes, device)
-            costs[tile] = (
-                estimate * (1.2 if routed else 1) * (_FEW_WARPS if tile.bm * tile.bn == 128 * tile.threads else 1)
-            )
+    for tile in fitting(TILES_OF[kind], call.inputs[1].spec, device):
+        blocks = ceil(_class_rows(sizes) / tile.bm) * classes * ceil(sizes.channels / tile.bn) * sizes.groups
+        copies = gathers(tile.bm, tile.bk, vec_a) + gathers(tile.bn, tile.bk, vec_b)
+        pieces = Pieces(copies, vec_b == 1, vector(sizes.channels) < CHUNK, bool(tile.flat))
+        estimate = cycles(tile, blocks, tile.steps(taps, sizes.filters), pieces, shared_bytes(tile), device)
+        few_warps = _FEW_WARPS if tile.bm * tile.bn == 128 * tile.threads else 1
+        costs[tile] = estimate * (1.2 if routed else 1) * few_warps
     return costs
 
 
@@ -125,7 +121,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         _problem(sizes, tile, rows, n_tiles, op.act),
     )  # fmt: skip
     grid = (ceil(rows / tile.bm) * classes * n_tiles, sizes.groups, 1)
-    return [Launch(_kernel(tile, key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
+    return [Launch(_kernel(tile, key(op, sizes)), grid, (tile.threads, 1, 1), args, shared_bytes(tile))]
 
 
 def variants() -> Iterable[Kernel]:
@@ -143,11 +139,6 @@ def _sizes(call: Call) -> tuple[ConvDgrad, Grouped]:
 def _kernel(tile: Tile, kind: tuple[int, int, int]) -> Kernel:
     flags = tuple(zip(("ROUTED", "VEC_A", "VEC_B"), kind, strict=True))
     return Kernel(SOURCE, "conv_mma_dgrad", (*tile.defines, *flags))
-
-
-def _shared_bytes(tile: Tile) -> int:
-    """The ring, where the outputs lie in the end."""
-    return max(tile.ring_bytes, 2 * tile.bm * tile.bn)
 
 
 def _class_rows(sizes: Grouped) -> int:

@@ -11,15 +11,16 @@ from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
 from parcnn.cuda.kernels.conv_mma import (
     CHUNK,
-    MOST_FILTER_BYTES_OF_SMALLEST,
     SMALLEST,
     Grouped,
     Pieces,
     Tile,
     cycles,
+    fitting,
     gathers,
     microseconds,
     refuse,
+    shared_bytes,
     vector,
 )
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
@@ -93,14 +94,11 @@ def _costs(call: Call, device: Device) -> dict[Variant, float]:
     _, sizes = _sizes(call)
     vec = vector(sizes.channels)
     costs = {}
-    for tile in TILES_OF[vec]:
-        if tile == SMALLEST and call.inputs[1].spec.nbytes > MOST_FILTER_BYTES_OF_SMALLEST:
-            continue
-        shared_bytes = _shared_bytes(tile)
-        if shared_bytes <= device.shared_bytes_per_block and _fits(tile, sizes.conv.pool is not None):
+    for tile in fitting(TILES_OF[vec], call.inputs[1].spec, device):
+        if _fits(tile, sizes.conv.pool is not None):
             blocks = ceil(sizes.conv.rows / tile.bm) * ceil(sizes.filters / tile.bn) * sizes.groups
             pieces = Pieces(gathers(tile.bm + tile.bn, tile.bk, vec), vec == 1, vector(sizes.filters) < CHUNK)
-            costs[tile] = cycles(tile, blocks, _stages(sizes, tile), pieces, shared_bytes, device)
+            costs[tile] = cycles(tile, blocks, _stages(sizes, tile), pieces, shared_bytes(tile), device)
     return costs
 
 
@@ -118,7 +116,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     )  # fmt: skip
     kernel = _kernel(tile, vector(sizes.channels), op.pool is not None)
     grid = (ceil(sizes.conv.rows / tile.bm) * n_tiles, sizes.groups, 1)
-    return [Launch(kernel, grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
+    return [Launch(kernel, grid, (tile.threads, 1, 1), args, shared_bytes(tile))]
 
 
 def variants() -> Iterable[Kernel]:
@@ -142,11 +140,6 @@ def _kernel(tile: Tile, vec: int, pooled: bool) -> Kernel:
 def _fits(tile: Tile, pooled: bool) -> bool:
     """Whether a warp has whole windows."""
     return not pooled or tile.bm // tile.warps_m % POOLED_ROWS == 0
-
-
-def _shared_bytes(tile: Tile) -> int:
-    """The ring, where the outputs lie in the end."""
-    return max(tile.ring_bytes, 2 * tile.bm * tile.bn)
 
 
 def _stages(sizes: Grouped, tile: Tile) -> int:
