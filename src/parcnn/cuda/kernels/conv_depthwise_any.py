@@ -11,7 +11,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
 from parcnn.cuda.kernels.conv_common import MAX_SIDE
 from parcnn.cuda.kernels.conv_depthwise import ELEMENTS, block_shape, refuse_epilogue
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -98,9 +98,7 @@ def _wgrad(op: ConvWgrad, call: Call, device: Device) -> list[Launch]:
     shared_bytes = 4 * (TAPS_A_THREAD + 1) * lanes * items
     result = [Launch(_kernel("conv_depthwise_any_wgrad", x.spec.dtype), grid, block, args, shared_bytes)]
     if runs > 1:
-        row_size = sum(spec.size for spec in call.output_specs)
-        sizes = (np.int32(dw.spec.size), np.int32(row_size), np.int32(runs))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, runs))
     return result
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import NO_MOMENTS
 from parcnn.cuda.kernels.conv_depthwise import refuse
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -194,9 +194,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     args = (image, _map(call.inputs[1], chosen, width), dw, db, partial, argument)
     result = [Launch(_kernel("conv_depthwise_sm90_wgrad", chosen.form), grid, block, args, shared_bytes)]
     if own.runs > 1:
-        row_size = sum(spec.size for spec in call.output_specs)
-        sizes = (np.int32(dw.spec.size), np.int32(row_size), np.int32(own.runs))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, own.runs))
     return result
 
 

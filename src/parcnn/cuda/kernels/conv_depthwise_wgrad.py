@@ -17,7 +17,7 @@ from parcnn.cuda.kernels.conv_depthwise import (
     Pass,
     refuse,
 )
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -83,9 +83,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     grid, block = (runs * cut.slices, 1, 1), (cut.lanes, cut.block_items, 1)
     result = [Launch(_kernel(x.spec.dtype, side, op.stride[0]), grid, block, args, shared_bytes)]
     if runs > 1:
-        row_size = sum(spec.size for spec in call.output_specs)
-        sizes = (np.int32(dw.spec.size), np.int32(row_size), np.int32(runs))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, runs))
     return result
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, NO_MOMENTS
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -117,9 +117,7 @@ def launches(call: Call, device: Device) -> list[Launch]:
         return [Launch(kernel, grid, block, args)]
     result = [Launch(kernel, grid, block, (*args, np.int32(run_pixels)))]
     if runs > 1:
-        row_size = sum(spec.size for spec in outputs)
-        sizes = (np.int32(dw.spec.size), np.int32(row_size), np.int32(runs))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, runs))
     return result
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import POOL_CODES
 from parcnn.cuda.kernels.conv_mma import Grouped, Pieces, Tile, cycles, gathers, key, microseconds, refuse
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -100,9 +100,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     grid = (ceil(sizes.filters / tile.bm) * n_tiles, splits, sizes.groups)
     result = [Launch(_kernel(tile, key(op, sizes)), grid, (tile.threads, 1, 1), args, _shared_bytes(tile))]
     if splits > 1:
-        row_size = _row_size(op, sizes)
-        counts = (np.int32(sizes.conv.k * sizes.depth), np.int32(row_size), np.int32(splits))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *counts)))
+        result.append(sum_launch(call, splits))
     return result
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, NO_MOMENTS, refuse_window
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop, ConvGeometry, ConvWgrad
@@ -177,12 +177,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     args = (x, dy, routes[0] if routes else None, call.workspace, problem, np.int32(groups), np.int32(row_size))
     threads = 32 * groups * (sizes.r + op.bias)
     splits = _splits(op, sizes, chosen, device)
-    counts = (np.int32(row_size - sizes.k * op.bias), np.int32(row_size), np.int32(splits))
-    results = (call.workspace, call.outputs[0], call.outputs[1] if op.bias else None)
-    return [
-        Launch(_kernel(op, sizes), grid, (threads, 1, 1), args, shared_bytes),
-        Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (*results, *counts)),
-    ]
+    return [Launch(_kernel(op, sizes), grid, (threads, 1, 1), args, shared_bytes), sum_launch(call, splits)]
 
 
 def variants() -> Iterable[Kernel]:

@@ -121,10 +121,17 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         shared_bytes = 4 * form.stages * form.bk * (form.bm + form.bn + 8) + 16 * form.threads
         result = [Launch(_kernel(form, _key(op, conv)), grid, (form.threads, 1, 1), (*args, chunk), shared_bytes)]
     if splits > 1:
-        row_size = _row_size(op, conv)
-        sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, splits))
     return result
+
+
+def sum_launch(call: Call, splits: int) -> Launch:
+    """The launch that adds so many partial gradients in the workspace, each dw, then db, in their order."""
+    dw, db = (*call.outputs, None)[:2]
+    row_size = sum(spec.size for spec in call.output_specs)
+    sizes = (np.int32(call.output_specs[0].size), np.int32(row_size), np.int32(splits))
+    args = (call.workspace, dw, db, *sizes)
+    return Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), args)
 
 
 def variants() -> Iterable[Kernel]:

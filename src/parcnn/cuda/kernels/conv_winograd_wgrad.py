@@ -10,7 +10,7 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import refuse_dtype
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, Conv, unsupported
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -102,9 +102,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     grid = (ceil(conv.k / FILTERS), ceil(conv.c / CHANNELS), splits)
     result = [Launch(KERNEL, grid, (THREADS, 1, 1), args, SHARED_BYTES)]
     if splits > 1:
-        row_size = _row_size(op, conv)
-        sizes = (np.int32(conv.k * conv.taps_c), np.int32(row_size), np.int32(splits))
-        result.append(Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (partial, dw, db, *sizes)))
+        result.append(sum_launch(call, splits))
     return result
 
 
