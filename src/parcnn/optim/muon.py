@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parcnn.errors import ArgumentError
-from parcnn.ops.base import Emit, Value
+from parcnn.ops.base import Emit
 from parcnn.ops.matmul import MatMul
 from parcnn.ops.muon import ADJUSTMENTS, MuonDirection, MuonUpdate
 from parcnn.optim.optimizers import SGD, Adam, AdamW, check
 
 if TYPE_CHECKING:
-    from parcnn.plan.optimizer import Rule
+    from parcnn.plan.optimizer import Group, Rule
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,19 @@ class Muon:
         mine = {name for name in weights if not any(fnmatchcase(name, pattern) for pattern in self.exclude)}
         return {name: self if name in mine else self.others for name in parameters}
 
-    def emit(
-        self,
-        emit: Emit,
-        hyper: Value,
-        state: Value,
-        weights: Sequence[Value],
-        gradients: Sequence[Value],
-        buffers: Sequence[Value],
-        dtype: str,
-    ) -> None:
-        """Append the ops that update `weights`. Directions are wide: A is the smaller of X's two Gram matrices."""
-        count, (a, b, c) = len(weights), self.ns_coefficients
-        x = emit(MuonDirection(count, self.momentum, self.nesterov, self.eps, dtype), *gradients, *buffers)
+    def emit(self, emit: Emit, group: Group) -> None:
+        """Append the ops that update the group's weights. Directions are wide: A is the smaller of X's two Gram matrices."""
+        count, (a, b, c) = len(group.weights), self.ns_coefficients
+        direction = MuonDirection(count, self.momentum, self.nesterov, self.eps, group.dtype)
+        x = emit(direction, *group.gradients, *group.buffers)
         gram = MatMul(count, transpose_b=True, symmetric=True)
         polynomial = replace(gram, alpha=c, beta=b)  # A is symmetric: A Aᵀ = A²
         for _ in range(self.ns_steps):
             grams = emit(gram, *x, *x)
             polynomials = emit(polynomial, *grams, *grams, *grams)
             x = emit(MatMul(count, beta=a), *polynomials, *x, *x)
-        emit(MuonUpdate(count, self.weight_decay, self.adjust_lr_fn, self.renormalize), hyper, state, *weights, *x)
+        update = MuonUpdate(count, self.weight_decay, self.adjust_lr_fn, self.renormalize)
+        emit(update, group.hyper, group.state, *group.weights, *x)
 
     def hyper(self, lr: np.ndarray, first_step: int) -> np.ndarray:
         """The table (steps, 4) of `parcnn.ops.update`: what `others` needs, and lr in the last column."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from parcnn.errors import ArgumentError
-from parcnn.ops.base import Emit, Value
+from parcnn.ops.base import Emit
 from parcnn.ops.update import AdamUpdate, SgdUpdate, Update
+
+if TYPE_CHECKING:
+    from parcnn.plan.optimizer import Group
 
 
 class OneRule:
@@ -26,18 +29,10 @@ class OneRule:
         """The op that updates `count` parameters."""
         raise NotImplementedError(type(self).__name__)
 
-    def emit(
-        self,
-        emit: Emit,
-        hyper: Value,
-        state: Value,
-        weights: Sequence[Value],
-        gradients: Sequence[Value],
-        buffers: Sequence[Value],
-        dtype: str,
-    ) -> None:
-        """Append the op that updates `weights`."""
-        emit(self.update(len(weights)), hyper, state, *weights, *gradients, *buffers)
+    def emit(self, emit: Emit, group: Group) -> None:
+        """Append the op that updates the group's weights."""
+        operands = (*group.weights, *group.gradients, *group.buffers)
+        emit(self.update(len(group.weights)), group.hyper, group.state, *operands)
 
 
 @dataclass(frozen=True)

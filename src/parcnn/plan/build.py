@@ -18,7 +18,7 @@ from parcnn.plan import memory
 from parcnn.plan.autodiff import differentiate
 from parcnn.plan.fuse import fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
-from parcnn.plan.optimizer import Optimizer, Rule
+from parcnn.plan.optimizer import Group, Optimizer, Rule
 from parcnn.plan.options import Options
 from parcnn.plan.precision import cast_filters, keep_copies
 from parcnn.plan.schedule import schedule
@@ -220,7 +220,7 @@ def _backward(graph: Graph, layout: Layout, result: LossResult, feed: Feed, opti
         ]
         phase, layer = graph.phase, graph.layer
         graph.phase, graph.layer = "update", "optimizer"
-        rule.emit(graph.emit, hyper, state, ws, gs, buffers, graph.dtype)
+        rule.emit(graph.emit, Group(hyper, state, ws, gs, buffers, graph.dtype))
         graph.phase, graph.layer = phase, layer
 
     def ready(weight: Value, gradient: Value) -> None:

@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from parcnn.ops.base import Emit, Value
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are updated together.
+
+    hyper: the table of what changes from step to step; state: the step's number and key (`parcnn.ops.feed`); buffers: the
+    first state tensor of each weight, then the second of each; dtype: of tensors between layers, which products of matrices
+    may use, too.
+    """
+
+    hyper: Value
+    state: Value
+    weights: Sequence[Value]
+    gradients: Sequence[Value]
+    buffers: Sequence[Value]
+    dtype: str
 
 
 class Rule(Protocol):
@@ -19,18 +37,8 @@ class Rule(Protocol):
     def waits(self) -> bool:
         """Whether an update costs about the same for one parameter as for many, so that gradients wait for each other."""
 
-    def emit(
-        self,
-        emit: Emit,
-        hyper: Value,
-        state: Value,
-        weights: Sequence[Value],
-        gradients: Sequence[Value],
-        buffers: Sequence[Value],
-        dtype: str,
-    ) -> None:
-        """Append the ops that update `weights`. buffers: the first state tensor of each weight, then the second of each;
-        dtype: of tensors between layers, which products of matrices may use, too."""
+    def emit(self, emit: Emit, group: Group) -> None:
+        """Append the ops that update the group's weights."""
 
 
 class Optimizer(Protocol):
