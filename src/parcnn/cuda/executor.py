@@ -18,7 +18,7 @@ import numpy as np
 from parcnn.cuda.arguments import pack
 from parcnn.cuda.compiler import Compiler, Cubin, default_cache
 from parcnn.cuda.driver import Allocation, BoundLaunch, Driver
-from parcnn.cuda.kernels import REGISTRY, Registry, batch_norm, family_name
+from parcnn.cuda.kernels import REGISTRY, Registry, family_name
 from parcnn.cuda.launch import Kernel, Launch, LaunchError, UnpoolingLauncher
 from parcnn.cuda.null import NullDriver
 from parcnn.cuda.runtime import PycudaDriver
@@ -337,7 +337,7 @@ class CudaExecutor:
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether a kernel family runs this form of the op on these operands, and it is no slower than the op's parts."""
-        return self.registry.supports(op, inputs) and batch_norm.gains(op, inputs)
+        return self.registry.supports(op, inputs)
 
     def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the family that runs this gradient writes the error before its pool into scratch memory first."""

@@ -143,6 +143,14 @@ class TunableLauncher(Launcher, Protocol):
 
 
 @runtime_checkable
+class WeighingLauncher(Launcher, Protocol):
+    """A launcher that runs fused forms which are slower than their parts on some operands."""
+
+    def gains(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """Whether the op is no slower than its parts."""
+
+
+@runtime_checkable
 class UnpoolingLauncher(Launcher, Protocol):
     """A launcher of gradients that behind a pool may first write the error before the pool into its workspace."""
 

@@ -37,7 +37,7 @@ from parcnn.cuda.kernels import (
     shape,
     update,
 )
-from parcnn.cuda.launch import Device, EstimatingLauncher, Kernel, Launcher, TunableLauncher
+from parcnn.cuda.launch import Device, EstimatingLauncher, Kernel, Launcher, TunableLauncher, WeighingLauncher
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Slot
@@ -67,8 +67,9 @@ class Registry:
         return Registry(self._launchers, self.folder)
 
     def supports(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
-        """Whether some launcher runs the op on these operands."""
-        return any(launcher.supports(op, inputs) is None for launcher in self._of(op))
+        """Whether some launcher runs the op on these operands, and no slower than the op's parts."""
+        able = (launcher for launcher in self._of(op) if launcher.supports(op, inputs) is None)
+        return any(not isinstance(launcher, WeighingLauncher) or launcher.gains(op, inputs) for launcher in able)
 
     def find(self, op: Op, inputs: tuple[Spec, ...], device: Device, where: str = "") -> Launcher:
         """The launcher that runs the op on a device. Raises UnsupportedError with each one's reason.
