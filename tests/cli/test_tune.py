@@ -246,4 +246,6 @@ def test_wrong_options_are_named(home: Path) -> None:
     assert "--directions" in fail("bench", "layers", "--directions", "fprop,backprop")
     assert "--precision" in fail("bench", "layers", "--precision", "fp16")
     assert "unknown model" in fail("tune", "alexnet")
+    assert "unknown precision" in fail("tune", "lenet5", "--precision", "fp16")
+    assert "unknown precision" in fail("tune", "layers", "--precision", "fp16")
     assert "only the tables that ship are checked" in fail("tune", "lenet5", "--check")

@@ -47,8 +47,6 @@ def plan(
     """Print the plan of a step (SGD with momentum), and the exact peak memory of training and of inference."""
     if mode not in MODES:
         raise ArgumentError("unknown mode", where="--mode", expected=", ".join(MODES), got=mode)
-    if precision not in TENSOR_TYPES:
-        raise ArgumentError("unknown precision", where="--precision", expected=", ".join(TENSOR_TYPES), got=precision)
     sample = image_shape(model, input_shape)
     options = Options(fuse=fuse, reuse=reuse, inplace=inplace, parallel=parallel)
     executor = _executor(device, threads)

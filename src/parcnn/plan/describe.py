@@ -11,7 +11,7 @@ from parcnn.ops.program import Call, Executor
 from parcnn.plan.build import Feed, Plan, build
 from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
-from parcnn.plan.precision import TENSOR_TYPES
+from parcnn.plan.precision import tensor_type
 from parcnn.plan.trace import Tensor, physical
 from parcnn.plan.variable import Layout
 
@@ -68,9 +68,9 @@ def outline(
     """The plan of `model` on inputs of shape `sample`, (C, H, W) or (F,), as it would be on a data set of one uint8 image.
 
     Targets are class numbers. The data set does not count in a plan's memory, so this plan takes what any other of that
-    batch takes. Raises what `parcnn.plan.build.build` raises.
+    batch takes. Raises ArgumentError for an unknown precision, and what `parcnn.plan.build.build` raises.
     """
-    layout = Layout.of(model.named_variables(), accumulator(TENSOR_TYPES[precision]))
+    layout = Layout.of(model.named_variables(), accumulator(tensor_type(precision)))
     if optimizer is not None:
         layout.add_state(optimizer)
     feed = Feed(
@@ -92,7 +92,7 @@ def outline(
         loss=loss,
         optimizer=optimizer,
         options=options,
-        dtype=TENSOR_TYPES[precision],
+        dtype=tensor_type(precision),
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from parcnn.errors import ArgumentError
 from parcnn.ops.base import Value
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.pointwise import Cast
@@ -19,6 +20,13 @@ from parcnn.plan.graph import Graph, Node
 from parcnn.plan.variable import Layout
 
 TENSOR_TYPES = {"fp32": "f32", "fp64": "f64", "bf16": "bf16"}
+
+
+def tensor_type(precision: str) -> str:
+    """The type that tensors between layers have. Raises ArgumentError for an unknown precision."""
+    if precision not in TENSOR_TYPES:
+        raise ArgumentError("unknown precision", where="precision", expected=", ".join(TENSOR_TYPES), got=precision)
+    return TENSOR_TYPES[precision]
 
 
 def cast_filters(graph: Graph) -> None:
