@@ -100,11 +100,12 @@ def from_folder(
             (decode_all(train_files), train_labels) if split == "train" else (decode_all(test_files), test_labels)
         )
         read = (mode, height, width, *((file, file.stat().st_mtime_ns, file.stat().st_size) for file in train_files))
-        if _known_statistics.get(read) is None:
+        statistics = _known_statistics.get(read)
+        if statistics is None:
             statistics = pixel_statistics(images if split == "train" else decode_all(train_files))
             _known_statistics.clear()
             _known_statistics[read] = statistics
-    mean, std = _known_statistics[read]
+    mean, std = statistics
     return Dataset(name or root.resolve().name, split, images, labels, classes, mean, std, str(root))
 
 
