@@ -31,7 +31,7 @@ from parcnn.ops.program import Call, Executor, Slot
 from tests import reference
 from tests.cuda import conv_problems
 from tests.cuda.bf16 import to_bits
-from tests.cuda.conv_problems import Arrays, Problem, normal, on_cpu, tensors_of, ternary
+from tests.cuda.conv_problems import Arrays, Problem, normal, on_cpu, random_of, tensors_of, ternary
 from tests.cuda.host_emulation import runner
 from tests.op_runner import run_op
 
@@ -45,10 +45,6 @@ H200 = Device("H200", "sm_90a", 132)
 KINDS = ("fprop", "dgrad", "wgrad")
 POOLS = (None, "max", "avg")
 MakeExecutor = Callable[[Sequence[Launcher]], Executor]
-
-
-def random_of(*parts: object) -> np.random.Generator:
-    return np.random.default_rng(sum(map(ord, "".join(map(str, parts)))))
 
 
 def bits_of(op: Op, operands: Arrays) -> Arrays:

@@ -12,7 +12,6 @@ from math import ceil, gcd
 import numpy as np
 import pytest
 
-from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_sm90, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
@@ -22,7 +21,9 @@ from parcnn.cuda.launch import Device
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Slot
+from tests.cuda import conv_problems
 from tests.cuda.bf16 import from_bits, to_bits
+from tests.cuda.conv_problems import on_cpu, random_of, specs_of, tensors_of
 from tests.op_runner import run_op
 
 H200 = Device("H200", "sm_90a", 132)
@@ -123,24 +124,12 @@ cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for
 
 def bits_of(op: Op, operands: list[np.ndarray]) -> list[np.ndarray]:
     """Operands as the device takes them."""
-    bias_at = 2 if isinstance(op, ConvFprop) else None
-    return [
-        a if a.dtype == np.uint8 else a.astype(np.float32) if i == bias_at else to_bits(a)
-        for i, a in enumerate(operands)
-    ]
-
-
-def on_cpu(op: Op, operands: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    executor = CpuExecutor(threads=1)
-    results = run_op(executor, op, [a if a.dtype == np.uint8 else a.astype(np.float64) for a in operands])
-    executor.close()
-    return results
+    return tensors_of(op, operands, "bf16")
 
 
 def call_of(op: Op, operands: list[np.ndarray], variant: Variant | None = None) -> Call:
     """The call as a launcher sees it, in no place."""
-    names = {np.dtype(np.uint16): "bf16", np.dtype(np.float32): "f32", np.dtype(np.uint8): "u2"}
-    inputs = tuple(Spec(a.shape, names[a.dtype]) for a in bits_of(op, operands))
+    inputs = specs_of(op, operands, "bf16")
     scratch = conv_sm90.workspace_bytes(op, inputs, op.infer(*inputs), H200, variant)
     workspace = Slot(Spec((scratch,), "u8"), "arena") if scratch else None
     return Call(
@@ -160,19 +149,7 @@ def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyP
 
 
 def check_exact(executor: CudaExecutor, op: Op, operands: list[np.ndarray], where: object = "") -> None:
-    got = run_op(executor, op, bits_of(op, operands))
-    for i, (result, true) in enumerate(zip(got, on_cpu(op, operands), strict=True)):
-        wanted = true if result.dtype == np.uint8 else to_bits(true + 0.0)
-        value = result if result.dtype == np.uint8 else np.where(result == 0x8000, np.uint16(0), result)
-        wrong = np.argwhere(value != wanted)
-        assert not wrong.size, (
-            f"{where} output {i}: {len(wrong)} of {value.size} differ, first at {wrong[0]}: "
-            f"{value[tuple(wrong[0])]:#x}, not {wanted[tuple(wrong[0])]:#x}"
-        )
-
-
-def random_of(*parts: object) -> np.random.Generator:
-    return np.random.default_rng(sum(map(ord, "".join(map(str, parts)))))
+    conv_problems.check_exact(executor, op, operands, "bf16", where=where)
 
 
 # Without a GPU

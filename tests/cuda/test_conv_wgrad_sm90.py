@@ -11,7 +11,6 @@ from math import ceil
 import numpy as np
 import pytest
 
-from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_unpool, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
@@ -21,6 +20,7 @@ from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Slot
 from tests.cuda.bf16 import from_bits, to_bits
+from tests.cuda.conv_problems import on_cpu, random_of
 from tests.cuda.test_conv_sm90 import PROBLEMS, Problem
 from tests.op_runner import run_op
 
@@ -53,10 +53,6 @@ def has(problem: Problem, kind: str) -> bool:
 CASES = [(name, kind) for name, problem in ALL.items() for kind in KINDS if has(problem, kind)]
 CASES += [("few channels", "mean"), ("odd blocks of channels", "mean")]
 cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for case in CASES])
-
-
-def random_of(*parts: object) -> np.random.Generator:
-    return np.random.default_rng(sum(map(ord, "".join(map(str, parts)))))
 
 
 def operands_of(problem: Problem, kind: str, random: np.random.Generator, *, integers: bool) -> list[np.ndarray]:
@@ -94,13 +90,6 @@ def call_of(op: ConvWgrad, operands: list[np.ndarray]) -> Call:
 def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
     monkeypatch.setattr(executor, "registry", Registry([Forced(conv_wgrad_sm90, variant)], REGISTRY.folder))
     return executor
-
-
-def on_cpu(op: ConvWgrad, operands: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    executor = CpuExecutor(threads=1)
-    results = run_op(executor, op, operands)
-    executor.close()
-    return results
 
 
 def check_exact(
