@@ -24,8 +24,17 @@
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of two, at least
 //   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP but in one launch. dx may be dy or x: an element is
 //   read for the last time by the thread that writes it.
-// Macros: ELEMENT (float, bf16), VEC.
+// Macros: ELEMENT (float, bf16), VEC; ENTRY: which kernel is compiled.
 #include "common.cuh"
+
+#define MOMENTS 0
+#define TRAIN 1
+#define TRAIN_SINGLE 2
+#define INFER 3
+#define GRADIENTS 4
+#define SUM_GRADIENTS 5
+#define DGRAD 6
+#define DGRAD_SINGLE 7
 
 #define UNROLL (sizeof(Element) == 2 ? 8 : 4)  // rows of a tile that a thread has
 #define GROUP 32  // most channels of a block, but in one launch
@@ -264,6 +273,7 @@ __device__ __forceinline__ Vector product(Vector a, const Vector &b) {
     return a;
 }
 
+#if ENTRY == MOMENTS
 // partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
 extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS)
 batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
@@ -286,7 +296,9 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
         partial[(size_t)(gridDim.y + blockIdx.y) * shape.channels + c] = all.m2;
     }
 }
+#endif
 
+#if ENTRY == TRAIN
 // The second pass. split: of the first.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
@@ -326,7 +338,9 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
         load_rows(x + start, count, at.step, v);
     }
 }
+#endif
 
+#if ENTRY == INFER
 // Inference.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
@@ -350,6 +364,7 @@ batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float 
         }
     }
 }
+#endif
 
 // Start copies of rows first..last-1 of a thread to its entries of shared memory, which lie a block's words apart.
 __device__ __forceinline__ void keep_rows(Word *kept, const Element *x, int first, int last, size_t step) {
@@ -377,6 +392,7 @@ __device__ __forceinline__ void wait_for_chunk(int chunk) {
         copy_async_wait<0>();
 }
 
+#if ENTRY == TRAIN_SINGLE
 // grid: (groups of channels, 1). Shared memory: the rows, then scratch. Without the least number of blocks ptxas spills to save
 // registers.
 extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, sizeof(Element) == 2 ? 1 : 0)
@@ -435,6 +451,7 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
         normalise(y + start + k * at.step, kept[k * stride], normal, relu);
     }
 }
+#endif
 
 // ---- Gradients ------------------------------------------------------------------------------------------------------
 
@@ -500,6 +517,7 @@ __device__ __forceinline__ void store_sums(float *dgamma, float *dbeta, size_t o
     dbeta[offset + c] = scratch[scratch_floats(shape.lanes_log2) + i];
 }
 
+#if ENTRY == GRADIENTS
 // dgammas, dbetas: partial sums (gridDim.y, C). With from_variance (frozen statistics) `rstd` holds a variance and dx is
 // written here; else dx is null.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
@@ -532,7 +550,9 @@ batch_norm_gradients(const Element *dy, const Element *x, const float *__restric
     sum_rows(sums, at, shape.lanes_log2, &scratch->x);
     store_sums(dgammas, dbetas, (size_t)blockIdx.y * shape.channels, &scratch->x, shape);
 }
+#endif
 
+#if ENTRY == SUM_GRADIENTS
 // Frozen statistics: a block of 32 x 16 threads for 32 channels; blockIdx.y: dgamma or dbeta.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restrict__ dbetas, float *__restrict__ dgamma,
@@ -552,7 +572,9 @@ batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restr
     for (int i = 0; i < 16; ++i) sum += sums[i][lane];
     (blockIdx.y ? dbeta : dgamma)[c] = sum;
 }
+#endif
 
+#if ENTRY == DGRAD
 // The second pass. dgammas, dbetas: `partials` sums of each channel that the first one left.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
@@ -599,7 +621,9 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
         load_rows(dy + start, count, at.step, vdy);
     }
 }
+#endif
 
+#if ENTRY == DGRAD_SINGLE
 // grid: (groups of channels, 1). Shared memory: the rows of x, those of dy, then scratch.
 extern "C" __global__ void __launch_bounds__(SINGLE_THREADS)
 batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
@@ -637,3 +661,4 @@ batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__rest
     for (int k = 0; k < count; ++k)
         write_dx(dx + start + k * at.step, kept_dy[k * stride], kept_x[k * stride], a, sums, relu);
 }
+#endif

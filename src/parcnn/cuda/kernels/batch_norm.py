@@ -41,6 +41,7 @@ FROZEN_FEW_ROWS = 1024  # one launch of the gradients with frozen statistics
 SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
 MAX_GRID_Y = 65535
 
+# In the order of batch_norm.cu's macros; each has a cubin of its own, which is soon there.
 ENTRIES = (
     "batch_norm_moments",
     "batch_norm_train",
@@ -221,7 +222,8 @@ def _infer_dgrad(op: BatchNormInferDgrad, call: Call, device: Device) -> list[La
 
 
 def _kernel(entry: str, dtype: str, width: int) -> Kernel:
-    return Kernel("batch_norm.cu", entry, (("ELEMENT", ELEMENTS[dtype]), ("VEC", width)))
+    macros = (("ELEMENT", ELEMENTS[dtype]), ("VEC", width), ("ENTRY", ENTRIES.index(entry)))
+    return Kernel("batch_norm.cu", entry, macros)
 
 
 def _relu(op: BatchNormTrain | BatchNormInfer | BatchNormDgrad | BatchNormInferDgrad) -> np.int32:
