@@ -229,6 +229,11 @@ def test_a_models_own_convolutions_are_measured(home: Path, monkeypatch: pytest.
     assert len(rows) == 14
     assert {row.extra["layer"] for row in rows} == {"conv1", "conv2", "fc1", "fc2", "fc3"}
     assert rows[0].problem == {"direction": "fprop", "shape": "7,28,28,1,6,5,1,2", "fused": "pool=max bias act=relu"}
+    some = ("--directions", "wgrad,dgrad", "--only", "1,1,0")  # linear layers
+    succeed("bench", "layers", "--model", "lenet5", "--batch", "7", "--precision", "fp32", "--out", home, *some)
+    added = [row.problem for row in read(home / "layers.jsonl")[14:]]
+    assert {problem["direction"] for problem in added} == {"dgrad", "wgrad"}
+    assert all(problem["shape"].endswith("1,1,0") for problem in added)
 
 
 def test_only_portable_kernels_run_where_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

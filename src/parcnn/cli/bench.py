@@ -106,7 +106,8 @@ def layers(
         raise ArgumentError("unknown precision", where="--precision", expected="bf16, fp32", got=precision)
     executor = CudaExecutor(registry=REGISTRY.portable if portable else None)
     if model:
-        subjects = layers_bench.of_model(executor, model, image_shape(model, None), batch, precision)
+        found = layers_bench.of_model(executor, model, image_shape(model, None), batch, precision)
+        subjects = [each for each in found if each.direction in wanted and only in each.problem["shape"]]
     else:
         chosen = random_layers(random, seed) if random else DEPTHWISE if depthwise else LAYERS
         chosen = tuple(layer for layer in chosen if only in layer.shape)
