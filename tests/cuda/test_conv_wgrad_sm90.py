@@ -35,6 +35,10 @@ MORE = {
     "one image, odd height": Problem(1, 7, 7, 64, 64),
     "odd images": Problem(7, 7, 7, 72, 64),
     "deep": Problem(2, 4, 4, 512, 320),
+    "stride 2, 7x6": Problem(3, 19, 14, 24, 72, 7, 6, (3, 2, 3, 3), (2, 2)),
+    "strides 1 and 2": Problem(5, 9, 22, 64, 64, 3, 5, (1, 2, 1, 2), (1, 2)),
+    "strides 4 and 2": Problem(2, 17, 19, 72, 64, 5, 3, (2, 1, 2, 1), (4, 2)),
+    "a row, stride 2": Problem(20, 1, 15, 64, 64, 1, 5, (0, 2, 0, 2), (2, 2)),
     "wide and deep pointwise": Problem(33, 7, 7, 320, 520, 1, 1, (0, 0, 0, 0)),
 }
 ALL = {**PROBLEMS, **MORE}
@@ -110,7 +114,8 @@ def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
     op = op_of(problem, kind)
     x = Spec((problem.n, problem.h, problem.w, problem.c), "bf16")
     conv = Conv.of(op, x, Spec((problem.k, problem.r, problem.s, problem.c)))
-    windows = problem.stride == problem.dilation == (1, 1) and problem.r * problem.s > 1
+    strides_fit = problem.stride[0] <= min(2, problem.h) and problem.stride[1] <= min(2, problem.w)
+    windows = strides_fit and problem.dilation == (1, 1) and problem.r * problem.s > 1
     found = []
     for form in FORMS:
         if (form.window and not windows) or (form.cb == 32 and problem.c > 32):
@@ -125,8 +130,9 @@ def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
                 continue
             line = conv_wgrad_sm90._line(conv, op.bias, even)
             found += [even, replace(even, stages=2)]
-            if not even.aligned:
-                found.append(replace(even, share=line.longest + 1 if i % 2 else ceil(line.tiles / 40)))
+            if form.adders > 1:
+                continue
+            found.append(replace(even, share=line.longest + 1 if i % 2 else ceil(line.tiles / 40)))
             if line.taps_alone:
                 found.append(replace(even, share=ceil(line.tiles_each / (1, 3, 7)[i % 3]), aligned=True))
     return found
@@ -152,7 +158,7 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
 
 def test_launches_of_every_form_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[Form] = set()
-    for name in ("few channels", "odd blocks of channels", "stride 2", "7x7", "wide and deep pointwise"):
+    for name in ("few channels", "odd blocks of channels", "stride 2, 7x6", "7x7", "wide and deep pointwise"):
         operands = operands_of(ALL[name], "bias", random_of(name), integers=True)
         for variant in of_every_form(ALL[name], "bias", H200):
             run_op(forced(null, variant, monkeypatch), op_of(ALL[name], "bias"), bits_of(operands))
@@ -250,6 +256,9 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
         "odd blocks of channels",
         "asymmetric",
         "stride 2",
+        "stride 2, 7x6",
+        "strides 1 and 2",
+        "strides 4 and 2",
         "dilated",
         "pointwise",
         "wide and deep pointwise",

@@ -23,38 +23,34 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvWgrad,)
 SOURCE = "conv_wgrad_sm90.cu"
 MAX_STAGES = 8
-BARRIER_BYTES = 16 * MAX_STAGES
+BARRIER_BYTES = 16 * MAX_STAGES + 16
 STEP_PIXELS = 16  # the K of wgmma
 WINDOW_WIDTH, WINDOW_TAPS = 8, 3
 MOST_CANDIDATES = 8
 MOST_TILES = 2**30
 MOST_LINE_PIXELS = 512  # of a window's tile as wide as the image
-PAIR_X, PAIR_SUMS = 1, 2
 _TAPS_WHOLE, _NO_TAP = -2, -1
 _SUM_THREADS, _MOST_PARTS = 256, 8
+_MANY_SUMS = 2**19  # fours of fours of them keep a GPU busy
 _ALIGNMENT = 256  # of the partial sums behind an unpooled dy
 
 
 class Form(NamedTuple):
     """A compiled kernel: a window of three by three taps an item, or one tap; the warpgroups that multiply; the columns
-    of their products; the channels of a row of x in shared memory; what two blocks have in common, if anything: PAIR_X the
-    x of filters of their own, PAIR_SUMS an item, whose sums they add up."""
+    of their products; the channels of a row of x in shared memory; the blocks of a cluster that share x, of filters of
+    their own; those that take one item, and add up their sums."""
 
     window: bool
     consumers: int
     columns: int
     cb: int
-    pair: int = 0
+    sharers: int = 1
+    adders: int = 1
 
     @property
     def filters(self) -> int:
         """Of an item."""
         return 64 * self.dy_chunks * self.sharers
-
-    @property
-    def sharers(self) -> int:
-        """Blocks that share x."""
-        return 2 if self.pair == PAIR_X else 1
 
     @property
     def channels(self) -> int:
@@ -86,7 +82,7 @@ class Form(NamedTuple):
 
     @property
     def kernel(self) -> Kernel:
-        names = ("WINDOW", "CONSUMERS", "COLUMNS", "CB", "PAIR")
+        names = ("WINDOW", "CONSUMERS", "COLUMNS", "CB", "SHARERS", "ADDERS")
         return Kernel(SOURCE, "conv_wgrad_sm90", tuple(zip(names, (int(self.window), *self[1:]), strict=True)))
 
 
@@ -95,11 +91,10 @@ FORMS = (
     Form(True, 3, 96, 32),
     *(Form(False, consumers, columns, 64) for consumers in (1, 2) for columns in (64, 128, 192, 256)),
     *(Form(False, consumers, 32, 32) for consumers in (1, 2)),
-    *(Form(False, 2, columns, 64, PAIR_X) for columns in (128, 256)),
-    Form(True, 3, 192, 64, PAIR_SUMS),
-    Form(True, 3, 96, 32, PAIR_SUMS),
+    *(Form(False, 2, columns, 64, sharers=2) for columns in (128, 256)),
+    Form(False, 2, 128, 64, adders=2),
 )
-SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sm90_sum")
+SUM_KERNELS = {eights: Kernel(SOURCE, "conv_wgrad_sm90_sum", (("EIGHTS", eights),)) for eights in (1, 4)}
 
 
 @dataclass(frozen=True)
@@ -115,9 +110,9 @@ class Variant:
 
     def __str__(self) -> str:
         kind = "window" if self.form.window else "tap"
-        pair = "2x" if self.form.pair == PAIR_X else ""
+        pair = "2x" if self.form.sharers > 1 else ""
         size = f"{pair}{self.form.filters // self.form.sharers}x{self.form.channels}"
-        share = f"{'parts of' if self.aligned else 'by'} {'2x' if self.form.pair == PAIR_SUMS else ''}{self.share}"
+        share = f"{'parts of' if self.aligned else 'by'} {f'{self.form.adders}x' if self.form.adders > 1 else ''}{self.share}"
         return f"{kind} {size} {'x'.join(map(str, self.tile))} {share} {self.stages}"
 
 
@@ -206,24 +201,23 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     return result
 
 
-def fit(
-    conv: Conv, bias: bool, form: Form, tile: tuple[int, int, int], device: Device, share: int | None = None
-) -> Variant | None:
-    """The variant with as many stages as shared memory holds, by default with a share for each multiprocessor; None where
-    there is no room for two stages, or too many tiles, or a pair adds up an item that has not all taps."""
+def fit(conv: Conv, bias: bool, form: Form, tile: tuple[int, int, int], device: Device) -> Variant | None:
+    """The variant with as many stages as shared memory holds, with a share for each multiprocessor, or half an item where
+    two add up one; None where there is no room for two stages, or too many tiles, or such an item has not all taps."""
     stages = (device.shared_bytes_per_block - BARRIER_BYTES) // _Stage.of(conv, form, tile).nbytes
-    line, adds = _Line.of(conv, form, tile, bias, 1), form.pair == PAIR_SUMS
+    line, adds = _Line.of(conv, form, tile, bias, 1), form.adders > 1
     tiles = line.tiles
     pairs_of_rows = form.window and tile[0] == WINDOW_WIDTH and tile[2] == 1  # whose steps take two
     if stages < 2 or tiles >= MOST_TILES or (pairs_of_rows and tile[1] % 2) or (adds and not line.taps_alone):
         return None
-    return Variant(form, tile, share or ceil(tiles / (device.sm_count // form.sharers)), min(MAX_STAGES, stages), adds)
+    share = ceil(line.tiles_each / form.adders) if adds else ceil(tiles / (device.sm_count // form.sharers))
+    return Variant(form, tile, share, min(MAX_STAGES, stages), adds)
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for `conv_unpool`'s."""
     yield from (form.kernel for form in FORMS)
-    yield SUM_KERNEL
+    yield from SUM_KERNELS.values()
 
 
 def _conv(op: Op, x: Spec, dw: Spec) -> tuple[ConvWgrad, Conv]:
@@ -258,6 +252,9 @@ def _product(
 ) -> Launch:
     form, n = variant.form, variant.tile[2]
     stage = _Stage.of(conv, form, variant.tile)
+    ring_bytes = variant.stages * stage.nbytes
+    if form.adders > 1:  # half the other's sums come there last, and those of its dy
+        ring_bytes = max(ring_bytes, 2 * form.sums + 256 * form.dy_chunks)
     swizzle = 1 if form.cb == 64 else 2
     descriptors = (
         stage.x_group_bytes >> 4 | swizzle << 30, stage.x_leading_bytes, stage.x_step_bytes >> 4,
@@ -265,7 +262,7 @@ def _product(
     )  # fmt: skip
     sizes = (
         stage.x_row_bytes, stage.x_box_bytes, stage.dy_box_bytes,
-        stage.x_chunk_bytes, stage.dy_chunk_bytes, stage.load_bytes, stage.nbytes, variant.stages,
+        stage.x_chunk_bytes, stage.dy_chunk_bytes, stage.load_bytes, stage.nbytes, variant.stages, ring_bytes,
     )  # fmt: skip
     problem = Struct(
         (
@@ -276,39 +273,54 @@ def _product(
             fast_div(line.blocks_each),
         )
     )
-    args: tuple[Argument, ...] = (_x_map(x, conv, variant), _dy_map(dy, conv, variant), *gradients, problem)
-    shared_bytes = variant.stages * stage.nbytes + BARRIER_BYTES
-    if form.pair == PAIR_SUMS:
-        shared_bytes = max(shared_bytes, 2 * form.sums + 4 * form.filters)  # half the sums, and dy's
+    args: tuple[Argument, ...] = (*_x_maps(x, conv, variant), _dy_map(dy, conv, variant), *gradients, problem)
     return Launch(
-        form.kernel, (line.blocks * form.sharers, 1, 1), (128 * (form.consumers + 1), 1, 1), args, shared_bytes
+        form.kernel,
+        (line.blocks * form.sharers, 1, 1),
+        (128 * (form.consumers + 1), 1, 1),
+        args,
+        ring_bytes + BARRIER_BYTES,
     )
 
 
 def _sum(form: Form, line: _Line, gradients: tuple[Slot, Slot | None, Pointer | None]) -> Launch:
-    """Few blocks' sums are added by one thread each element, more by several."""
+    """Few blocks' sums are added by one thread each element, or four of them where there are enough; more by several."""
     parts = 1
     while parts < _MOST_PARTS and line.most_blocks > 8 * parts:
         parts *= 2
-    threads = _SUM_THREADS // parts
-    chunks = ceil((form.slot_size if gradients[1] else form.sums) / (4 * threads))
-    rows, columns = (ceil(axis.taps / form.taps) for axis in (line.rows, line.columns))
-    sizes = (int(form.window), form.cb, form.slot_size, form.sums // 4, form.sharers)
+    eights = 4 if parts == 1 and line.items * form.sharers * form.sums >= _MANY_SUMS else 1
+    threads, own = _SUM_THREADS // parts, form.sums // (4 * eights)
+    chunks = ceil((own + (16 * form.dy_chunks if gradients[1] else 0)) / threads)
+    rows, columns = line.rows.items, line.columns.items
+    sizes = (int(form.window), form.cb, form.slot_size, own, form.sharers)
     divisors = (fast_div(d) for d in (128 * form.consumers, chunks, rows, columns))
     problem = Struct((line.argument(), *(np.int32(v) for v in sizes), *divisors))
     dw, db, partial = gradients
     return Launch(
-        SUM_KERNEL, (line.items * form.sharers * chunks, 1, 1), (threads, parts, 1), (partial, dw, db, problem)
+        SUM_KERNELS[eights],
+        (line.items * form.sharers * chunks, 1, 1),
+        (threads, parts, 1),
+        (partial, dw, db, problem),
     )
 
 
-def _x_map(x: Slot, conv: Conv, variant: Variant) -> TensorMap:
+def _x_maps(x: Slot, conv: Conv, variant: Variant) -> list[TensorMap]:
+    """Of windows of stride 2: x's even rows and columns, even and odd, odd and even, odd and odd. Else four times the same."""
     cb, (w, h, n) = variant.form.cb, variant.tile
     dims = (conv.c, conv.w, conv.h, conv.n)
-    if variant.form.window:
-        return image_map(x, dims, (cb, _pitches(conv, w)[0], h + WINDOW_TAPS - 1, n), (), cb)
-    stride_h, stride_w = conv.stride
-    return image_map(x, dims, (cb, w * stride_w, h * stride_h, n), (1, stride_w, stride_h, 1), cb)
+    if not variant.form.window:
+        stride_h, stride_w = conv.stride
+        return [image_map(x, dims, (cb, w * stride_w, h * stride_h, n), (1, stride_w, stride_h, 1), cb)] * 4
+    whole = image_map(x, dims, (cb, _pitches(conv, w)[0], h + WINDOW_TAPS - 1, n), (), cb)
+    pixel, row, image = whole.strides_bytes
+    down, right = conv.stride
+
+    def part(first_row: int, first_column: int) -> TensorMap:
+        part_dims = (conv.c, ceil((conv.w - first_column) / right), ceil((conv.h - first_row) / down), conv.n)
+        strides = (right * pixel, down * row, image)
+        return replace(whole, dims=part_dims, strides_bytes=strides, offset=first_row * row + first_column * pixel)
+
+    return [part(r % down, s % right) for r in (0, 1) for s in (0, 1)]
 
 
 def _dy_map(dy: Slot, conv: Conv, variant: Variant) -> TensorMap:
@@ -323,7 +335,8 @@ def _pitches(conv: Conv, width: int) -> tuple[int, int]:
     if width == WINDOW_WIDTH:
         return width + WINDOW_TAPS - 1, width
     pad = conv.pad[1]
-    between = conv.s <= WINDOW_TAPS and pad >= 1 and width + 1 - pad >= conv.w  # padding on both sides: a zero for both
+    # The padding of both sides: a zero for both.
+    between = conv.stride[1] == 1 and conv.s <= WINDOW_TAPS and pad >= 1 and width + 1 - pad >= conv.w
     return (width + 1,) * 2 if between else (width + WINDOW_TAPS - 1,) * 2
 
 
@@ -385,10 +398,12 @@ class _Axis(NamedTuple):
     dilation: int
     taps: int
     taps_per_item: int
+    halves: int
     whole: int
     tiles: int  # along all outputs
     all_tiles: int  # of all taps together
-    longest: int  # of a tap
+    items: int  # of all taps
+    longest: int  # tiles of one
 
     @classmethod
     def of(cls, conv: Conv, axis: int, form: Form, tile: int, bias: bool) -> _Axis:
@@ -397,15 +412,25 @@ class _Axis(NamedTuple):
         pad, stride, dilation = conv.pad[axis], conv.stride[axis], conv.dilation[axis]
         middle = min(max(pad // dilation, 0), taps - 1)  # of an ordinary filter it reaches all outputs anyway
         whole = _TAPS_WHOLE if form.window else middle if bias else _NO_TAP
-        return _axis(size, _outputs(conv)[axis], tile, pad, stride, dilation, taps, form.taps, whole)
+        halves = stride if form.window else 1
+        return _axis(size, _outputs(conv)[axis], tile, pad, stride, dilation, taps, form.taps, halves, whole)
 
     def argument(self) -> Struct:
-        return Struct((*(np.int32(v) for v in self[:-1]), fast_div(self.stride), fast_div(self.tile)))
+        return Struct((*(np.int32(v) for v in self[:-2]), fast_div(self.stride), fast_div(self.tile)))
 
 
 @lru_cache(maxsize=4096)
 def _axis(
-    size: int, out: int, tile: int, pad: int, stride: int, dilation: int, taps: int, taps_per_item: int, whole: int
+    size: int,
+    out: int,
+    tile: int,
+    pad: int,
+    stride: int,
+    dilation: int,
+    taps: int,
+    taps_per_item: int,
+    halves: int,
+    whole: int,
 ) -> _Axis:
     def span(tap: int) -> int:
         """Twin of `span_of`: tiles along the outputs that the tap reaches."""
@@ -416,9 +441,9 @@ def _axis(
         end = min(max(shift + size - 1, 0) // stride + 1, out)
         return ceil(max(end - first, 1) / tile)
 
-    spans = [span(tap) for tap in range(0, taps, taps_per_item)]
-    numbers = (size, out, tile, pad, stride, dilation, taps, taps_per_item, whole)
-    return _Axis(*numbers, ceil(out / tile), sum(spans), max(spans))
+    spans = [span(tap) for half in range(halves) for tap in range(half, taps, halves * taps_per_item)]
+    numbers = (size, out, tile, pad, stride, dilation, taps, taps_per_item, halves, whole)
+    return _Axis(*numbers, ceil(out / tile), sum(spans), len(spans), max(spans))
 
 
 def _line(conv: Conv, bias: bool, variant: Variant) -> _Line:
@@ -458,7 +483,7 @@ class _Line(NamedTuple):
     @property
     def reach(self) -> int:
         """Tiles whose sums have one place."""
-        return self.share * (2 if self.form.pair == PAIR_SUMS else 1)
+        return self.share * self.form.adders
 
     @property
     def places(self) -> int:
@@ -468,7 +493,7 @@ class _Line(NamedTuple):
     @property
     def taps_alone(self) -> bool:
         """Whether an item has all taps."""
-        return max(self.rows.taps, self.columns.taps) <= self.form.taps
+        return self.rows.items * self.columns.items == 1
 
     @property
     def blocks_each(self) -> int:
@@ -477,7 +502,7 @@ class _Line(NamedTuple):
 
     @property
     def items(self) -> int:
-        return self.blocks_each * ceil(self.rows.taps / self.form.taps) * ceil(self.columns.taps / self.form.taps)
+        return self.blocks_each * self.rows.items * self.columns.items
 
     @property
     def tiles(self) -> int:
@@ -538,14 +563,15 @@ def _shares(conv: Conv, bias: bool, form: Form, tile: tuple[int, int, int], devi
     if not even:
         return
     line = _line(conv, bias, even)
+    if form.adders > 1:
+        if line.blocks <= device.sm_count:
+            yield even
+        return
     most = device.sm_count // form.sharers
     if line.taps_alone and line.blocks_each <= most:
-        least = 2 if form.pair == PAIR_SUMS else 1
-        for parts in {most // line.blocks_each // least * least, max(least, most // line.blocks_each // 2), least}:
-            if 0 < parts <= line.tiles_each:
+        for parts in {most // line.blocks_each, max(1, most // line.blocks_each // 2), 1}:
+            if parts <= line.tiles_each:
                 yield replace(even, share=ceil(line.tiles_each / parts), aligned=True)
-    if form.pair == PAIR_SUMS:
-        return
     yield even
     if line.alike and even.share >= line.longest:
         yield replace(even, share=_round_up(even.share, line.longest))
@@ -559,7 +585,8 @@ def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
     if form.cb == 32 and conv.c > 32:
         return
     if form.window:
-        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.r * conv.s == 1:
+        strides_fit = all(stride <= min(2, size) for stride, size in zip(conv.stride, (conv.h, conv.w), strict=True))
+        if not strides_fit or conv.dilation != (1, 1) or conv.r * conv.s == 1:
             return
         heights = {ceil(p / parts) for parts in range(1, p + 1) if ceil(p / parts) <= 32}
         for h in sorted(heights):
@@ -588,19 +615,19 @@ def _cycles(conv: Conv, bias: bool, variant: Variant, device: Device) -> float:
     A product m64nNk16 takes N/2 cycles; L2 brings about 42 bytes a cycle to an SM (as `conv_sm90_tiles.Work` has it). Fitted
     to an H200's times.
     """
-    form, pair = variant.form, variant.form.pair
+    form = variant.form
     stage, line = _Stage.of(conv, form, variant.tile), _line(conv, bias, variant)
     product = 1.08 * stage.steps * form.consumers * form.columns / 2
-    shared = form.x_chunks * stage.x_box_bytes / 2 if pair == PAIR_X else 0.0  # what the other block copies
-    traffic = (stage.load_bytes - shared) / 42
+    shared = form.x_chunks * stage.x_box_bytes / 2 if form.sharers > 1 else 0.0  # what the other block copies
+    traffic = (stage.load_bytes - shared) / (58 if form.adders > 1 else 42)
     ahead = (variant.stages - 1) * stage.nbytes / 1024  # KB
     few_stages = 1 + 0.0012 * max(0.0, 128 - ahead)
-    tile = 58 + few_stages * (max(product, traffic) + 0.125 * min(product, traffic)) + (30 if pair == PAIR_X else 0)
+    tile = 58 + few_stages * (max(product, traffic) + 0.125 * min(product, traffic)) + (30 if form.sharers > 1 else 0)
     share = min(variant.share, line.tiles_each if variant.aligned else line.tiles)
     items = 1 if variant.aligned else ceil(share / line.longest)  # that a block has something of
     waves = ceil(line.blocks * form.sharers / device.sm_count)
     busiest = waves * (4500 + items * form.sums / 7 + share * tile)
-    if pair == PAIR_SUMS:
+    if form.adders > 1:
         busiest += 160 + form.sums / 26
     p, q = _outputs(conv)
     pixels = min(conv.h, p * conv.r) * min(conv.w, q * conv.s)  # of x that are read
