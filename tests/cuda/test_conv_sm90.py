@@ -27,7 +27,18 @@ from tests.cuda.conv_problems import on_cpu, random_of, specs_of, tensors_of
 from tests.op_runner import run_op
 
 H200 = Device("H200", "sm_90a", 132)
-KINDS = ("fprop", "fused", "pooled", "dgrad", "dgrad pooled", "dgrad relu", "dgrad add tanh", "mean", "dgrad mean")
+KINDS = (
+    "fprop",
+    "fused",
+    "pooled",
+    "dgrad",
+    "dgrad pooled",
+    "dgrad relu",
+    "dgrad add tanh",
+    "mean",
+    "dgrad mean",
+    "maxima",
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,8 @@ class Problem:
             **{f"{act} pooled": ConvFprop(**geometry, bias=True, act=act, pool="max") for act in ACTIVATIONS},
             "mean": ConvFprop(**geometry, bias=True, act="relu", pool="avg"),
             "plain pooled": ConvFprop(**geometry, pool="max"),
+            "maxima": ConvFprop(**geometry, bias=True, act="relu", pool="max", indices=False),
+            "plain maxima": ConvFprop(**geometry, pool="max", indices=False),
         }[kind]
 
     def has(self, kind: str) -> bool:
@@ -115,6 +128,8 @@ PROBLEMS = {
     "stride beyond the filter": Problem(3, 17, 14, 64, 128, 2, 3, (1, 0, 0, 2), (3, 4)),
     "stride and dilation": Problem(3, 19, 15, 64, 72, 3, 3, (2, 3, 4, 3), (2, 3), (2, 2)),
     "stride is the image": Problem(20, 4, 4, 64, 128, 4, 4, (0, 0, 0, 0), (4, 4)),
+    "pixels apart": Problem(3, 13, 11, 64, 72, 1, 1, (2, 3, 1, 0), (2, 3)),
+    "columns apart": Problem(3, 15, 17, 24, 136, 3, 1, (1, 0, 1, 2), (2, 3)),
     "64 to 256 pointwise": Problem(300, 3, 2, 64, 256, 1, 1, (0, 0, 0, 0)),
     "64 to 192 pointwise": Problem(300, 3, 2, 64, 192, 1, 1, (0, 0, 0, 0)),
 }
@@ -352,7 +367,7 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fused", "pooled", "dgrad"])
+@pytest.mark.parametrize("kind", ["fused", "pooled", "maxima", "dgrad"])
 @pytest.mark.parametrize(
     ("channels", "cb", "serves", "side"),
     [
@@ -380,7 +395,7 @@ def test_every_compiled_tile(
             assert variant is not None
             check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
             kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)}
-    pool = {1, 2} if kind == "pooled" else {0}
+    pool = {1, 2} if kind in ("pooled", "maxima") else {0}
     filter, columns = tiles.constants(sizes, serves)
     macros = {
         "CB": cb,
@@ -409,7 +424,7 @@ def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
     c, k = random.choice([8, 24, 32, 64, 72, 256]), random.choice([8, 16, 64, 72, 128, 256])
     numbers = [int(v) for v in (n, h, w, c, k, r, s)]
     problem = Problem(*numbers, tuple(map(int, pad)), tuple(map(int, stride)))
-    others = ("plain pooled", "dgrad add", "dgrad sigmoid", "dgrad pooled add relu")
+    others = ("plain pooled", "plain maxima", "dgrad add", "dgrad sigmoid", "dgrad pooled add relu")
     kinds = [kind for kind in (*KINDS, *others) if problem.has(kind)]
     for kind in kinds:
         check_exact(cuda, problem.op(kind), problem.integers(kind, random), f"{problem} {kind}")
@@ -492,7 +507,7 @@ def test_dx_may_take_the_place_of_an_operand(cuda: CudaExecutor, name: str, alia
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fprop", "fused", "pooled", "plain pooled", "dgrad"])
+@pytest.mark.parametrize("kind", ["fprop", "fused", "pooled", "plain pooled", "maxima", "plain maxima", "dgrad"])
 @pytest.mark.parametrize("c", [24, 64])
 def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, c: int) -> None:
     """They reach the outputs that they reach in float64; the first NaN of a window wins it."""
@@ -506,7 +521,7 @@ def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fprop", "pooled", "dgrad", "dgrad add tanh"])
+@pytest.mark.parametrize("kind", ["fprop", "pooled", "maxima", "dgrad", "dgrad add tanh"])
 @pytest.mark.parametrize(
     "problem",
     [

@@ -55,7 +55,7 @@ class ConvGeometry(Op):
 
 @dataclass(frozen=True)
 class ConvFprop(ConvGeometry):
-    """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), with max-pooling idx (N,P,Q,K) u2, and
+    """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), if `has_indices` idx (N,P,Q,K) u2, and
     if `moments`, for a batch norm behind it, moments (2,K): each channel's mean over all pixels of y as it is stored, and
     the sum of squared deviations from it."""
 
@@ -63,6 +63,14 @@ class ConvFprop(ConvGeometry):
     act: str | None = None
     window: PoolWindow | None = None  # the pool's, of kind `pool`, where it is not 2x2, stride 2, floor
     moments: bool = False
+    indices: bool = (
+        True  # False: nobody reads those of a 2x2 maximum, and there is no gradient (`plan.fuse.drop_indices`)
+    )
+
+    @property
+    def has_indices(self) -> bool:
+        """Whether it says which elements of the pool's windows won."""
+        return self.pool == "max" and (self.indices or self.window is not None)
 
     def pooled_hw(self, h: int, w: int, r: int, s: int) -> tuple[int, int]:
         """Outputs (p, q) after the pool."""
@@ -73,7 +81,7 @@ class ConvFprop(ConvGeometry):
         (n, h, wd, _), (k, r, s, _) = x.shape, w.shape
         p, q = self.pooled_hw(h, wd, r, s)
         y = Spec((n, p, q, k), x.dtype)
-        idx = [Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")] * (self.pool == "max")
+        idx = [Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")] * self.has_indices
         return y, *idx, *[Spec((2, k), accumulator(x.dtype))] * self.moments
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:

@@ -49,7 +49,6 @@ constexpr bool ALTERNATE = CHANNELS == 64;
 constexpr int CONSUMER_WARPS = ALTERNATE ? 4 : 8;  // that must give a stage back
 constexpr int ROW_BYTES = CB * 2;
 constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = CHANNELS / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
-constexpr int STAGING_BYTES = (PIXELS * 128 + 1023) / 1024 * 1024;
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
 
@@ -151,7 +150,7 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
         Ring kept = x_ring;
         x_ring.skip(t.loads, g.by_x_stages);
         if (ALTERNATE && (round & 1) != consumer) continue;
-        u32 from = g.own_staging == 2 ? staging + (tile & 1) * STAGING_BYTES : staging;
+        u32 from = g.own_staging == 2 ? staging + (tile & 1) * g.staging_bytes : staging;
         if (!g.own_staging) {
             kept.skip(t.loads - 1 - kept_from_last(consumer), g.by_x_stages);
             from = x_base + kept.stage * g.x_stage_bytes;
@@ -218,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const OutputMaps outputs = {{&y}};
 #endif
         if (!partial && lane == 0 && (warp == 1 || warp == 2))
-            write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * STAGING_BYTES, slot, k_group, warp - 1);
+            write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * g.staging_bytes, slot, k_group, warp - 1);
 #endif
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
@@ -243,36 +242,52 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         Moments moments;
 #endif
         if (g.resident) barrier_wait(bar.w_full, 0);
-        const auto find = [&](int round, Tile &t, int &k_round) {
-            const int item = item_at(g, order, slot, round, k_round);
-            if (item >= 0) t = tile_of(g, item, k_group + k_round);
-            return item >= 0;
+        Walk walk = {slot, 0};
+        Ring x_tile, w_tile;  // stages of a tile, where all have as many
+        x_tile.skip(g.loads, g.by_x_stages), w_tile.skip(g.loads * load_rows(g) * load_columns(g), g.by_w_stages);
+        int round = ALTERNATE ? consumer : 0, tile = 0;
+        Tile next = {};
+        float next_bias[2];  // of its two channels
+        const auto find_next = [&] {
+            const int item = walk.item(g, order);
+            if (item < 0) return false;
+            constexpr int Rounds = ALTERNATE ? 2 : 1;  // from a tile to the consumer's next
+            if (FILTER == 1 && walk.k_round >= Rounds)
+                next.k += Rounds * CHANNELS;  // of the same item
+            else
+                next = tile_of(g, item, k_group + walk.k_round);
+            const int own_k = next.k + (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2);
+            next_bias[0] = bias && own_k < g.k ? bias[own_k] : 0.0f;
+            next_bias[1] = bias && own_k + 8 < g.k ? bias[own_k + 8] : 0.0f;
+            return true;
         };
         // Stages of the other consumer's tile.
-        const auto skip = [&](int round) {
-            Tile t;
-            int k_round;
-            t.loads = g.loads, t.taps = g.loads * load_rows(g) * load_columns(g);
-            const bool is_there = are_alike(g) ? item_at(g, order, slot, round, k_round) >= 0 : find(round, t, k_round);
-            if (!is_there) return;
-            if (k_round == k_rounds(g) - 1) x_ring.skip(t.loads, g.by_x_stages);
-            if (!g.resident) w_ring.skip(t.taps, g.by_w_stages);
-        };
-        int round = ALTERNATE ? consumer : 0, next_k_round, tile = 0;
-        Tile next;
-        if (ALTERNATE && consumer == 1) skip(0);
-        // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
-        int lead = ALTERNATE || resident || borrows ? 0 : 2;
-        if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
-        for (bool lives = find(round, next, next_k_round); lives; ++tile) {
-            const Tile t = next;
-            const int k_round = next_k_round;
-            const int k = t.k + (ALTERNATE ? 0 : consumer * 64), own_k = k + warp * 16 + (lane >> 2);
-            Outputs out = {0.0f, 0.0f, g.floor};
-            if (bias) {
-                if (own_k < g.k) out.bias0 = bias[own_k];
-                if (own_k + 8 < g.k) out.bias1 = bias[own_k + 8];
+        const auto skip_tile = [&] {
+            const int item = walk.item(g, order);
+            if (item < 0) {
+            } else if (are_alike(g)) {
+                if (walk.k_round == k_rounds(g) - 1) skip(x_ring, x_tile, x_stages);
+                if (!resident) skip(w_ring, w_tile, g.w_stages);
+            } else {
+                const Tile t = tile_of(g, item, k_group);
+                x_ring.skip(t.loads, g.by_x_stages);
+                if (!resident) w_ring.skip(t.taps, g.by_w_stages);
             }
+            walk.next(g);
+        };
+        if (ALTERNATE && consumer == 1) skip_tile();
+        // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
+        int lead = ALTERNATE || borrows ? 0 : 2;
+        if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
+#if POOL == 1 || POOL == 2
+        PooledPixels<PIXELS, POOL == 2> pixels(g, pooled, thread);
+#endif
+        for (bool lives = find_next(); lives; ++tile) {
+            const Tile t = next;
+            const int k_round = walk.k_round;
+            const int k = t.k + (ALTERNATE ? 0 : consumer * 64);
+            // (The sums with zeros are taken here, when the biases have come, not where they are asked for.)
+            Outputs out = {in_register(next_bias[0]) + 0.0f, in_register(next_bias[1]) + 0.0f, g.floor};
 #if FLIPPED
             // Where addend and saved output lie: pixels of all classes.
             const int dx_w = t.w * g.spread_w + g.classes[t.kind].first_w, dx_h = t.h * g.spread_h + g.classes[t.kind].first_h;
@@ -347,6 +362,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                     for (int j = load_rows(g); j > 0; --j, a += a_step, b += row_step) multiply_tap(a, b), wgmma_commit();
                                 }
                                 give_back(last_x, NONE);
+                                if (!ALTERNATE && lead > 0 && --lead == 0 && lane == 0) barrier_arrive(bar.turn);
                             } else {
 #pragma unroll 1
                                 for (int j = load_rows(g); j > 0; --j, b += row_step) {
@@ -366,8 +382,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (k_round == k_rounds(g) - 1) x_ring = loaded;
 
             // The next tile, while the product runs.
-            if (ALTERNATE) skip(++round);
-            lives = find(++round, next, next_k_round);
+            walk.next(g);
+            if (ALTERNATE) skip_tile();
+            round += ALTERNATE ? 2 : 1;
+            lives = find_next();
             wgmma_wait<0>();
             if (lane == 0) {
                 if (release_x != NONE) barrier_arrive(bar.x_empty + 8 * release_x);
@@ -389,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #endif
             // Staging may be written when no product of a warp that shares it reads it, and its last tile has left it.
             const int buffer = consumer * g.own_staging + (g.own_staging == 2 ? tile & 1 : 0);
-            const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * STAGING_BYTES : kept * g.x_stage_bytes);
+            const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * g.staging_bytes : kept * g.x_stage_bytes);
             // (The barrier also keeps a warp from arriving twice at `staged` before another has once.)
 #if !POOL
             const int depth = g.own_staging == 2 ? 2 : 1;
@@ -400,20 +418,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             else
                 named_barrier(3, 256);
 #if POOL
-#if POOL == 2
-            if (idx)
-                stage_pooled<PIXELS, false>(sums, out, staging, warp, lane);
-            else
-                stage_pooled<PIXELS, true>(sums, out, staging, warp, lane);
-#else
+#if POOL == 3
             u32 words[PIXELS / 4];
             stage_tile<PIXELS>(words, sums, out, staging, warp, lane);
-#endif
             named_barrier(1 + consumer, 128);
-#if POOL == 3
             write_windows(g, t, k, staging, thread, y, idx);
 #else
-            write_pooled<PIXELS, POOL == 2>(g, t, k, g.floor, staging, pooled, thread, y, idx);
+            if (idx && !g.act && !g.floor)
+                write_pooled<PIXELS, POOL == 2, POSITIVE_WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            else if (idx)
+                write_pooled<PIXELS, POOL == 2, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            else if (POOL == 2 && g.mean)
+                write_pooled<PIXELS, POOL == 2, MEANS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            else
+                write_pooled<PIXELS, POOL == 2, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
 #endif
             if (!g.own_staging) {
                 fence_async();

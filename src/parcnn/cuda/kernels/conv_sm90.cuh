@@ -35,7 +35,9 @@ struct Problem {
     int x_box_bytes, x_stage_bytes, x_stages;                      // bytes that a load brings; of a stage; ring
     int w_stages, resident;                                        // ring, or every tap's weights at once
     int own_staging, staging_offset, barrier_offset;               // tiles that a consumer's own staging holds (0 to 2); bytes from the start
+    int staging_bytes;                                             // of a tile, or what is staged of it where it is pooled
     int act;                                                       // other than ReLU; of dgrad, whose derivative follows
+    int mean;                                                      // whether a 2x2 pool is that, not a maximum
     int add, operand_bytes;                                        // dgrad: whether there is an addend; of an operand's tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
     FastDiv by_dilation_h, by_dilation_w;
@@ -62,6 +64,10 @@ template <typename T> __device__ __forceinline__ T in_register(T v) {
     asm volatile("" : "+r"(v));
     return v;
 }
+__device__ __forceinline__ float in_register(float v) {
+    asm volatile("" : "+f"(v));
+    return v;
+}
 
 // Tiles in the order in which blocks take them, [round][slot]: where taps are skipped, tiles differ in work, and the
 // launcher deals them out, heaviest first. Twin: ORDER_ENTRIES in conv_sm90.py.
@@ -86,6 +92,27 @@ __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int
     int item = order.items[at];
     return item == NO_ITEM ? -1 : item;
 }
+
+// As many stages further in a ring as `other` is from its begin.
+__device__ __forceinline__ void skip(Ring &ring, const Ring &other, int stages) {
+    ring.stage += other.stage, ring.parity ^= other.parity;
+    if (ring.stage >= stages) ring.stage -= stages, ring.parity ^= 1;
+}
+
+// `item_at`, walking from round to round.
+struct Walk {
+    int at, k_round;
+
+    __device__ __forceinline__ void next(const Problem &g) {
+        if (++k_round == k_rounds(g)) k_round = 0, at += g.slots;
+    }
+    __device__ __forceinline__ int item(const Problem &g, const Order &order) const {
+        if (at >= g.items) return -1;
+        if (FILTER || !g.ordered) return at;
+        const int item = order.items[at];
+        return item == NO_ITEM ? -1 : item;
+    }
+};
 
 // Copies of a tile's pixels, from the channel c, column w, row h and image n on.
 __device__ __forceinline__ void load_pixels(const Problem &g, u32 to, const TensorMap &map, u32 barrier, int c, int w, int h, int n) {

@@ -204,10 +204,15 @@ def _sizes(call: Call) -> Sizes:
         p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
         if op.window:
             p, q = op.output_hw(conv.h, conv.w, conv.r, conv.s)
+        # Where an axis has one tap, the image is that of the pixels which it meets.
+        met = [taps == 1 and pad % s == 0 for taps, pad, s in zip((conv.r, conv.s), conv.pad, conv.stride, strict=True)]
+        apart = (conv.stride[0] if met[0] else 1, conv.stride[1] if met[1] else 1)
+        stride = (conv.stride[0] // apart[0], conv.stride[1] // apart[1])
+        pad = (conv.pad[0] // apart[0], conv.pad[1] // apart[1])
         return Sizes(
-            conv.n, conv.h, conv.w, conv.c, conv.k, conv.r, conv.s, p, q, conv.stride, conv.dilation,
-            conv.pool is not None, (Class((conv.r, conv.s), conv.pad),), tap_steps=(conv.s, 1),
-            mean=conv.pool == "avg", window=op.window, moments=op.moments,
+            conv.n, ceil(conv.h / apart[0]), ceil(conv.w / apart[1]), conv.c, conv.k, conv.r, conv.s, p, q, stride,
+            conv.dilation, conv.pool is not None, (Class((conv.r, conv.s), pad),), apart=apart, tap_steps=(conv.s, 1),
+            mean=conv.pool == "avg", indices=op.has_indices, window=op.window, moments=op.moments,
         )  # fmt: skip
     if isinstance(op, ConvDgrad):
         conv = Conv.of(op, call.outputs[0].spec, filters)
@@ -371,7 +376,7 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: D
     """What the kernel writes: y and (of a maximum) idx, or a map of y; of dgrad, one for each class, and maps of addend and
     saved output."""
     if sizes.pool:
-        return (outputs[0], None) if sizes.mean else outputs
+        return (*outputs, None)[:2]
     maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
         return tuple(maps)
@@ -471,8 +476,8 @@ def _problem(
     after = (
         tile.x_box_bytes, tile.x_stage_bytes(not variant.borrows), variant.x_stages,
         variant.w_stages, int(variant.resident), 0 if variant.borrows else max(1, variant.own_staging), *offsets,
-        act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(dgrad[0] is not None),
-        tile.row * h * n * 128,
+        tile.staging_bytes, act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(sizes.mean),
+        int(dgrad[0] is not None), tile.row * h * n * 128,
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (
@@ -496,6 +501,9 @@ def _problem(
 def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMap:
     box = (tile.cb, tile.pitch * sizes.stride[1], tile.rows * sizes.stride[0], variant.tile[2])
     map = image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
+    if sizes.apart != (1, 1):
+        _, h, w, c = x.spec.shape
+        map = replace(map, strides_bytes=(2 * c * sizes.apart[1], 2 * w * c * sizes.apart[0], 2 * h * w * c))
     return _ordered(map, variant)
 
 

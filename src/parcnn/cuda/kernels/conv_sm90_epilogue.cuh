@@ -8,6 +8,33 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
+// Maximum; NaN where either is NaN.
+__device__ __forceinline__ float max_number(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+// ReLU of two floats, rounded. No zero is negative where no float was -0.
+__device__ __forceinline__ u32 relu_bf16x2(float low, float high) {
+    u32 two;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
+
+// `Best` of values that ReLU gave: as integers they are in the same order, NaN is the largest, and in a difference no half
+// borrows from the other.
+struct BestPositive {
+    u32 value, index;
+
+    __device__ __forceinline__ BestPositive(u32 v0, u32 v1, u32 v2, u32 v3) {
+        value = max_bf16x2(max_bf16x2(v0, v1), max_bf16x2(v2, v3));
+        const u32 above = value + 0x7fff7fffu, not0 = above - v0, not1 = above - v1, not2 = above - v2;  // the halves' highest bits
+        const u32 one_or_three = not0 & (~not1 | not2), two_or_three = not0 & not1 & 0x80008000u;
+        index = (one_or_three >> 15 & 0x00010001u) | two_or_three >> 14;
+    }
+};
+
 // An activation other than ReLU of every sum with its bias. The sums pass through a few places, so that the code is there
 // once.
 template <int Count> __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0, float bias1, int act) {
@@ -26,20 +53,21 @@ template <int Count> __device__ __forceinline__ void activate_sums(float (&sums)
 
 // What a thread needs of the epilogue's operands.
 struct Outputs {
-    float bias0, bias1;  // of the thread's two channels
+    float bias0, bias1;  // of the thread's two channels; not -0, so that no sum with them is
     u32 floor;
 
     // Pixel j, channels c and c + 8, or channel c, pixels j and j + 1: two sums with their biases, rounded. A pool's maximum
     // sees to the floor.
-    __device__ __forceinline__ u32 channels(float first, float second) const { return round_bf16x2(first + bias0, second + bias1); }
-    // Two channels' means of four sums, of a window's pixels.
-    __device__ __forceinline__ u32 means(const float *s) const {
-        const float mean0 = (above(s[0] + bias0) + above(s[1] + bias0)) + (above(s[4] + bias0) + above(s[5] + bias0));
-        const float mean1 = (above(s[2] + bias1) + above(s[3] + bias1)) + (above(s[6] + bias1) + above(s[7] + bias1));
-        return round_bf16x2(0.25f * mean0, 0.25f * mean1);
+    template <bool Positive> __device__ __forceinline__ u32 channels(float first, float second) const {
+        return Positive ? relu_bf16x2(first + bias0, second + bias1) : round_bf16x2(first + bias0, second + bias1);
+    }
+    // The mean of a window's pixels: sums of the channel that has the bias.
+    __device__ __forceinline__ float mean(const float *s, float bias) const {
+        return 0.25f * ((above(s[0] + bias) + above(s[1] + bias)) + (above(s[4] + bias) + above(s[5] + bias)));
     }
     __device__ __forceinline__ float above(float v) const { return v <= low_bf16(floor) ? low_bf16(floor) : v; }
-    __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
+    template <bool Positive> __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
+        if (Positive) return relu_bf16x2(first + bias, second + bias);
         const u32 two = round_bf16x2(first + bias, second + bias);
         return POOL == 1 ? two : max_bf16x2(two, floor);
     }
@@ -90,8 +118,8 @@ __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2]
     }
 }
 
-// Write the tile's rows; `words` are what the thread has of them, of each eight pixels two words.
-template <int Pixels>
+// Write the tile's rows, after ReLU if Positive; `words` are what the thread has of them, of each eight pixels two words.
+template <int Pixels, bool Positive = false>
 __device__ __forceinline__ void stage_tile(u32 (&words)[Pixels / 4], const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
     const u32 at = matrix_address(staging, warp, lane);
 #pragma unroll
@@ -100,8 +128,8 @@ __device__ __forceinline__ void stage_tile(u32 (&words)[Pixels / 4], const float
 #pragma unroll
         for (int i = 0; i < 2 && j + i < Pixels / 8; ++i) {
             const float *s = sums + (j + i) * 4;
-            v[2 * i] = out.pixels(s[0], s[1], out.bias0);
-            v[2 * i + 1] = out.pixels(s[2], s[3], out.bias1);
+            v[2 * i] = out.pixels<Positive>(s[0], s[1], out.bias0);
+            v[2 * i + 1] = out.pixels<Positive>(s[2], s[3], out.bias1);
         }
         if (j + 1 < Pixels / 8)
             store_matrices(at + j * 1024, v[0], v[1], v[2], v[3]);
@@ -119,12 +147,40 @@ template <int Pixels> __device__ __forceinline__ void store_partial(const float 
         for (int e = 0; e < 4; ++e) to[j * 512 + (e & 1) * 64 + (e >> 1) * 8] = sums[4 * j + e];
 }
 
-// Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of four pooled pixels: values, then (16 bits each)
-// which of the four won, STAGED_VALUE_BYTES behind them. Of a mean there are values alone.
+// What is written of the windows of a 2x2 pool: their means, maxima, or maxima and which element won, that also behind ReLU.
+enum Pooling { MEANS, MAXIMA, WINNERS, POSITIVE_WINNERS };
+
+// Pixels of a tile in rows of 64 channels, four at a time, of which a lane has one, the lane % 4-th: value(i, e) is that of the
+// i-th four, of the thread's first (e = 0) or second channel.
+template <int Fours, typename Value> __device__ __forceinline__ void stage_fours(u32 staging, int warp, int lane, Value value) {
+    const int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);  // two fours are an 8x8 matrix
+    const u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * 1024;
+    const auto two = [&](int i, int e) { return round_bf16x2(value(i, e), i + 1 < Fours ? value(i + 1, e) : 0.0f); };
+#pragma unroll
+    for (int i = 0; i < Fours; i += 4) {
+        if (i + 2 < Fours)
+            store_matrices(at + i * 512, two(i, 0), two(i, 1), two(i + 2, 0), two(i + 2, 1));
+        else
+            store_matrices(at + i * 512, two(i, 0), two(i, 1));
+    }
+}
+
+template <bool Positive> __device__ __forceinline__ void best_of(u32 v0, u32 v1, u32 v2, u32 v3, u32 floor, u32 &value, u32 &index) {
+    if constexpr (Positive) {
+        const BestPositive best(v0, v1, v2, v3);
+        value = best.value, index = best.index;
+    } else {
+        const Best best(v0, v1, v2, v3, floor);
+        value = best.value, index = best.index;
+    }
+}
+
+// Tiles eight pixels wide: a 2x2 window lies within a thread. Rows of pooled pixels: values, then (16 bits each) which of the
+// four won, STAGED_VALUE_BYTES behind them.
 template <int Pixels> constexpr u32 STAGED_VALUE_BYTES = (Pixels / 16 + 1) / 2 * 1024;
 
-template <int Pixels, bool IsMean>
-__device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+template <int Pixels, bool Positive>
+__device__ __forceinline__ void stage_winners(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
     constexpr int Pairs = Pixels / 16;  // of rows; two pairs make one 8x8 matrix
     int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);
     u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
@@ -134,15 +190,35 @@ __device__ __forceinline__ void stage_pooled(const float (&sums)[Pixels / 2], co
 #pragma unroll
         for (int e = 0; e < 2 && i + e < Pairs; ++e) {
             const float *s = sums + (i + e) * 8;
-            if (IsMean) {
-                value[e] = out.means(s);
-                continue;
-            }
-            const Best best(out.channels(s[0], s[2]), out.channels(s[1], s[3]), out.channels(s[4], s[6]), out.channels(s[5], s[7]), out.floor);
-            value[e] = best.value, index[e] = best.index;
+            const u32 v0 = out.channels<Positive>(s[0], s[2]), v1 = out.channels<Positive>(s[1], s[3]);
+            const u32 v2 = out.channels<Positive>(s[4], s[6]), v3 = out.channels<Positive>(s[5], s[7]);
+            best_of<Positive>(v0, v1, v2, v3, out.floor, value[e], index[e]);
         }
         store_matrices(at + i * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632),
                        __byte_perm(index[0], index[1], 0x5410), __byte_perm(index[0], index[1], 0x7632));
+    }
+}
+
+// A tile's outputs, or as much of its windows as a thread has: all of them (InRegisters), else of maxima their rows. A maximum
+// of sums is rounded after it, which gives the maximum of what is rounded.
+template <int Pixels, bool InRegisters, Pooling Kind>
+__device__ __forceinline__ void stage_windows(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+    const auto row_maximum = [&](int j, int e) {
+        const float *s = sums + 4 * j + 2 * e, bias = e ? out.bias1 : out.bias0;
+        return max_number(s[0] + bias, s[1] + bias);
+    };
+    constexpr bool Positive = Kind == POSITIVE_WINNERS;
+    if constexpr ((Positive || Kind == WINNERS) && InRegisters) {
+        stage_winners<Pixels, Positive>(sums, out, staging, warp, lane);
+    } else if constexpr (Positive || Kind == WINNERS) {
+        u32 words[Pixels / 4];
+        stage_tile<Pixels, Positive>(words, sums, out, staging, warp, lane);
+    } else if constexpr (Kind == MEANS) {
+        stage_fours<Pixels / 16>(staging, warp, lane, [&](int i, int e) { return out.mean(sums + 8 * i + 2 * e, e ? out.bias1 : out.bias0); });
+    } else if constexpr (InRegisters) {
+        stage_fours<Pixels / 16>(staging, warp, lane, [&](int i, int e) { return max_number(row_maximum(2 * i, e), row_maximum(2 * i + 1, e)); });
+    } else {
+        stage_fours<Pixels / 8>(staging, warp, lane, row_maximum);
     }
 }
 
@@ -171,50 +247,81 @@ template <int Pixels> __device__ __forceinline__ void list_pooled(const Problem 
     table[pixel].place = x | row << 8 | image << 16 | ((image * g.tile_h + 2 * row) * g.tile_w + 2 * x) << 24;
 }
 
-// Pool a staged tile (InRegisters: it is already pooled) and write values and indices. y (N,P,Q,K), idx (N,P,Q,K/4).
-template <int Pixels, bool InRegisters>
-__device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, int k, u32 floor, u32 staging, const Pooled *table, int thread,
+// A thread's pooled pixels of any tile: where each is in y, and where (the first row of) its window is staged, and the second.
+template <int Pixels, bool InRegisters> struct PooledPixels {
+    static constexpr int Items = POOLED_PIXELS<Pixels> / 16;
+    u32 to[Items], from[Items], below[Items];
+    bool is_there[Items];
+
+    __device__ __forceinline__ PooledPixels(const Problem &g, const Pooled *table, int thread) {
+        const int chunk = thread & 7, first = thread >> 3, count = (g.tile_w / 2) * (g.tile_h / 2) * g.tile_n;
+#pragma unroll
+        for (int i = 0; i < Items; ++i) {
+            const Pooled at = table[first + 16 * i];
+            const int row = InRegisters ? first + 16 * i : at.place >> 25;  // of what is staged: a row of a window is a pixel there
+            to[i] = at.to, from[i] = chunk_address(0, row, chunk), below[i] = chunk_address(0, row + g.tile_w / 2, chunk);
+            is_there[i] = first + 16 * i < count;
+        }
+    }
+};
+
+// Stage a tile's outputs, pool what is not yet pooled of them, and write values and indices. y (N,P,Q,K), idx (N,P,Q,K/4).
+template <int Pixels, bool InRegisters, Pooling Kind>
+__device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, int k, const float (&sums)[Pixels / 2], const Outputs &out, u32 staging,
+                                             const Pooled *table, const PooledPixels<Pixels, InRegisters> &pixels, int thread, int barrier,
                                              u16 *y, u8 *idx) {
     constexpr int Items = POOLED_PIXELS<Pixels> / 16;  // of a thread: eight channels of a pixel
+    constexpr bool Positive = Kind == POSITIVE_WINNERS, NamesWinners = Positive || Kind == WINNERS;
+    stage_windows<Pixels, InRegisters, Kind>(sums, out, staging, thread >> 5, thread & 31);
     const int chunk = thread & 7, first = thread >> 3, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, channel = k + chunk * 8;
-    const int count = channel < g.k ? pooled_w * pooled_h * g.tile_n : 0, q = t.w / 2, p = t.h / 2;
+    const int q = t.w / 2, p = t.h / 2;
     u16 *const to = y + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel);
     u8 *const idx_to = idx + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel) / 4;
-    Pooled at[Items];
     bool is_there[Items];
 #pragma unroll
-    for (int i = 0; i < Items; ++i) at[i] = table[first + 16 * i], is_there[i] = first + 16 * i < count;
+    for (int i = 0; i < Items; ++i) is_there[i] = pixels.is_there[i] && channel < g.k;
     if (q + pooled_w > g.q || p + pooled_h > g.p || t.n + g.tile_n > g.n) {
 #pragma unroll
         for (int i = 0; i < Items; ++i) {
-            const int x = at[i].place & 255, row = at[i].place >> 8 & 255, image = at[i].place >> 16 & 255;
+            const u32 place = table[first + 16 * i].place;
+            const int x = place & 255, row = place >> 8 & 255, image = place >> 16 & 255;
             is_there[i] = is_there[i] && q + x < g.q && p + row < g.p && t.n + image < g.n;
         }
     }
+    named_barrier(barrier, 128);
     uint4 value[Items], index[Items];
 #pragma unroll
     for (int i = 0; i < Items; ++i) {
         if (InRegisters) {
-            const u32 from = chunk_address(staging, first + 16 * i, chunk);
-            value[i] = load_shared16(from), index[i] = load_shared16(from + STAGED_VALUE_BYTES<Pixels>);
+            value[i] = load_shared16(staging + pixels.from[i]);
+            if (NamesWinners) index[i] = load_shared16(staging + pixels.from[i] + STAGED_VALUE_BYTES<Pixels>);
+        } else if (Kind == MAXIMA) {
+            const uint4 v0 = load_shared16(staging + pixels.from[i]), v1 = load_shared16(staging + pixels.below[i]);
+            value[i] = make_uint4(max_bf16x2(v0.x, v1.x), max_bf16x2(v0.y, v1.y), max_bf16x2(v0.z, v1.z), max_bf16x2(v0.w, v1.w));
         } else {
-            const int corner = at[i].place >> 24;
+            const int corner = table[first + 16 * i].place >> 24;
             uint4 v[4];
 #pragma unroll
             for (int position = 0; position < 4; ++position)
                 v[position] = load_shared16(chunk_address(staging, corner + (position & 1) + (position >> 1) * g.tile_w, chunk));
-            const Best x(v[0].x, v[1].x, v[2].x, v[3].x, floor), y(v[0].y, v[1].y, v[2].y, v[3].y, floor);
-            const Best z(v[0].z, v[1].z, v[2].z, v[3].z, floor), w(v[0].w, v[1].w, v[2].w, v[3].w, floor);
-            value[i] = make_uint4(x.value, y.value, z.value, w.value), index[i] = make_uint4(x.index, y.index, z.index, w.index);
+            best_of<Positive>(v[0].x, v[1].x, v[2].x, v[3].x, out.floor, value[i].x, index[i].x);
+            best_of<Positive>(v[0].y, v[1].y, v[2].y, v[3].y, out.floor, value[i].y, index[i].y);
+            best_of<Positive>(v[0].z, v[1].z, v[2].z, v[3].z, out.floor, value[i].z, index[i].z);
+            best_of<Positive>(v[0].w, v[1].w, v[2].w, v[3].w, out.floor, value[i].w, index[i].w);
+        }
+        if (Kind == MAXIMA) {
+            uint4 &v = value[i];
+            v = make_uint4(max_bf16x2(v.x, out.floor), max_bf16x2(v.y, out.floor), max_bf16x2(v.z, out.floor), max_bf16x2(v.w, out.floor));
         }
     }
 #pragma unroll
     for (int i = 0; i < Items; ++i)
-        if (is_there[i]) store_global16(to + at[i].to, value[i]);
-    if (!idx) return;
+        if (is_there[i]) store_global16(to + pixels.to[i], value[i]);
+    if constexpr (NamesWinners) {
 #pragma unroll
-    for (int i = 0; i < Items; ++i)
-        if (is_there[i]) *reinterpret_cast<u16 *>(idx_to + at[i].to / 4) = pack_indices(index[i]);
+        for (int i = 0; i < Items; ++i)
+            if (is_there[i]) *reinterpret_cast<u16 *>(idx_to + pixels.to[i] / 4) = pack_indices(index[i]);
+    }
 }
 
 #if POOL == 3

@@ -68,7 +68,9 @@ class Sizes:
     tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
     flipped: bool = False
     mean: bool = False  # the pool's, which only threads that have whole windows take
+    indices: bool = False  # whether the pool says which elements won
     window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
+    apart: tuple[int, int] = (1, 1)  # pixels of the tensor x from a pixel of the image to the next, down and along
     moments: bool = False  # whether the epilogue takes them, which sees no sums of splits
 
     @property
@@ -172,7 +174,8 @@ class Footprint:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
             return None
-        return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, _round_up(pixels * 128), 2 * cb * channels)
+        staged = _round_up(128 * _staged_rows(sizes, pixels, in_registers))
+        return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, staged, 2 * cb * channels)
 
     def x_stage_bytes(self, own_staging: bool) -> int:
         """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
@@ -202,6 +205,15 @@ def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
 def pools_in_registers(sizes: Sizes, width: int, channels: int) -> bool:
     """Whether the 2x2 windows of such a tile lie within threads, and the kernel uses it."""
     return sizes.pool and sizes.window is None and width == 8 and channels == 64
+
+
+def _staged_rows(sizes: Sizes, pixels: int, in_registers: bool) -> int:
+    """Rows of 64 channels that are staged of a tile: its pixels, or as much of a 2x2 pool's windows as threads have, eight rows
+    at a time: of windows in registers values, and as many of indices; of maxima alone the windows' rows."""
+    if not sizes.pool or sizes.window or (sizes.indices and not in_registers):
+        return pixels
+    eights = ceil(pixels / 32) if in_registers else ceil(pixels / 16)
+    return 8 * eights * (2 if sizes.indices else 1)
 
 
 def pooled_by(window: PoolWindow, extent: int, axis: int) -> int:
@@ -257,7 +269,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
         choices = (1,) if sizes.pool else (2, 1)
     else:
-        choices = (1, 0) if channels == 128 and not sizes.pool else (0,)
+        choices = (1, 0) if channels == 128 and not sizes.window and not sizes.indices else (0,)
     weights = groups * blocks * taps * takes.w_stage_bytes
     enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
     for own_staging in choices:
@@ -342,7 +354,8 @@ class Work:
         x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant) / k_rounds
         traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
         tap = 20 + _overlapped(product, traffic)
-        epilogue = 400 + (5 if sizes.pool or variant.splits > 1 else 2.5) * tile.pixels
+        pooled = sizes.pool and (sizes.indices or sizes.window is not None)
+        epilogue = 400 + (5 if pooled or variant.splits > 1 else 2.5) * tile.pixels
         if variant.channels == 64:
             main = tap * sizes.r * sizes.s * steps(sizes, variant) / len(sizes.classes)
             epilogue = max(0, epilogue - main) / 2
@@ -556,7 +569,7 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 31, 1), 64), Shape("window", (8, 16, 1), 64)),
     (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 64),),
     (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64), Shape("tap", (1, 1, 240), 64)),
-    (256, 56, 56, 256, 512, 1, 0, False, 2): (Shape("tap", (1, 28, 7), 128), Shape("tap", (1, 28, 8), 128)),
+    (256, 28, 28, 256, 512, 1, 0, False): (Shape("tap", (14, 14, 1), 128), Shape("tap", (1, 28, 7), 128)),
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 15, 15, 64, 256, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
     (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
@@ -567,7 +580,8 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128, 3), Shape("tap", (1, 1, 256), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
-    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (2, 2, 64), 64, shared=True),),
+    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64, shared=True)),
+    (256, 28, 28, 256, 512, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64)),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
     (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
     (2000, 15, 15, 64, 64, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("window", (8, 14, 1), 64)),
