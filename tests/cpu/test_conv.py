@@ -102,6 +102,9 @@ def test_fprop(cpu: CpuExecutor, random: np.random.Generator, problem: Problem, 
     agree(outputs[0], expected)
     if pool == "max":
         np.testing.assert_array_equal(outputs[1], index)
+        op = ConvFprop(**problem.geometry, pool=pool, bias=True, act=act, indices=False)
+        (values,) = run_op(cpu, op, [x, w, b])
+        np.testing.assert_array_equal(values, outputs[0])
 
 
 @pytest.mark.parametrize("pool", [None, "max", "avg"])

@@ -104,6 +104,15 @@ def test_convolution_activation_and_pool(cpu: CpuExecutor, kind: str, mode: str,
     assert found == expected
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_winners_are_named_where_a_gradient_asks_for_them(cpu: CpuExecutor, mode: str) -> None:
+    calls = _calls(cpu, lambda net, x: F.max_pool2d(F.relu(net.other(x)), 2), mode, 18)
+    (call,) = (call for call in calls if isinstance(call.op, ConvFprop) and call.op.pool)
+    assert isinstance(call.op, ConvFprop)
+    assert call.op.has_indices == (mode == "train")
+    assert len(call.outputs) == 1 + call.op.has_indices
+
+
 @pytest.mark.parametrize(
     "pool",
     [

@@ -67,7 +67,8 @@ def _convolve(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray]
         if op.pool:
             candidates = low.candidates(product, part.shape, transposed)
             if op.pool == "max":
-                max_pool(candidates, out, outputs[1][part.images, part.rows], transposed, scratch)
+                packed = outputs[1][part.images, part.rows] if op.has_indices else None
+                max_pool(candidates, out, packed, transposed, scratch)
             else:
                 avg_pool(candidates, out)
         elif transposed:

@@ -23,30 +23,39 @@ def max_scratch(shape: Shape, dtype: np.dtype) -> list[tuple[Shape, np.dtype | t
     return [(shape, dtype), (_padded(shape), np.uint8), ((4, *shape), bool)]
 
 
-def max_pool(candidates: np.ndarray, y: np.ndarray, packed: np.ndarray, transposed: bool, scratch: Scratch) -> None:
-    """y = the largest candidate, packed = which it was: the first of equals; NaN wins over numbers."""
-    k = y.shape[3]
+def max_pool(
+    candidates: np.ndarray, y: np.ndarray, packed: np.ndarray | None, transposed: bool, scratch: Scratch
+) -> None:
+    """y = the largest candidate, packed (if given) = which it was: the first of equals; NaN wins over numbers."""
     best = _take(scratch, y.shape, y.dtype, transposed) if transposed else y
     np.maximum(candidates[0, 0], candidates[0, 1], out=best)
     np.maximum(best, candidates[1, 0], out=best)
     np.maximum(best, candidates[1, 1], out=best)
+    if packed is not None:
+        _name_winners(candidates, best, packed, transposed, scratch)
+    if transposed:
+        np.copyto(y, best)
 
-    indices = _take(scratch, _padded(y.shape), np.uint8, transposed)
+
+def _name_winners(
+    candidates: np.ndarray, best: np.ndarray, packed: np.ndarray, transposed: bool, scratch: Scratch
+) -> None:
+    """packed = which candidate equals `best`, the first of them; `best` is of the shape (n,P,Q,K)."""
+    k = best.shape[3]
+    indices = _take(scratch, _padded(best.shape), np.uint8, transposed)
     indices[..., k:] = 0
     index = indices[..., :k]
     if np.isnan(best.max()):
-        every = candidates.reshape(4, *y.shape)
+        every = candidates.reshape(4, *best.shape)
         np.copyto(index, np.argmax(every, axis=0), casting="unsafe")  # argmax: the first NaN
     else:
         # The index is how many of the first three candidates come before the first that equals the largest.
-        missed = _take(scratch, y.shape, bool, transposed, 4)
+        missed = _take(scratch, best.shape, bool, transposed, 4)
         np.not_equal(candidates, best, out=missed.reshape(candidates.shape))
         np.logical_and(missed[0], missed[1], out=missed[1])
         np.logical_and(missed[1], missed[2], out=missed[2])
         np.add.reduce(missed[:3].view(np.uint8), axis=0, dtype=np.uint8, out=index)
     _pack(indices, packed, transposed)
-    if transposed:
-        np.copyto(y, best)
 
 
 def avg_pool(candidates: np.ndarray, y: np.ndarray) -> None:

@@ -137,6 +137,15 @@ def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:
             conv.op, conv.outputs = op, (*conv.outputs, moments)
 
 
+def drop_indices(graph: Graph) -> None:
+    """Let convolutions that pool by a 2x2 maximum not say which elements won where nobody reads it: without a backward pass."""
+    consumers = graph.consumers()
+    for node in graph.nodes:
+        op = node.op
+        if isinstance(op, ConvFprop) and op.has_indices and op.window is None and node.outputs[1] not in consumers:
+            node.op, node.outputs = replace(op, indices=False), (node.outputs[0], *node.outputs[2:])
+
+
 def _is_2x2(pool: PoolFprop) -> bool:
     """A 2x2 pool of stride 2 whose windows lie inside the image: what every convolution's epilogue does."""
     plain = pool.kernel == (2, 2) and pool.stride == (2, 2) and pool.pad == (0, 0) and pool.dilation == (1, 1)

@@ -144,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     if (n + e < g.k) byte |= bits << 2 * e;
                 }
                 store_channels(y + m / 4 * g.k, n, g.k, whole, make_float4(out[0], out[1], out[2], out[3]));
-                if (g.pool == POOL_MAX) idx[m / 4 * ((g.k + 3) / 4) + n / 4] = (u8)byte;
+                if (idx) idx[m / 4 * ((g.k + 3) / 4) + n / 4] = (u8)byte;
             } else {
 #pragma unroll
                 for (int a = i; a < i + 4; ++a)
@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(256, KT < 8 ? 4 : 3)
         for (int e = 0; e < RUN; ++e)
             if (k + first + e < g.k) store<1>(out + first + e, {run.v[e]});
     }
-    if (g.pool != POOL_MAX) return;
+    if (!idx) return;
 #pragma unroll
     for (int first = 0; first < KT; first += 4) {
         u32 byte = 0;

@@ -118,7 +118,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if conv.rows == 0:
         return []
     x, w, *rest = call.inputs
-    idx = call.outputs[1] if op.pool == "max" else None
+    idx = call.outputs[1] if op.has_indices else None
     args: tuple[Argument, ...] = (x, w, rest[0] if op.bias else None, call.outputs[0], idx, conv.argument(op.act))
     chosen = variant or candidates(call, device)[0]
     if isinstance(chosen, Direct):

@@ -228,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const int window0 = m0 / 4, windows = g.rows / 4 - window0;
     write_rows<WINDOWS, BN, Tile::Threads>(shared, y, columns, g.k, g.group_k,
                                            [&](int row) { return row < windows ? (window0 + row) * g.k + k0 : -1; });
-    if (g.pool == POOL_MAX) {
+    if (idx) {
         const int bytes = (g.k + 3) / 4;
         for (int item = threadIdx.x; item < WINDOWS * (BN / 4); item += Tile::Threads) {
             int row = item / (BN / 4), byte = item % (BN / 4);

@@ -109,7 +109,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         return []
     tile = variant or candidates(call, device)[0]
     x, w, *bias = call.inputs
-    idx = call.outputs[1] if op.pool == "max" else None
+    idx = call.outputs[1] if op.has_indices else None
     n_tiles = ceil(sizes.filters / tile.bn)
     args: tuple[Argument, ...] = (
         x, w, bias[0] if bias else None, call.outputs[0], idx, _problem(sizes, tile, n_tiles, op.act),

@@ -167,7 +167,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     grid = (max(1, min(tiles, RESIDENT * device.sm_count)), ceil(sizes.k / _filters(op, sizes.k)), 1)
     if isinstance(op, ConvFprop):
         x, w, *bias = call.inputs
-        idx = call.outputs[1] if sizes.pool else None
+        idx = call.outputs[1] if op.has_indices else None
         args: tuple[Argument, ...] = (x, w, bias[0] if op.bias else None, call.outputs[0], idx, problem)
         return [Launch(_kernel(op, sizes), grid, (32 * WARPS, 1, 1), args, shared_bytes)]
     if not isinstance(op, ConvWgrad):

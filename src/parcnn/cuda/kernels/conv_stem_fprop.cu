@@ -244,29 +244,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                 const int q_of_row = q0 / 2 + row, window = (at.n * pooled_p + p0 / 2) * pooled_q;
                 const bool live = p0 < g.p && q_of_row < pooled_q;
 #if WGMMA
-                u32 codes = 0;  // four bits for the two channels of each j
+                if (!idx) {
 #pragma unroll
-                for (int j = 0; j < TILES; ++j) {
-                    const Best best(values[0][j][0], values[1][j][0], values[0][j][1], values[1][j][1], floor);
-                    staging[row * STAGING_PITCH + j * 4 + pair] = best.value;
-                    codes |= ((best.index | best.index >> 14) & 15) << 4 * j;
-                }
-                // Each lane brings together two of the eight j's of its pixel, from all four lanes.
-                u32 of_lane[4], packed = 0;
-#pragma unroll
-                for (int from = 0; from < 4; ++from) of_lane[from] = __shfl_sync(0xffffffffu, codes, lane & ~3 | from) >> 8 * pair & 255;
-#pragma unroll
-                for (int part = 0; part < 2; ++part) {
-                    packed |= (of_lane[2 * part] & 15) << 8 * part | (of_lane[2 * part + 1] & 15) << (8 * part + 4);
-                    packed |= of_lane[2 * part] >> 4 << (8 * part + 16) | of_lane[2 * part + 1] >> 4 << (8 * part + 20);
-                }
-                u8 *const codes_to = idx + (long long)(window + q_of_row) * bytes + first_k / 4 + 4 * pair;
-                const int codes_left = live ? bytes - first_k / 4 - 4 * pair : 0;
-                if (bytes % 4 == 0 && codes_left >= 4) {
-                    *reinterpret_cast<u32 *>(codes_to) = packed;
+                    for (int j = 0; j < TILES; ++j)
+                        staging[row * STAGING_PITCH + j * 4 + pair] =
+                            max_bf16x2(max_bf16x2(max_bf16x2(values[0][j][0], values[1][j][0]), max_bf16x2(values[0][j][1], values[1][j][1])), floor);
                 } else {
+                    u32 codes = 0;  // four bits for the two channels of each j
+#pragma unroll
+                    for (int j = 0; j < TILES; ++j) {
+                        const Best best(values[0][j][0], values[1][j][0], values[0][j][1], values[1][j][1], floor);
+                        staging[row * STAGING_PITCH + j * 4 + pair] = best.value;
+                        codes |= ((best.index | best.index >> 14) & 15) << 4 * j;
+                    }
+                    // Each lane brings together two of the eight j's of its pixel, from all four lanes.
+                    u32 of_lane[4], packed = 0;
+#pragma unroll
+                    for (int from = 0; from < 4; ++from) of_lane[from] = __shfl_sync(0xffffffffu, codes, lane & ~3 | from) >> 8 * pair & 255;
+#pragma unroll
+                    for (int part = 0; part < 2; ++part) {
+                        packed |= (of_lane[2 * part] & 15) << 8 * part | (of_lane[2 * part + 1] & 15) << (8 * part + 4);
+                        packed |= of_lane[2 * part] >> 4 << (8 * part + 16) | of_lane[2 * part + 1] >> 4 << (8 * part + 20);
+                    }
+                    u8 *const codes_to = idx + (long long)(window + q_of_row) * bytes + first_k / 4 + 4 * pair;
+                    const int codes_left = live ? bytes - first_k / 4 - 4 * pair : 0;
+                    if (bytes % 4 == 0 && codes_left >= 4) {
+                        *reinterpret_cast<u32 *>(codes_to) = packed;
+                    } else {
 #pragma unroll 1
-                    for (int e = 0; e < min(4, codes_left); ++e) codes_to[e] = (u8)(packed >> 8 * e);
+                        for (int e = 0; e < min(4, codes_left); ++e) codes_to[e] = (u8)(packed >> 8 * e);
+                    }
                 }
 #else
 #pragma unroll
@@ -283,7 +290,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     u32 code = (code_low | code_high << 2) << 4 * (pair % 2);
                     code |= __shfl_xor_sync(0xffffffffu, code, 1);
                     int at_byte = (first_k + 8 * j) / 4 + pair / 2;
-                    if (live && pair % 2 == 0 && at_byte < bytes) idx[(long long)(window + q_of_row) * bytes + at_byte] = (u8)code;
+                    if (idx && live && pair % 2 == 0 && at_byte < bytes) idx[(long long)(window + q_of_row) * bytes + at_byte] = (u8)code;
                 }
 #endif
                 __syncwarp();

@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 byte |= bits << 2 * e;
             }
             store4(y + mine * g.k + k, make_float4(best[0], best[1], best[2], best[3]));
-            if (g.pool == POOL_MAX) idx[(mine * g.k + k) / 4] = (u8)byte;
+            if (idx) idx[(mine * g.k + k) / 4] = (u8)byte;
             continue;
         }
 #pragma unroll

@@ -97,7 +97,7 @@ def launches(call: Call, device: Device, variant: str | None = None) -> list[Lau
         raise ValueError("Winograd's algorithm needs its workspace")
     x, w, *rest = call.inputs
     named = cast("dict[str, Slot]", op.operands(call.inputs)) if isinstance(op, ConvDgrad) else {}
-    idx = call.outputs[1] if conv.pool == "max" else None
+    idx = call.outputs[1] if isinstance(op, ConvFprop) and op.has_indices else None
     args: tuple[Argument, ...] = (
         x, scratch, rest[0] if isinstance(op, ConvFprop) and op.bias else None, named.get("saved"), named.get("addend"),
         call.outputs[0], idx, conv.argument(problem.act), *map(np.int32, sides),
