@@ -123,6 +123,24 @@ inline void store_tile(const TensorMap &map, unsigned from, int c0, int c1, int 
 }
 template <int PENDING> void store_wait() {
     auto &copies = emulation::written_out[emulation::current];
-    for (; copies.size() > PENDING; copies.pop_front()) emulation::copy_tensor(copies.front(), true);
+    for (; copies.size() > PENDING; copies.pop_front())
+        if (copies.front().map) emulation::copy_tensor(copies.front(), true);
+}
+inline void store_nothing() {
+    emulation::written_out[emulation::current].push_back({0, nullptr, {}});
 }
 inline void fence_async() {}
+inline void let_successors_start() {}
+template <int Words> void store_shared(unsigned at, const unsigned (&v)[Words]) {
+    emulation::check_aligned(emulation::at_shared(at), sizeof v);
+    memcpy(emulation::at_shared(at), v, sizeof v);
+}
+inline unsigned max_bf16x2(unsigned a, unsigned b) {
+    unsigned result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        float v = __uint_as_float(a >> shift << 16), w = __uint_as_float(b >> shift << 16);
+        unsigned larger = v != v || w != w ? 0x7fffu : (v > w ? a : b) >> shift & 0xffffu;
+        result |= larger << shift;
+    }
+    return result;
+}

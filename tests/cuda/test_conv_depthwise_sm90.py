@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import Registry, conv_depthwise_sm90
 from parcnn.cuda.kernels.conv_common import Forced
-from parcnn.cuda.kernels.conv_depthwise_sm90 import LEAST_PIXELS, MOST_BLOCK_THREADS, SHARED_BYTES, cut
+from parcnn.cuda.kernels.conv_depthwise_sm90 import LEAST_PIXELS, MOST_BLOCK_THREADS, SHARED_BYTES, WARP, cut
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -82,10 +83,11 @@ def test_blocks_fit_and_every_row_has_one(kind: str, shape: tuple[int, int, int,
             nbytes = conv_depthwise_sm90.workspace_bytes(call.op, call.input_specs, call.output_specs, H200, variant)
             call = replace(call, workspace=Slot(Spec((nbytes,), "u8"), "arena"))
         launch = conv_depthwise_sm90.launches(call, H200, variant)[0]
-        lanes, pieces, images = launch.block
-        threads = lanes * pieces * images
+        lanes, pieces, images = variant.lanes, variant.pieces, variant.images
+        threads = prod(launch.block)
         assert launch.kernel in listed
-        assert threads <= MOST_BLOCK_THREADS
+        assert lanes * pieces * images + (0 if kind == "wgrad" else WARP) <= threads <= MOST_BLOCK_THREADS
+        assert ceil(threads / WARP) * WARP * variant.resident <= variant.form.threads
         assert variant.resident * launch.shared_bytes <= SHARED_BYTES
         own = cut(conv_depthwise_sm90._walk(call.op, call.input_specs, call.output_specs), variant, H200)
         assert own.parts <= own.count
@@ -168,6 +170,16 @@ def test_every_form(make: MakeExecutor, random: np.random.Generator, name: str, 
     variants = conv_depthwise_sm90.candidates(call_of(op, arrays), H200)
     of_form = {variant.form: variant for variant in reversed(variants)}
     for variant in {variants[0], variants[-1], *of_form.values()}:
+        check(make(Forced(conv_depthwise_sm90, variant)), op, arrays, ulps=problem.ulps(kind))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rings_of_any_length(make: MakeExecutor, random: np.random.Generator, kind: str, stages: int) -> None:
+    for name in ("odd sides", "many images of one row"):
+        problem = PROBLEMS[name]
+        op, arrays = problem.call(kind, problem.arrays(random))
+        variant = replace(conv_depthwise_sm90.candidates(call_of(op, arrays), H200)[0], stages=stages)
         check(make(Forced(conv_depthwise_sm90, variant)), op, arrays, ulps=problem.ulps(kind))
 
 

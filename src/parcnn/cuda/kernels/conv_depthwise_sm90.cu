@@ -4,105 +4,213 @@
 //     dx[n,h,w,c] = sum_{r,s} dy[n, h+top-r, w+left-s, c] * w[c,r,s]
 //
 // x (N,H,W,C), w (C,3,3), y (N,P,Q,C), bias (C) f32. One-dimensional grid: (parts of the rows) x (columns) x (slices of the
-// channels, innermost); see conv_depthwise_sm90.cuh. Dynamic shared memory: the ring; a stage holds a row of x, and beside it the
-// row of outputs that it ends, which the copy engine writes out.
+// channels, innermost); block: see conv_depthwise_sm90.cuh. Dynamic shared memory: the ring; a stage holds a row of x, and beside
+// it the row of outputs that it ends, which the copy engine writes out.
 //
 // A row, read once, has its part in three rows of outputs, whose sums lie in registers.
 // Bytes: x (dy) once and the halo of shares again, y (dx) once.
 // Preconditions: C % 8 == 0; tensors aligned to 16 bytes; dilation 1; fewer than 2^31 elements.
 #include "conv_depthwise_sm90.cuh"
 
-// Turns after which thread 0 looks whether all warps are done with a stage: at once it would wait for the slowest, and all for it.
-#define LAG 2
+#define LEAST_BF16X2 0xff80ff80u  // two of -infinity
+
+#ifndef HOST_EMULATION
+// Let the kernel that comes after this one start, as soon as all blocks have said so or ended. (The exception to `await_predecessors`:
+// all that a block wants of memory is on its way by then, and places are free for others only when blocks end.)
+__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// In place of a tile that `store_wait` counts.
+__device__ __forceinline__ void store_nothing() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+__device__ __forceinline__ void store_shared(u32 at, const u32 (&v)[1]) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v[0]) : "memory");
+}
+
+// (NVRTC made two stores of what the language would write in one.)
+__device__ __forceinline__ void store_shared(u32 at, const u32 (&v)[2]) {
+    asm volatile("st.shared.v2.u32 [%0], {%1,%2};" ::"r"(at), "r"(v[0]), "r"(v[1]) : "memory");
+}
+#endif
+
+// A share's turns, one strip after the other.
+struct Walk {
+    int at, end;  // rows before `at` have their turns
+    Strip strip;
+
+    __device__ __forceinline__ Walk(const Share &share, const Rows &g) : at(share.first), end(share.end) { begin(g); }
+    __device__ __forceinline__ void begin(const Rows &g) {
+        strip = strip_at<false>(at, end, g);
+        at += strip.end - strip.first;
+    }
+    __device__ __forceinline__ bool has_turn() const { return strip.turn < strip.stop; }
+    __device__ __forceinline__ void next(const Rows &g) {
+        if (++strip.turn == strip.stop && at < end) begin(g);
+    }
+};
+
+// The ring: stages in shared memory, barriers that say that one is full, and that all warps are done with one.
+struct Stages {
+    u32 memory, full, empty;
+
+    __device__ __forceinline__ Stages(const u8 *ring, const u64 *barriers)
+        : memory(shared_address(ring)), full(shared_address(barriers)), empty(full + 8 * MOST_STAGES) {}
+    __device__ __forceinline__ void wait_full(const Ring &now) const { barrier_wait(full + 8 * now.stage, now.parity); }
+    __device__ __forceinline__ void wait_empty(const Ring &now) const { barrier_wait(empty + 8 * now.stage, now.parity); }
+};
+
+// What has been brought of a share.
+struct Feed {
+    Walk walk;
+    Ring to;
+
+    __device__ __forceinline__ Feed(const Share &share, const Rows &g) : walk(share, g) {}
+    // Have the row of x brought that the next turn sees; what lies outside of the image is zeros.
+    __device__ __forceinline__ void bring(const TensorMap &x, const Share &share, const Stages &stages, const Rows &g) {
+        const u32 full = stages.full + 8 * to.stage;
+        barrier_expect(full, g.x_bytes);
+        load_tile(stages.memory + to.stage * g.stage_bytes, x, full, share.channel, share.column - g.left,
+                  walk.strip.first + walk.strip.turn - g.top, walk.strip.image);
+        to.next(g.stages), walk.next(g);
+    }
+};
+
+// A thread that multiplies: its channel vector, piece and image among the block's; of a thread that has none, image >= g.images.
+struct Worker {
+    int lane, piece, image;
+
+    __device__ __forceinline__ Worker(const Rows &g) {
+        image = divide(divide(threadIdx.x, g.by_lanes, lane), g.by_pieces, piece);
+    }
+};
+
+// Add what a row of pixels gives to three rows of outputs, of which the newest, the last one, begins here at `start`.
+__device__ __forceinline__ void correlate(float (&sums)[FILTER][COLUMNS][VEC], const Floats<VEC> &start, const Pixels<SEEN> &pixels,
+                                          const float (&tap)[TAPS][VEC]) {
+#pragma unroll
+    for (int at = 0; at < SEEN; ++at) {
+        const Floats<VEC> v = widen(pixels.at[at]);
+#pragma unroll
+        for (int i = 0; i < FILTER; ++i)
+#pragma unroll
+            for (int q = 0; q < COLUMNS; ++q) {
+                const int t = (FILTER - 1 - i) * FILTER + at - q;
+                if (at < q || at - q >= FILTER) continue;
+#pragma unroll
+                for (int e = 0; e < VEC; ++e) sums[i][q][e] = (t == 0 ? start.v[e] : sums[i][q][e]) + v.v[e] * tap[t][e];
+            }
+    }
+}
+
+// Has the taps widened once, not in every turn again, where there are registers for them.
+__device__ __forceinline__ void keep(float (&tap)[TAPS][VEC]) {
+#if !defined(HOST_EMULATION) && VEC * COLUMNS < 16
+#pragma unroll
+    for (int t = 0; t < TAPS; ++t)
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) asm volatile("" : "+f"(tap[t][e]));
+#endif
+}
+
+// A row of outputs to shared memory, pixels `pitch` bytes apart. None is less than that in `floor`; NaN stays.
+__device__ __forceinline__ void write(u32 to, int pitch, const float (&sums)[COLUMNS][VEC], u32 floor) {
+#pragma unroll
+    for (int q = 0; q < COLUMNS; ++q) {
+        u32 out[VEC / 2];
+#pragma unroll
+        for (int e = 0; e < VEC; e += 2) out[e / 2] = max_bf16x2(round_bf16x2(sums[q][e], sums[q][e + 1]), floor);
+        store_shared(to + q * pitch, out);
+    }
+}
 
 // The thread's part in the rows of a block.
 template <bool Mirror>
-__device__ __forceinline__ void correlate(const TensorMap &x, const TensorMap &y, const ELEMENT *w, const float *bias, const Rows &g) {
+__device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, const ELEMENT *w, const float *bias, const Rows &g) {
     __shared__ u64 barriers[2 * MOST_STAGES];
-    __shared__ int ended[MOST_STAGES];  // the row of all images' outputs that lies in a stage, or -1
-    __shared__ int end;
-    __shared__ Feed feed;
     RING_MEMORY(ring_memory);
-    const int thread = thread_of_block();
+    const int workers = blockDim.x - WARP, thread = threadIdx.x;
     const Share share = share_of(blockIdx.x, g);
-    if (thread == 0) {
-        prefetch(x), prefetch(y);
-        for (int i = 0; i < g.stages; ++i) ended[i] = -1;
-        end = share.end;
-    }
-    Stages stages(ring_memory, barriers, g.stages);
-    await_predecessors();
-    if (thread == 0) feed = feed_first<false>(g.stages - LAG - 1, share, x, y, stages, g);
+    const Stages stages(ring_memory, barriers);
+    Ring now;
 
-    const int channel = share.channel + threadIdx.x * VEC, pitch = blockDim.x * VEC;
-    const int own_x = ((threadIdx.z * (blockDim.y * COLUMNS + FILTER - 1) + threadIdx.y * COLUMNS) * blockDim.x + threadIdx.x) * VEC;
-    const int own_y = g.y_at / (int)sizeof(ELEMENT) + ((threadIdx.z * blockDim.y + threadIdx.y) * COLUMNS * blockDim.x + threadIdx.x) * VEC;
+    if (thread >= workers) {
+        if (thread == workers) {
+#pragma unroll 1
+            for (int i = 0; i < g.stages; ++i) barrier_init(stages.full + 8 * i, 1);
+            barrier_init_fence();
+        }
+        Feed feed(share, g);
+        Walk out = feed.walk;
+        await_predecessors();
+        if (thread == workers) {
+            for (int i = 0; i < g.stages && feed.walk.has_turn(); ++i) feed.bring(x, share, stages, g);
+#pragma unroll 1
+            for (int i = 0; i < g.stages; ++i) barrier_init(stages.empty + 8 * i, workers / WARP);
+        }
+        __syncthreads();
+        if (thread > workers) return;
+        for (bool is_first = true; out.has_turn(); is_first = false) {
+            stages.wait_empty(now);
+            const int row = out.strip.first + out.strip.turn - (FILTER - 1);
+            if (row >= out.strip.first)
+                store_tile(y, stages.memory + now.stage * g.stage_bytes + g.y_at, share.channel, share.column, row, out.strip.image);
+            else
+                store_nothing();
+            if (!is_first && feed.walk.has_turn()) {  // into the stage before, whose outputs are on their way
+                store_wait<1>();
+                feed.bring(x, share, stages, g);
+            }
+            now.next(g.stages), out.next(g);
+            if (!feed.walk.has_turn()) let_successors_start();
+        }
+        store_wait<0>();
+        return;
+    }
+
+    if (thread == 0) prefetch(x), prefetch(y);
+    const Worker own(g);
+    const bool is_leader = thread % WARP == 0, is_busy = own.image < g.images;
+    const int channel = share.channel + own.lane * VEC, pitch = g.lanes * VEC, piece = is_busy ? own.image * g.pieces + own.piece : 0;
+    const int halo = is_busy ? own.image * (FILTER - 1) : 0;
+    const ELEMENT *own_x = reinterpret_cast<const ELEMENT *>(ring_memory) + (piece * COLUMNS + halo) * pitch + own.lane * VEC;
+    const u32 own_y = stages.memory + g.y_at + (piece * COLUMNS * pitch + own.lane * VEC) * sizeof(ELEMENT);
+    await_predecessors();
     float tap[TAPS][VEC];
     filter_taps<Mirror>(w + min(channel, g.c - VEC) * TAPS, tap);
     const Floats<VEC> start = bias && channel < g.c ? load<VEC>(bias + channel) : splat<VEC>(0.0f);
+    __syncthreads();
+    keep(tap);
 
-    // Thread 0: the outputs of LAG turns ago leave, and the stage that those before them have left is filled.
-    auto serve = [&]() {
-        const int past = stages.wait_past<LAG>(g.stages);
-        store_wait<0>();
-        feed_row<false>(feed, x, y, stages, g);
-        if (ended[past] < 0) return;
-        int row;
-        const int images = divide(ended[past], g.by_p, row);
-        store_tile(y, stages.memory + past * g.stage_bytes + g.y_at, share.channel, share.column, row, images * blockDim.z);
-    };
-    for (int at = share.first; at < end;) {
-        const Strip strip = strip_at<false>(at, end, g);
+    const u32 floor = g.act ? 0u : LEAST_BF16X2;
+    for (int at = share.first; at < share.end;) {
+        const Strip strip = strip_at<false>(at, share.end, g);
         const int next = at + strip.end - strip.first;
         float sums[FILTER][COLUMNS][VEC];
-#pragma unroll
-        for (int i = 0; i + 1 < FILTER; ++i)
-#pragma unroll
-            for (int q = 0; q < COLUMNS; ++q)
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) sums[i][q][e] = start.v[e];
-        in_turn(at - (FILTER - 1) + strip.step, next, [&](int row) {  // the row that the turn ends
-            if (thread == 0) serve();
-            ELEMENT *stage = reinterpret_cast<ELEMENT *>(ring_memory + stages.now.stage * g.stage_bytes);
-            stages.wait_full();
-            multiply(fetch_shared<SEEN>(stage + own_x, pitch), [&](const Floats<VEC> &v, int i, int q, int t) {
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) {
-                    const float before = t == 0 ? start.v[e] : sums[i][q][e];
-                    sums[i][q][e] = before + v.v[e] * tap[t][e];
-                }
-            });
-            if (thread == 0) ended[stages.now.stage] = row < at ? -1 : row;
+        fill(sums[0], start), fill(sums[1], start);
+        in_turn(at - (FILTER - 1) + strip.turn, next, [&](int row) {  // the row that the turn ends
+            const int stage = now.stage * g.stage_bytes;
+            stages.wait_full(now);
+            correlate(sums, start, fetch_shared<SEEN>(own_x + stage / (int)sizeof(ELEMENT), pitch), tap);
             if (row >= at) {
-#pragma unroll
-                for (int q = 0; q < COLUMNS; ++q) {
-                    Floats<VEC> out;
-#pragma unroll
-                    for (int e = 0; e < VEC; ++e) out.v[e] = g.act ? activate<ACT_RELU>(sums[0][q][e]) : sums[0][q][e];
-                    store<VEC>(stage + own_y + q * pitch, out);
-                }
+                if (is_busy) write(own_y + stage, pitch * sizeof(ELEMENT), sums[0], floor);
                 fence_async();
             }
-            stages.release();
-            stages.now.next(g.stages);
+            __syncwarp();
+            if (is_leader) barrier_arrive(stages.empty + 8 * now.stage);
+            now.next(g.stages);
             move_up(sums);
         });
         at = next;
-    }
-    if (thread == 0) {
-        for (int i = 0; i < LAG; ++i) serve(), stages.now.next(g.stages);
-        store_wait<0>();
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     conv_depthwise_sm90_fprop(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, const ELEMENT *__restrict__ w,
                               const float *__restrict__ bias, Rows g) {
-    correlate<false>(x, y, w, bias, g);
+    walk<false>(x, y, w, bias, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     conv_depthwise_sm90_dgrad(const __grid_constant__ TensorMap dy, const __grid_constant__ TensorMap dx, const ELEMENT *__restrict__ w,
                               Rows g) {
-    correlate<true>(dy, dx, w, nullptr, g);
+    walk<true>(dy, dx, w, nullptr, g);
 }

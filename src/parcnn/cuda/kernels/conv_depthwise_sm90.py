@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, gcd
 from typing import NamedTuple
 
@@ -21,17 +21,17 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad, ConvWgrad)
 SOURCE, WGRAD_SOURCE = "conv_depthwise_sm90.cu", "conv_depthwise_sm90_wgrad.cu"
 SIDE = 3
+WARP = 32  # threads
 MOST_BLOCK_THREADS, MOST_STAGES, MOST_CANDIDATES = 384, 16, 12
 MOST_BOX = 256  # elements of a tensor copy along a dimension
 SHARED_BYTES = 220 << 10  # of a multiprocessor, for rings
 # What is under way to all blocks of a multiprocessor hides the latency of memory: forward so much of x, of wgrad of x and dy.
 X_BYTES, XDY_BYTES = 48 << 10, 96 << 10
-LAG = 2  # twin of the forward kernel's: so many stages, and one more, wait until their outputs are written out
 STATIC_BYTES = 2048  # of a block: barriers, what thread 0 fetches, what the system keeps
 
 
 class Form(NamedTuple):
-    """What a thread owns (channels, columns), and threads on a multiprocessor."""
+    """What a thread owns (channels, columns), and threads on a multiprocessor; forward with those that copy."""
 
     vec: int
     columns: int
@@ -42,10 +42,11 @@ class Form(NamedTuple):
         return (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
 
 
-FORMS = (Form(4, 4, 512), Form(2, 7, 512), Form(4, 7, 384))
+FORMS = (Form(4, 4, 512), Form(2, 7, 640), Form(4, 7, 384))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
 # Forward and input gradients of fewer pixels an image are over before a ring pays: `conv_depthwise` was faster on an H200.
 LEAST_PIXELS = 49
+FULL_WARPS = 16  # of a multiprocessor, that hide what others wait for; with fewer it takes longer
 LINE_BYTES = 128  # of memory: what blocks have in parts costs more
 
 
@@ -78,6 +79,16 @@ class Variant:
     stages: int
     resident: int
 
+    @property
+    def busy(self) -> int:
+        """Threads of a block that multiply."""
+        return self.lanes * self.pieces * self.images
+
+    @property
+    def threads(self) -> int:
+        """Those in whole warps."""
+        return ceil(self.busy / WARP) * WARP
+
     def __str__(self) -> str:
         vec, columns, threads = self.form
         tile = f"{self.lanes * vec}x{self.pieces * columns}x{self.images}"
@@ -86,10 +97,10 @@ class Variant:
 
 # What was the fastest on an H200, by rows, columns and channels of the outputs, and whether it is a filter gradient.
 MEASURED = {
-    (112, 112, 32, False): Variant(FORMS[0], 8, 14, 1, 7, 4),
-    (56, 56, 96, False): Variant(FORMS[1], 48, 4, 1, 9, 2),
-    (28, 28, 144, False): Variant(FORMS[2], 36, 2, 1, 6, 4),
-    (14, 14, 384, False): Variant(FORMS[1], 64, 2, 1, 7, 4),
+    (112, 112, 32, False): Variant(FORMS[1], 16, 8, 1, 5, 4),
+    (56, 56, 96, False): Variant(FORMS[1], 48, 4, 1, 5, 2),
+    (28, 28, 144, False): Variant(FORMS[1], 72, 4, 1, 4, 2),
+    (14, 14, 384, False): Variant(FORMS[1], 64, 2, 1, 5, 4),
     (7, 7, 512, False): Variant(FORMS[1], 64, 1, 2, 6, 4),
     (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
@@ -175,11 +186,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     image = _map(call.inputs[0], chosen, width + SIDE - 1)
     act = act_code(op.act if isinstance(op, ConvFprop) else None)
     numbers = (
-        walk.h, walk.c, walk.n, walk.p, walk.q, walk.top, walk.left, *divmod(own.count, own.parts),
-        chosen.stages, own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act,
+        walk.h, walk.c, walk.n, walk.p, walk.q, chosen.lanes, chosen.pieces, chosen.images, walk.top, walk.left,
+        *divmod(own.count, own.parts), chosen.stages, own.stage_bytes, own.x_bytes, own.y_at, own.y_bytes, act,
     )  # fmt: skip
-    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in (walk.p, own.units, own.slices))))
-    grid, block = (own.parts * own.units, 1, 1), (chosen.lanes, chosen.pieces, chosen.images)
+    divisors = (walk.p, own.units, own.slices, chosen.lanes, chosen.pieces)
+    argument = Struct((*(np.int32(v) for v in numbers), *(fast_div(v) for v in divisors)))
+    grid = (own.parts * own.units, 1, 1)
+    block = (chosen.lanes, chosen.pieces, chosen.images) if walk.wgrad else (chosen.threads + WARP, 1, 1)
     shared_bytes = _shared_bytes(walk, chosen, own)
     args: tuple[Argument, ...]
     if isinstance(op, ConvFprop):
@@ -253,20 +266,21 @@ def _all(walk: Walk, device: Device) -> Iterator[Variant]:
 
 def _with_ring(walk: Walk, form: Form, lanes: int, pieces: int, images: int, device: Device) -> Variant | None:
     """The variant with as many stages as keep enough under way; None where the block is too large or far too small."""
-    threads = ceil(lanes * pieces * images / 32) * 32
-    if threads > min(MOST_BLOCK_THREADS, form.threads) or (threads < 96 and images * 2 <= min(8, walk.n)):
+    variant = Variant(form, lanes, pieces, images, 1, 1)
+    threads = variant.threads + (0 if walk.wgrad else WARP)
+    if threads > min(MOST_BLOCK_THREADS, form.threads) or (variant.busy <= 64 and images * 2 <= min(8, walk.n)):
         return None
     for resident in range(form.threads // threads, 0, -1):
-        own = cut(walk, Variant(form, lanes, pieces, images, 1, resident), device)
+        own = cut(walk, replace(variant, resident=resident), device)
         if walk.wgrad:
             stages = max(3, round(XDY_BYTES / (resident * own.stage_bytes)))
         else:
-            stages = LAG + 2 + ceil(X_BYTES / (resident * own.x_bytes))
+            stages = 2 + ceil(X_BYTES / (resident * own.x_bytes))
         room = SHARED_BYTES // resident - STATIC_BYTES
         stages = min(MOST_STAGES, stages, room // own.stage_bytes)
-        variant = Variant(form, lanes, pieces, images, stages, resident)
-        if stages >= (3 if walk.wgrad else LAG + 3) and _shared_bytes(walk, variant, own) <= room:
-            return variant
+        found = replace(variant, stages=stages, resident=resident)
+        if stages >= 3 and _shared_bytes(walk, found, own) <= room:
+            return found
     return None
 
 
@@ -276,7 +290,7 @@ def _cost(walk: Walk, variant: Variant, device: Device) -> float:
     Forward several blocks fill each other's gaps; of wgrad few are better, whose sums are added at the end.
     """
     form, own = variant.form, cut(walk, variant, device)
-    warps = ceil(variant.lanes * variant.pieces * variant.images / 32)
+    warps = ceil(variant.busy / WARP)
     blocks = ceil(own.parts * own.units / device.sm_count)
     issued = (13 * form.vec * form.columns + 80) * warps / 4
     moved = (own.x_bytes + own.y_bytes) / 16
@@ -287,13 +301,14 @@ def _cost(walk: Walk, variant: Variant, device: Device) -> float:
         moved *= 1 + 0.2 * (LINE_BYTES - gcd(run_bytes, LINE_BYTES)) / run_bytes  # lines that a run has in part
     rows = own.count / own.parts
     halo = 0 if own.count % own.parts == 0 and rows % walk.p == 0 else SIDE - 1
-    return (rows * (1 + 1 / walk.p) + halo + 2) * blocks * (0.3 * issued + moved) * (1 + 0.1 / blocks)
+    hidden = 1 + 0.1 / blocks + 0.015 * max(0, FULL_WARPS - warps * variant.resident)
+    return (rows * (1 + 1 / walk.p) + halo + 2) * blocks * (0.3 * issued + moved) * hidden
 
 
 def _shared_bytes(walk: Walk, variant: Variant, own: Cut) -> int:
     """The ring; wgrad's sums of a filter's row, of each thread, take its place at the end."""
-    threads = variant.lanes * variant.pieces * variant.images
-    return max(variant.stages * own.stage_bytes, 4 * SIDE * variant.form.vec * threads if walk.wgrad else 0)
+    sums = 4 * SIDE * variant.form.vec * variant.busy if walk.wgrad else 0
+    return max(variant.stages * own.stage_bytes, sums)
 
 
 def _map(image: Slot, variant: Variant, columns: int) -> TensorMap:
