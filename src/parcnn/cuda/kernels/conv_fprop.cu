@@ -27,6 +27,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr int A_LOADS = (BM + STEP - 1) / STEP, B_LOADS = (BN + STEP - 1) / STEP;
     constexpr int A_TILE = BM * (BK + 4), STAGE = A_TILE + BN * (BK + 4);
     constexpr int UNROLL = TM * TN >= 32 ? 1 : 4;  // more would cost registers
+    constexpr bool FEW_COLUMNS = TM > TN;          // what a thread has less of stays in registers
+    constexpr int FEW = FEW_COLUMNS ? TN : TM, MANY = FEW_COLUMNS ? TM : TN;
     static_assert(THREADS % CHUNKS == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
     DYNAMIC_SHARED(float, shared);
 
@@ -83,30 +85,18 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 #pragma unroll UNROLL
         for (int kk = 0; kk < BK / 4 / SLICES; ++kk) {
             int k4 = kk * SLICES + thread.slice;
-            if constexpr (TM > TN) {  // what there is less of stays in registers
-                float4 b[TN];
+            auto row = [&](int i) { return row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4); };
+            auto column = [&](int j) { return row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4); };
+            float4 few[FEW];
 #pragma unroll
-                for (int j = 0; j < TN; ++j) b[j] = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
+            for (int f = 0; f < FEW; ++f) few[f] = FEW_COLUMNS ? column(f) : row(f);
 #pragma unroll
-                for (int i = 0; i < TM; ++i) {
-                    float4 a = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
+            for (int m = 0; m < MANY; ++m) {
+                float4 one = FEW_COLUMNS ? row(m) : column(m);
 #pragma unroll
-                    for (int u = 0; u < 4; ++u)
+                for (int u = 0; u < 4; ++u)
 #pragma unroll
-                        for (int j = 0; j < TN; ++j) acc[i][j] += at(a, u) * at(b[j], u);
-                }
-            } else {
-                float4 a[TM];
-#pragma unroll
-                for (int i = 0; i < TM; ++i) a[i] = row_fragment<BM, TM, BK>(a_tile, thread.tm, i, k4);
-#pragma unroll
-                for (int j = 0; j < TN; ++j) {
-                    float4 b = row_fragment<BN, TN, BK>(b_tile, thread.tn, j, k4);
-#pragma unroll
-                    for (int u = 0; u < 4; ++u)
-#pragma unroll
-                        for (int i = 0; i < TM; ++i) acc[i][j] += at(a[i], u) * at(b, u);
-                }
+                    for (int f = 0; f < FEW; ++f) acc[FEW_COLUMNS ? m : f][FEW_COLUMNS ? f : m] += at(one, u) * at(few[f], u);
             }
         }
     }
