@@ -43,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr int A_TILE = BM * (BK + 4), STAGE = A_TILE + BK * (BN + 4);
     constexpr int UNROLL = TM * TN >= 32 ? 1 : 4;  // more would cost registers: 128 hold an 8 x 8 tile without spills
     static_assert(THREADS % CHUNKS_A == 0 && THREADS % CHUNKS_B == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
+    static_assert((STEP_A & STEP_A - 1) == 0 && (STEP_B & STEP_B - 1) == 0, "slots do not add up");
     DYNAMIC_SHARED(float, shared);
 
     const Thread thread;
@@ -57,18 +58,21 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
 
     // The rows that this thread copies: the output that their first live tap meets.
     const int chunk_a = threadIdx.x % CHUNKS_A * VEC_K, first_a = threadIdx.x / CHUNKS_A;
-    int row_base[LOADS_A], row_pq[LOADS_A];
+    u32 row_base[LOADS_A];  // its place in dy modulo 2^32: it may lie outside, where a later tap is inside; ROUTED: its image's
+                            // first row of pooled outputs
+    int row_pq[LOADS_A];
 #pragma unroll
     for (int i = 0; i < LOADS_A; ++i) {
         int m = m0 + first_a + i * STEP_A, h, left;
         int n = divide(divide(m < f.rows ? m : 0, f.by_w, left), f.by_h, h);
         int p = h + (phase_h + g.pad_h - r0 * g.dilation_h) / g.stride_h;
         int q = left + (phase_w + g.pad_w - s0 * g.dilation_w) / g.stride_w;
-        row_base[i] = ROUTED ? n * g.p : ((n * g.p + p) * g.q + q) * g.k;
+        row_base[i] = ROUTED ? n * g.p : (((u32)n * g.p + p) * g.q + q) * g.k;
         row_pq[i] = m < f.rows ? pack_hw(p, q) : ROW_DEAD;
     }
     const int chunk_b = threadIdx.x % CHUNKS_B * VEC_C, first_b = threadIdx.x / CHUNKS_B;
     const bool live_b = n0 + chunk_b < g.c;
+    const int first_w = (r0 * g.s + s0) * g.c + n0 + chunk_b;
 
     await_predecessors();
     const int tiles = (depth + BK - 1) / BK;
@@ -109,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     routed[i][e] = !here ? 0.0f : g.pool == POOL_AVG ? 0.25f * value[e] : won ? value[e] : 0.0f;
                 }
 #else
-                copy_async<VEC_K>(a + slot<BM>(row) * (BK + 4) + chunk_a,
-                                  here ? dy + row_base[i] + (dp * g.q + dq) * g.k + k : dy, here);
+                copy_async<VEC_K>(a + (slot<BM>(first_a) + slot<BM>(i * STEP_A)) * (BK + 4) + chunk_a,
+                                  here ? dy + (row_base[i] + (dp * g.q + dq) * g.k + k) : dy, here);
 #endif
             }
 #pragma unroll
@@ -119,10 +123,9 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                 if (BK % STEP_B != 0 && row >= BK) continue;
                 int jb = tile * BK + row, kb, sb;
                 int rb = divide(divide(jb, f.by_k, kb), by_taps_s, sb);
-                int tap = (r0 + rb * f.step_h) * g.s + s0 + sb * f.step_w;
                 bool here = live_b && jb < depth;
-                copy_async<VEC_C>(b + slot<BK>(row) * (BN + 4) + chunk_b,
-                                  here ? w + kb * g.taps_c + tap * g.c + n0 + chunk_b : w, here);
+                copy_async<VEC_C>(b + (slot<BK>(first_b) + slot<BK>(i * STEP_B)) * (BN + 4) + chunk_b,
+                                  here ? w + (first_w + kb * g.taps_c + (rb * f.step_h * g.s + sb * f.step_w) * g.c) : w, here);
             }
         }
         copy_async_commit();

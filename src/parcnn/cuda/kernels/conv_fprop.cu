@@ -30,6 +30,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr bool FEW_COLUMNS = TM > TN;          // what a thread has less of stays in registers
     constexpr int FEW = FEW_COLUMNS ? TN : TM, MANY = FEW_COLUMNS ? TM : TN;
     static_assert(THREADS % CHUNKS == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
+    static_assert((STEP & STEP - 1) == 0, "slots do not add up");
     DYNAMIC_SHARED(float, shared);
 
     const Thread thread;
@@ -37,13 +38,14 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const int chunk = threadIdx.x % CHUNKS * VEC, first = threadIdx.x / CHUNKS;
 
     // The rows that this thread copies: where their receptive field starts.
-    int row_offset[A_LOADS], row_hw[A_LOADS];
+    u32 row_offset[A_LOADS];  // modulo 2^32: it may lie outside of x, where a tap is inside
+    int row_hw[A_LOADS];
 #pragma unroll
     for (int i = 0; i < A_LOADS; ++i) {
         int m = m0 + first + i * STEP;
         Pixel o = output_pixel(g, m < g.rows ? m : 0);
         int h = o.p * g.stride_h - g.pad_h, left = o.q * g.stride_w - g.pad_w;
-        row_offset[i] = ((o.n * g.h + h) * g.w + left) * g.c;
+        row_offset[i] = (((u32)o.n * g.h + h) * g.w + left) * g.c;
         row_hw[i] = m < g.rows ? pack_hw(h, left) : ROW_DEAD;
     }
 
@@ -54,21 +56,24 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
             float *a = shared + tile % STAGES * STAGE, *b = a + A_TILE;
             int j = tile * BK + chunk, c, s;
             int r = divide(divide(j, g.by_c, c), g.by_s, s);
-            int dh = r * g.dilation_h, dw = s * g.dilation_w, offset = (dh * g.w + dw) * g.c + c;
+            int dh = r * g.dilation_h, dw = s * g.dilation_w;
+            u32 offset = ((u32)dh * g.w + dw) * g.c + c;
             bool live = j < g.taps_c;
 #pragma unroll
             for (int i = 0; i < A_LOADS; ++i) {
                 int row = first + i * STEP;
                 bool here = live && inside(row_hw[i], dh, dw, g.h, g.w);
                 if (BM % STEP == 0 || row < BM)
-                    copy_async<VEC>(a + slot<BM>(row) * (BK + 4) + chunk, here ? x + row_offset[i] + offset : x, here);
+                    copy_async<VEC>(a + (slot<BM>(first) + slot<BM>(i * STEP)) * (BK + 4) + chunk,
+                                    here ? x + (row_offset[i] + offset) : x, here);
             }
 #pragma unroll
             for (int i = 0; i < B_LOADS; ++i) {
                 int row = first + i * STEP;
                 bool here = live && n0 + row < g.k;
                 if (BN % STEP == 0 || row < BN)
-                    copy_async<VEC>(b + slot<BN>(row) * (BK + 4) + chunk, here ? w + (n0 + row) * g.taps_c + j : w, here);
+                    copy_async<VEC>(b + (slot<BN>(first) + slot<BN>(i * STEP)) * (BK + 4) + chunk,
+                                    here ? w + ((n0 + row) * g.taps_c + j) : w, here);
             }
         }
         copy_async_commit();

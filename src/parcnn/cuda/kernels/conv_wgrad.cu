@@ -34,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                   "threads do not divide the tile");
     static_assert((THREADS & THREADS - 1) == 0 && TURN >= STAGES, "a turn's pixels are located before its copies start");
     DYNAMIC_SHARED(float, shared);
-    int2 *pixels = reinterpret_cast<int2 *>(shared + STAGES * STAGE);  // [2][THREADS]: where a pixel's receptive field starts
+    // [2][THREADS]: where a pixel's receptive field starts, in x modulo 2^32 (it may lie outside, where a tap is inside) and packed.
+    uint2 *pixels = reinterpret_cast<uint2 *>(shared + STAGES * STAGE);
 
     const Thread thread;
     const int m0 = blockIdx.x * BM, n0 = blockIdx.y * BN;
@@ -47,14 +48,15 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
         Pixel o = output_pixel(g, m < end ? m : 0);
         int h = o.p * g.stride_h - g.pad_h, left = o.q * g.stride_w - g.pad_w;
         pixels[(tile * BK & THREADS) + threadIdx.x] =
-            make_int2(((o.n * g.h + h) * g.w + left) * g.c, m < end ? pack_hw(h, left) : ROW_DEAD);
+            make_uint2((((u32)o.n * g.h + h) * g.w + left) * g.c, (u32)(m < end ? pack_hw(h, left) : ROW_DEAD));
     };
 
     const int chunk_a = threadIdx.x % CHUNKS_A * VEC_K, first_a = threadIdx.x / CHUNKS_A, k = m0 + chunk_a;
     const int chunk_b = threadIdx.x % CHUNKS_B * VEC_C, first_b = threadIdx.x / CHUNKS_B;
     int c, s;
     const int r = divide(divide(n0 + chunk_b, g.by_c, c), g.by_s, s);
-    const int dh = r * g.dilation_h, dx = s * g.dilation_w, offset = (dh * g.w + dx) * g.c + c;
+    const int dh = r * g.dilation_h, dx = s * g.dilation_w;
+    const u32 offset = ((u32)dh * g.w + dx) * g.c + c;
     const bool live_a = k < g.k, live_b = n0 + chunk_b < g.taps_c;
 
     await_predecessors();
@@ -87,16 +89,16 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     if (g.pool == POOL_MAX) winners[i] = (u32)idx[m / 4 * ((g.k + 3) / 4) + k / 4] >> 2 * (k % 4);
                 }
 #else
-                copy_async<VEC_K>(a + row * (BM + 4) + chunk_a, here ? dy + m * g.k + k : dy, here);
+                copy_async<VEC_K>(a + row * (BM + 4) + chunk_a, here ? dy + (m * g.k + k) : dy, here);
 #endif
             }
 #pragma unroll
             for (int i = 0; i < LOADS_B; ++i) {
                 int row = first_b + i * STEP_B;
                 if (BK % STEP_B != 0 && row >= BK) continue;
-                int2 pixel = pixels[(tile * BK & 2 * THREADS - 1) + row];
-                bool here = live_b && inside(pixel.y, dh, dx, g.h, g.w);
-                copy_async<VEC_C>(b + row * (BN + 4) + chunk_b, here ? x + pixel.x + offset : x, here);
+                uint2 pixel = pixels[(tile * BK & 2 * THREADS - 1) + row];
+                bool here = live_b && inside((int)pixel.y, dh, dx, g.h, g.w);
+                copy_async<VEC_C>(b + row * (BN + 4) + chunk_b, here ? x + (pixel.x + offset) : x, here);
             }
         }
         copy_async_commit();
@@ -151,8 +153,10 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     for (int i = 0; i < TM; ++i) acc[i][j + e] += at(a[i / 4], i % 4) * at(b, e);
             }
         }
-        if (sums_bias)
-            for (int row = threadIdx.x / BM; row < BK; row += PARTS) bias_sum += a_tile[row * (BM + 4) + threadIdx.x % BM];
+        if (sums_bias) {
+#pragma unroll
+            for (int row = 0; row < BK; row += PARTS) bias_sum += a_tile[(row + threadIdx.x / BM) * (BM + 4) + threadIdx.x % BM];
+        }
         store_routed(tile + STAGES - 1);  // its stage was read a tile ago, before this tile's barrier
     }
     add_slices<TM, TN, SLICES>(acc);
