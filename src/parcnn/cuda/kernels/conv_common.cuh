@@ -105,8 +105,7 @@ template <int BlockM, int BlockN, int ThreadM, int ThreadN, int Slices> struct P
 
 // Shared memory holds a tile either *row-wise*, [slot(row)][BK + 4] with the reduction innermost, or *column-wise*,
 // [reduction][extent + 4] with the row innermost. slot() puts rows 4i + j of neighbouring i side by side: then the lanes
-// of a warp, whose rows are four apart, read 16-byte words of different banks. For a power of two 2^i, j < 2^i and any m,
-// slot(j + 2^i * m) = slot(j) + slot(2^i * m): one part is the thread's, the other known when a kernel is compiled.
+// of a warp, whose rows are four apart, read 16-byte words of different banks.
 template <int Rows> __device__ __forceinline__ int slot(int row) { return row % 4 * (Rows / 4) + row / 4; }
 
 // The thread's i-th row of a row-wise tile: four values of the reduction from 4 * k4 on.

@@ -43,7 +43,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr int A_TILE = BM * (BK + 4), STAGE = A_TILE + BK * (BN + 4);
     constexpr int UNROLL = TM * TN >= 32 ? 1 : 4;  // more would cost registers: 128 hold an 8 x 8 tile without spills
     static_assert(THREADS % CHUNKS_A == 0 && THREADS % CHUNKS_B == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
-    static_assert((STEP_A & STEP_A - 1) == 0 && (STEP_B & STEP_B - 1) == 0, "slots do not add up");
+    static_assert((STEP_A & STEP_A - 1) == 0 && (STEP_B & STEP_B - 1) == 0,
+                  "slot(first + i * STEP) is not slot(first) + slot(i * STEP)");
     DYNAMIC_SHARED(float, shared);
 
     const Thread thread;

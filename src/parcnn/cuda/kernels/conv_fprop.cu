@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     constexpr bool FEW_COLUMNS = TM > TN;          // what a thread has less of stays in registers
     constexpr int FEW = FEW_COLUMNS ? TN : TM, MANY = FEW_COLUMNS ? TM : TN;
     static_assert(THREADS % CHUNKS == 0 && BK % (4 * SLICES) == 0, "threads do not divide the tile");
-    static_assert((STEP & STEP - 1) == 0, "slots do not add up");
+    static_assert((STEP & STEP - 1) == 0, "slot(first + i * STEP) is not slot(first) + slot(i * STEP)");
     DYNAMIC_SHARED(float, shared);
 
     const Thread thread;
