@@ -14,17 +14,14 @@
 //
 // Preconditions: pointers aligned to 16 bytes; C % DEPTH == 0, K % 4 == 0; every tensor has less than 2^31 elements.
 
-#include "conv_common.cuh"
+#include "conv_winograd.cuh"
 
-#define THREADS 256
-#define TILES 32
-#define FILTERS 64
-#define DEPTH 8
+#define FILTERS ROWS
+#define TILES COLUMNS
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define V_ROW (16 * TILES + 4)  // of a channel: its four tiles of a warp's stores lie in other banks than the next one's
 #define STAGE (U_STAGE + DEPTH * V_ROW)
 #define FIRST 2  // channels of a step that are multiplied before the next step is fetched
-#define E_ROW (32 + 4)
 
 // A row of G, applied to three values.
 __device__ __forceinline__ void transform_filter(float a, float b, float c, float (&out)[4]) {
@@ -32,14 +29,6 @@ __device__ __forceinline__ void transform_filter(float a, float b, float c, floa
     out[1] = 0.5f * ((a + c) + b);
     out[2] = 0.5f * ((a + c) - b);
     out[3] = c;
-}
-
-__device__ __forceinline__ void transform_input(float &a, float &b, float &c, float &d) {
-    float t = b + c;
-    a = a - c;
-    d = b - d;
-    c = c - b;
-    b = t;
 }
 
 extern "C" __global__ void __launch_bounds__(128)
@@ -95,10 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float *patch = x + ((n * g.h + top) * g.w + left) * g.c + channel;
     const long long across = g.c, down = (long long)g.w * g.c;
 
-    // The outputs that it owns.
-    const int product = thread / 16;
-    const int tk = thread / 2 % 4, tt = thread % 2 + thread / 8 % 2 * 2;
-
+    const Share own;
     await_predecessors();
     const int steps = g.c / DEPTH;
     // Start to fetch a step; it goes to the stage of `turn`.
@@ -134,27 +120,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = 0; step < steps; ++step) {
         copy_async_wait<0>();
         __syncthreads();
-        const float *a_stage = shared + step % 2 * STAGE + product * FILTERS + 4 * tk;
-        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + product * TILES + 4 * tt;
-        auto multiply = [&](int c) {
-            float4 b[2];
+        const float *a_stage = shared + step % 2 * STAGE + own.product * FILTERS + own.row;
+        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + own.product * TILES + own.column;
 #pragma unroll
-            for (int j = 0; j < 2; ++j) b[j] = load4(b_stage + c * V_ROW + 16 * j);
-#pragma unroll
-            for (int i = 0; i < 16; i += 4) {
-                float4 a = load4(a_stage + c * (16 * FILTERS) + 4 * i);
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) acc[i + e][j] += at(a, e) * at(b[j / 4], j % 4);
-            }
-        };
-#pragma unroll
-        for (int c = 0; c < FIRST; ++c) multiply(c);
+        for (int c = 0; c < FIRST; ++c) multiply(acc, a_stage + c * (16 * FILTERS), b_stage + c * V_ROW);
         // Behind the last step there is nothing to fetch, but without a branch all is one schedule.
         fetch(min(step + 1, steps - 1), (step + 1) % 2);
 #pragma unroll
-        for (int c = FIRST; c < DEPTH; ++c) multiply(c);
+        for (int c = FIRST; c < DEPTH; ++c) multiply(acc, a_stage + c * (16 * FILTERS), b_stage + c * V_ROW);
 #pragma unroll
         for (int i = 0; i < 4; ++i) store_row(i, (step + 1) % 2);
     }
@@ -171,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int j = 0; j < 8; ++j)
 #pragma unroll
             for (int i = 0; i < 8; i += 4)
-                store4(shared + (product * TILES + j / 4 * 16 + 4 * tt + j % 4) * E_ROW + 4 * i + 4 * tk,
+                store4(shared + (own.product * TILES + own.column + j / 4 * 16 + j % 4) * E_ROW + own.row + 4 * i,
                        make_float4(acc[8 * pass + i][j], acc[8 * pass + i + 1][j], acc[8 * pass + i + 2][j],
                                    acc[8 * pass + i + 3][j]));
         __syncthreads();
@@ -186,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 half[0][j][e] = at(m[0], e) + at(m[1], e) + at(m[2], e);
-                half[1][j][e] = at(m[1], e) - at(m[2], e) - at(m[3], e);
+                half[1][j][e] = at(m[1], e) - at(m[2], e) + at(m[3], e);
             }
         }
         float4 b = bias ? load4(bias + k) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -195,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
                 out[2 * i][e] = half[i][0][e] + half[i][1][e] + half[i][2][e] + at(b, e);
-                out[2 * i + 1][e] = half[i][1][e] - half[i][2][e] - half[i][3][e] + at(b, e);
+                out[2 * i + 1][e] = half[i][1][e] - half[i][2][e] + half[i][3][e] + at(b, e);
             }
         if (!saved) activate_all(out, g.act);
         if (g.pool) {

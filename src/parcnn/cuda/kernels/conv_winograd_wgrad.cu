@@ -12,16 +12,13 @@
 // Preconditions: pointers aligned to 16 bytes; C % 4 == 0, and K % 4 == 0 where there are splits and db; every tensor has
 // less than 2^31 elements.
 
-#include "conv_common.cuh"
+#include "conv_winograd.cuh"
 
-#define THREADS 256
-#define FILTERS 64
-#define CHANNELS 32
-#define DEPTH 8
+#define FILTERS ROWS
+#define CHANNELS COLUMNS
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define STAGE (U_STAGE + DEPTH * 16 * CHANNELS)
 #define STORE_AT 4  // the tile of a step behind which the next errors are stored
-#define E_ROW (CHANNELS + 4)
 
 // Twin of conv_winograd_wgrad.py's arguments: p and q of g count tiles; `height` and `width` are the sides of dy.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -33,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int begin = blockIdx.z * chunk, end = min(tiles, begin + chunk), steps = (end - begin + DEPTH - 1) / DEPTH;
     const bool live_c = c0 + lane < g.c, live_k[2] = {k0 + lane < g.k, k0 + lane + 32 < g.k};
     const bool sums_bias = db && blockIdx.y == 0;
-    const int product = thread / 16, tk = thread / 2 % 4, tc = thread % 2 + thread / 8 % 2 * 2;
+    const Share own;
 
     await_predecessors();
     float d[4][4], e[2][4], bias_sum[2] = {};
@@ -79,13 +76,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     auto store_row = [&](int i, int turn) {
 #pragma unroll
-        for (int j = 0; j < 4 && i == 0; ++j) {
-            float a = d[0][j], b = d[1][j], c = d[2][j], f = d[3][j];
-            d[0][j] = a - c, d[1][j] = b + c, d[2][j] = c - b, d[3][j] = f - b;
-        }
+        for (int j = 0; j < 4 && i == 0; ++j) transform_input(d[0][j], d[1][j], d[2][j], d[3][j]);
+        transform_input(d[i][0], d[i][1], d[i][2], d[i][3]);
         float *row = shared + turn * STAGE + U_STAGE + warp * (16 * CHANNELS) + lane + 4 * i * CHANNELS;
-        row[0] = d[i][0] - d[i][2], row[CHANNELS] = d[i][1] + d[i][2];
-        row[2 * CHANNELS] = d[i][2] - d[i][1], row[3 * CHANNELS] = d[i][3] - d[i][1];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) row[j * CHANNELS] = d[i][j];
     };
 
     float acc[16][8] = {};
@@ -98,21 +93,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = 0; step < steps; ++step) {
         __syncthreads();
         fetch(step + 1);
-        const float *a_stage = shared + step % 2 * STAGE + product * FILTERS + 4 * tk;
-        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + product * CHANNELS + 4 * tc;
+        const float *a_stage = shared + step % 2 * STAGE + own.product * FILTERS + own.row;
+        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + own.product * CHANNELS + own.column;
 #pragma unroll
         for (int t = 0; t < DEPTH; ++t) {
-            float4 b[2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) b[j] = load4(b_stage + t * (16 * CHANNELS) + 16 * j);
-#pragma unroll
-            for (int i = 0; i < 16; i += 4) {
-                float4 a = load4(a_stage + t * (16 * FILTERS) + 4 * i);
-#pragma unroll
-                for (int f = 0; f < 4; ++f)
-#pragma unroll
-                    for (int j = 0; j < 8; ++j) acc[i + f][j] += at(a, f) * at(b[j / 4], j % 4);
-            }
+            multiply(acc, a_stage + t * (16 * FILTERS), b_stage + t * (16 * CHANNELS));
             if (t >= STORE_AT && t < STORE_AT + 2) store_errors(t - STORE_AT, (step + 1) % 2);
             if (t >= 4) store_row(t - 4, (step + 1) % 2);
         }
@@ -140,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int i = 0; i < 8; ++i)
 #pragma unroll
             for (int j = 0; j < 8; j += 4)
-                store4(shared + (product * 32 + i / 4 * 16 + 4 * tk + i % 4) * E_ROW + 4 * j + 4 * tc,
+                store4(shared + (own.product * 32 + own.row + i / 4 * 16 + i % 4) * E_ROW + own.column + 4 * j,
                        make_float4(acc[8 * pass + i][j], acc[8 * pass + i][j + 1], acc[8 * pass + i][j + 2],
                                    acc[8 * pass + i][j + 3]));
         __syncthreads();
