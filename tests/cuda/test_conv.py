@@ -376,6 +376,33 @@ def test_refusals_say_why(family: ModuleType) -> None:
     assert "f64" in family.supports(op, (Spec((1, 1, 1, 4), "f64"), w))
 
 
+@pytest.mark.parametrize("filters", [10, 12])
+def test_a_grid_has_room_for_a_linear_layer_on_a_large_image(filters: int) -> None:
+    x, w, y = Spec((2, 224, 224, 64)), Spec((filters, 224, 224, 64)), Spec((2, 1, 1, filters))
+    wide = {
+        conv_fprop: (ConvFprop(), (Spec((2, 1, 1, 8)), Spec((224 * 224 * 64, 1, 1, 8)))),
+        conv_dgrad: (ConvDgrad(image=(224, 224)), (y, w)),
+        conv_wgrad: (ConvWgrad(filter=(224, 224)), (x, y)),
+    }
+    for family, (op, specs) in wide.items():
+        assert family.supports(op, specs) is None
+        slots = [tuple(Slot(spec, "arena") for spec in side) for side in (specs, op.infer(*specs))]
+        call = Call(op, slots[0], slots[1], workspace=Slot(Spec((2**30,), "u8"), "arena"))
+        for variant in family.candidates(call, H100):
+            for launch in family.launches(call, H100, variant):
+                assert max(launch.grid[1:]) < 2**16, (family.__name__, variant)
+
+
+def test_more_blocks_than_a_grid_has_are_refused() -> None:
+    y, w, x = Spec((1, 1, 1, 4)), Spec((4, 1, 1, 2**23)), Spec((1, 1, 1, 2**23))
+    assert "4194240 channels" in conv_dgrad.supports(ConvDgrad(image=(1, 1)), (y, w))
+    assert "4194240 elements" in conv_wgrad.supports(ConvWgrad(filter=(1, 1)), (x, y))
+    assert "4194240 filters" in conv_fprop.supports(ConvFprop(), (y, Spec((2**23, 1, 1, 4))))
+    assert "65535" in conv_dgrad.supports(
+        ConvDgrad(image=(600, 600), stride=(300, 300)), (Spec((1, 2, 2, 4)), Spec((4, 1, 1, 4)))
+    )
+
+
 def test_dgrad_refuses_an_activation_whose_derivative_needs_the_input() -> None:
     reason = conv_dgrad.supports(ConvDgrad(image=(1, 1), act="gelu"), (Spec((1, 1, 1, 4)), Spec((4, 1, 1, 4))))
     assert "gelu" in reason

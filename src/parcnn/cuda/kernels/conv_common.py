@@ -17,6 +17,9 @@ from parcnn.ops.program import Call
 
 POOL_CODES = {None: 0, "max": 1, "avg": 2}
 MAX_SIDE = 2**14
+MAX_ELEMENTS = 2**31 - 2**16  # of a tensor: the index of what a tile has beyond the end is an int, too
+MAX_GRID_YZ = 65535  # blocks along the second and the third side of a grid
+MAX_COLUMNS = 64 * MAX_GRID_YZ  # a tile 64 columns wide is there for every problem
 CYCLES_PER_US = 1755.0  # of an H200 at work
 MOST_FILTERS = 16  # of the direct kernels in bf16: more fill the tiles of tensor cores
 SMALLEST_GPU = Device("any GPU", "sm_80", 1, shared_bytes_per_block=101376)  # what each that bf16 runs on has
@@ -108,8 +111,8 @@ def unsupported(
     if reason := refuse_window(op) or refuse_dtype(*tensors, among=tuple(ELEMENTS)):
         return reason
     for spec in tensors:
-        if spec.size >= 2**31:
-            return f"an operand has {spec.size} elements; the kernels address fewer than 2**31"
+        if spec.size > MAX_ELEMENTS:
+            return f"an operand has {spec.size} elements; the kernels address 2**31 - 2**16"
     if op.groups != 1:
         return f"these convolution kernels have one group, not {op.groups}"
     if isinstance(op, ConvFprop) and op.moments:
@@ -118,6 +121,11 @@ def unsupported(
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
         return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"
     return None
+
+
+def refuse_columns(count: int, what: str) -> str | None:
+    """Why a grid of tiles cannot have so many columns; None where it can."""
+    return f"a grid of tiles has at most {MAX_COLUMNS} {what}, not {count}" if count > MAX_COLUMNS else None
 
 
 class Tile(NamedTuple):
@@ -134,6 +142,10 @@ class Tile(NamedTuple):
     def blocks(self, m: int, n: int) -> int:
         """Blocks that cover m x n outputs."""
         return ceil(m / self.bm) * ceil(n / self.bn)
+
+    def covers(self, n: int) -> bool:
+        """Whether a grid, along whose second side the columns go, has room for n of them."""
+        return ceil(n / self.bn) <= MAX_GRID_YZ
 
     @property
     def threads(self) -> int:

@@ -12,10 +12,12 @@ from parcnn.cuda.kernels import conv_dgrad_direct
 from parcnn.cuda.kernels.common import ELEMENTS, fast_div
 from parcnn.cuda.kernels.conv_common import (
     CYCLES_PER_US,
+    MAX_GRID_YZ,
     MOST_FILTERS,
     SMALLEST_GPU,
     Conv,
     Tile,
+    refuse_columns,
     tile_cycles,
     unsupported,
 )
@@ -59,9 +61,11 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     floats = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
     (dx,) = op.infer(*inputs)
     reason = unsupported(op, (*cast("list[Spec]", floats), dx), op.image, (r, s))
-    if reason or dx.dtype == "f32":
-        return reason
+    if reason is None and op.stride[0] * op.stride[1] > MAX_GRID_YZ:
+        reason = f"the two strides' product may be at most {MAX_GRID_YZ}"
     conv = Conv.of(op, dx, inputs[1])
+    if reason or dx.dtype == "f32":
+        return reason or refuse_columns(conv.c, "channels")
     if conv.k <= MOST_FILTERS and conv_dgrad_direct.fitting(conv, SMALLEST_GPU):
         return None
     return f"in {dx.dtype} these kernels run only what is direct: few channels and filters behind a max-pool, stride 1"
@@ -98,6 +102,7 @@ def _cycles(call: Call, device: Device) -> dict[Variant, float]:
     costs: dict[Variant, float] = {
         tile: tile_cycles(tile, tile.blocks(pixels, conv.c), depth, copies, device.sm_count)
         for tile in (TILES_OF[key] if call.inputs[0].spec.dtype == "f32" else ())
+        if tile.covers(conv.c)
     }
     for direct, cut in conv_dgrad_direct.fitting(conv, device).items():
         costs[direct] = conv_dgrad_direct.cycles(conv, direct, cut, device)

@@ -15,6 +15,7 @@ from parcnn.cuda.kernels.conv_common import (
     SMALLEST_GPU,
     Conv,
     Tile,
+    refuse_columns,
     tile_cycles,
     unsupported,
 )
@@ -61,7 +62,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     x, w = inputs[:2]
     reason = unsupported(op, (x, w, op.infer(*inputs)[0]), (x.shape[1], x.shape[2]), (w.shape[1], w.shape[2]))
     if reason or x.dtype == "f32":
-        return reason
+        return reason or refuse_columns(w.shape[0], "filters")
     conv = Conv.of(op, x, w)
     if conv.k <= MOST_FILTERS and _fitting(conv, SMALLEST_GPU):
         return None
@@ -99,8 +100,9 @@ def _cycles(call: Call, device: Device) -> dict[Variant, float]:
     costs: dict[Variant, float] = {}
     if call.inputs[0].spec.dtype == "f32":
         for tile in TILES if vector else SCALAR_TILES:
-            blocks = tile.blocks(conv.rows, conv.k)
-            costs[tile] = tile_cycles(tile, blocks, conv.taps_c, copies, device.sm_count)
+            if tile.covers(conv.k):
+                blocks = tile.blocks(conv.rows, conv.k)
+                costs[tile] = tile_cycles(tile, blocks, conv.taps_c, copies, device.sm_count)
     for direct, plan in _fitting(conv, device).items():
         warps = plan.block_x * plan.block_y / 32
         filters_taps = direct.kt * conv.taps_c

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from parcnn.cuda.kernels.conv_common import (
     SMALLEST_GPU,
     Conv,
     Tile,
+    refuse_columns,
     tile_cycles,
     unsupported,
 )
@@ -75,7 +76,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if reason is None and dw.size >= 2**31:
         reason = f"the filters have {dw.size} elements; the kernels address fewer than 2**31"
     if reason or x.dtype == "f32":
-        return reason
+        return reason or refuse_columns(prod(dw.shape[1:]), "elements of a filter")
     conv = Conv.of(op, x, dw)
     if conv.k <= MOST_FILTERS and conv_wgrad_direct.fitting(conv, SMALLEST_GPU):
         return None
@@ -176,6 +177,8 @@ def _cycles(op: ConvWgrad, conv: Conv, dtype: str, device: Device) -> dict[Varia
     _, vec_k, vec_c = key = _key(op, conv)
     costs: dict[Variant, float] = {}
     for tile in TILES_OF[key] if dtype == "f32" else ():
+        if not tile.covers(conv.taps_c):
+            continue
         dy_copies, x_copies = tile.bm * (0.25 if vec_k == 4 else 1.0), tile.bn * (0.25 if vec_c == 4 else SCALAR_X_COPY)
         copies = (dy_copies + x_copies) / (tile.bm + tile.bn)
         blocks = tile.blocks(conv.k, conv.taps_c)
