@@ -16,6 +16,8 @@
 
 #include "conv_common.cuh"
 
+#define NO_TAP (1 << 16)  // from where there is no output
+
 // Twin of the struct that conv_dgrad.py builds.
 struct Classes {
     int rows;              // pixels of a class, those beyond the image too: n * h * w
@@ -33,7 +35,7 @@ __device__ __forceinline__ int first_tap(int phase, int pad, int dilation, int s
     return taps;
 }
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
     conv_dgrad(const float *__restrict__ dy, const float *__restrict__ w, const u8 *__restrict__ idx, const float *saved,
                const float *addend, float *dx, Conv g, Classes f) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;
@@ -72,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
         row_pq[i] = m < f.rows ? pack_hw(p, q) : ROW_DEAD;
     }
     const int chunk_b = threadIdx.x % CHUNKS_B * VEC_C, first_b = threadIdx.x / CHUNKS_B;
+    const int a_first = slot<BM>(first_a) * (BK + 4) + chunk_a, b_first = A_TILE + slot<BK>(first_b) * (BN + 4) + chunk_b;
     const bool live_b = n0 + chunk_b < g.c;
     const int first_w = (r0 * g.s + s0) * g.c + n0 + chunk_b;
 
@@ -83,16 +86,14 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     // Start the copies of a tile; what must be routed waits in registers for `store_routed`.
     auto copy_tile = [&](int tile) {
         if (tile < tiles) {
-            float *a = shared + tile % STAGES * STAGE, *b = a + A_TILE;
+            float *a = shared + tile % STAGES * STAGE + a_first, *b = shared + tile % STAGES * STAGE + b_first;
             int j = tile * BK + chunk_a, k, s;
             int r = divide(divide(j, f.by_k, k), by_taps_s, s);
-            int dp = -r * f.back_h, dq = -s * f.back_w;
-            bool live = j < depth;
+            int dp = j < depth ? -r * f.back_h : NO_TAP, dq = -s * f.back_w;
 #pragma unroll
             for (int i = 0; i < LOADS_A; ++i) {
-                int row = first_a + i * STEP_A;
-                bool here = live && inside(row_pq[i], dp, dq, outputs_h, outputs_w);
-                if (BM % STEP_A != 0 && row >= BM) continue;
+                bool here = inside(row_pq[i], dp, dq, outputs_h, outputs_w);
+                if (BM % STEP_A != 0 && first_a + i * STEP_A >= BM) continue;
 #if ROUTED
                 int p = unpack_h(row_pq[i]) + dp, q = unpack_w(row_pq[i]) + dq;
                 int pixel = (row_base[i] + (p >> 1)) * g.q + (q >> 1);
@@ -114,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     routed[i][e] = !here ? 0.0f : g.pool == POOL_AVG ? 0.25f * value[e] : won ? value[e] : 0.0f;
                 }
 #else
-                copy_async<VEC_K>(a + (slot<BM>(first_a) + slot<BM>(i * STEP_A)) * (BK + 4) + chunk_a,
-                                  here ? dy + (row_base[i] + (dp * g.q + dq) * g.k + k) : dy, here);
+                copy_async<VEC_K>(a + slot<BM>(i * STEP_A) * (BK + 4),
+                                  dy + (here ? row_base[i] + (dp * g.q + dq) * g.k + k : 0), here);
 #endif
             }
 #pragma unroll
@@ -125,8 +126,9 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                 int jb = tile * BK + row, kb, sb;
                 int rb = divide(divide(jb, f.by_k, kb), by_taps_s, sb);
                 bool here = live_b && jb < depth;
-                copy_async<VEC_C>(b + (slot<BK>(first_b) + slot<BK>(i * STEP_B)) * (BN + 4) + chunk_b,
-                                  here ? w + (first_w + kb * g.taps_c + (rb * f.step_h * g.s + sb * f.step_w) * g.c) : w, here);
+                copy_async<VEC_C>(
+                    b + slot<BK>(i * STEP_B) * (BN + 4),
+                    w + (here ? first_w + kb * g.taps_c + (rb * f.step_h * g.s + sb * f.step_w) * g.c : 0), here);
             }
         }
         copy_async_commit();
@@ -134,13 +136,12 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     auto store_routed = [&](int tile) {
 #if ROUTED
         if (tile >= tiles) return;
-        float *a = shared + tile % STAGES * STAGE;
+        float *a = shared + tile % STAGES * STAGE + a_first;
 #pragma unroll
         for (int i = 0; i < LOADS_A; ++i) {
-            int row = first_a + i * STEP_A;
-            if (BM % STEP_A != 0 && row >= BM) continue;
+            if (BM % STEP_A != 0 && first_a + i * STEP_A >= BM) continue;
 #pragma unroll
-            for (int e = 0; e < VEC_K; ++e) a[slot<BM>(row) * (BK + 4) + chunk_a + e] = routed[i][e];
+            for (int e = 0; e < VEC_K; ++e) a[slot<BM>(i * STEP_A) * (BK + 4) + e] = routed[i][e];
         }
 #endif
     };

@@ -19,7 +19,9 @@
 
 #ifdef BM
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
+#define NO_TAP (1 << 16)  // from where there is no image
+
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
     conv_fprop(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
                u8 *__restrict__ idx, Conv g) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;
@@ -36,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const Thread thread;
     const int m0 = blockIdx.x * BM, n0 = blockIdx.y * BN;
     const int chunk = threadIdx.x % CHUNKS * VEC, first = threadIdx.x / CHUNKS;
+    const int a_first = slot<BM>(first) * (BK + 4) + chunk, b_first = A_TILE + slot<BN>(first) * (BK + 4) + chunk;
 
     // The rows that this thread copies: where their receptive field starts.
     u32 row_offset[A_LOADS];  // modulo 2^32: it may lie outside of x, where a tap is inside
@@ -53,27 +56,24 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const int tiles = (g.taps_c + BK - 1) / BK;
     auto copy_tile = [&](int tile) {
         if (tile < tiles) {
-            float *a = shared + tile % STAGES * STAGE, *b = a + A_TILE;
+            float *a = shared + tile % STAGES * STAGE + a_first, *b = shared + tile % STAGES * STAGE + b_first;
             int j = tile * BK + chunk, c, s;
             int r = divide(divide(j, g.by_c, c), g.by_s, s);
-            int dh = r * g.dilation_h, dw = s * g.dilation_w;
+            const bool live = j < g.taps_c;
+            int dh = live ? r * g.dilation_h : NO_TAP, dw = s * g.dilation_w;
             u32 offset = ((u32)dh * g.w + dw) * g.c + c;
-            bool live = j < g.taps_c;
 #pragma unroll
             for (int i = 0; i < A_LOADS; ++i) {
-                int row = first + i * STEP;
-                bool here = live && inside(row_hw[i], dh, dw, g.h, g.w);
-                if (BM % STEP == 0 || row < BM)
-                    copy_async<VEC>(a + (slot<BM>(first) + slot<BM>(i * STEP)) * (BK + 4) + chunk,
-                                    here ? x + (row_offset[i] + offset) : x, here);
+                bool here = inside(row_hw[i], dh, dw, g.h, g.w);
+                if (BM % STEP == 0 || first + i * STEP < BM)
+                    copy_async<VEC>(a + slot<BM>(i * STEP) * (BK + 4), x + (here ? row_offset[i] + offset : 0), here);
             }
 #pragma unroll
             for (int i = 0; i < B_LOADS; ++i) {
                 int row = first + i * STEP;
                 bool here = live && n0 + row < g.k;
                 if (BN % STEP == 0 || row < BN)
-                    copy_async<VEC>(b + (slot<BN>(first) + slot<BN>(i * STEP)) * (BK + 4) + chunk,
-                                    here ? w + ((n0 + row) * g.taps_c + j) : w, here);
+                    copy_async<VEC>(b + slot<BN>(i * STEP) * (BK + 4), w + (here ? (n0 + row) * g.taps_c + j : 0), here);
             }
         }
         copy_async_commit();

@@ -19,7 +19,9 @@
 
 #ifdef BM
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
+#define NO_TAP (1 << 16)  // from where there is no image
+
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
     conv_wgrad(const float *__restrict__ x, const float *__restrict__ dy, const u8 *__restrict__ idx, float *__restrict__ dw,
                float *__restrict__ db, float *__restrict__ partial, Conv g, int chunk) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;
@@ -55,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     const int chunk_b = threadIdx.x % CHUNKS_B * VEC_C, first_b = threadIdx.x / CHUNKS_B;
     int c, s;
     const int r = divide(divide(n0 + chunk_b, g.by_c, c), g.by_s, s);
-    const int dh = r * g.dilation_h, dx = s * g.dilation_w;
+    const int dh = n0 + chunk_b < g.taps_c ? r * g.dilation_h : NO_TAP, dx = s * g.dilation_w;
     const u32 offset = ((u32)dh * g.w + dx) * g.c + c;
-    const bool live_a = k < g.k, live_b = n0 + chunk_b < g.taps_c;
+    const bool live_a = k < g.k;
 
     await_predecessors();
 #if ROUTED
@@ -67,7 +69,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     // Start the copies of a tile; what must be routed waits in registers for `store_routed`.
     auto copy_tile = [&](int tile) {
         if (tile < tiles) {
-            float *a = shared + tile % STAGES * STAGE, *b = a + A_TILE;
+            float *a = shared + tile % STAGES * STAGE + first_a * (BM + 4) + chunk_a;
+            float *b = shared + tile % STAGES * STAGE + A_TILE + first_b * (BN + 4) + chunk_b;
 #pragma unroll
             for (int i = 0; i < LOADS_A; ++i) {
                 int row = first_a + i * STEP_A;
@@ -89,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                     if (g.pool == POOL_MAX) winners[i] = (u32)idx[m / 4 * ((g.k + 3) / 4) + k / 4] >> 2 * (k % 4);
                 }
 #else
-                copy_async<VEC_K>(a + row * (BM + 4) + chunk_a, here ? dy + (m * g.k + k) : dy, here);
+                copy_async<VEC_K>(a + i * STEP_A * (BM + 4), dy + (here ? m * g.k + k : 0), here);
 #endif
             }
 #pragma unroll
@@ -97,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
                 int row = first_b + i * STEP_B;
                 if (BK % STEP_B != 0 && row >= BK) continue;
                 uint2 pixel = pixels[(tile * BK & 2 * THREADS - 1) + row];
-                bool here = live_b && inside((int)pixel.y, dh, dx, g.h, g.w);
-                copy_async<VEC_C>(b + row * (BN + 4) + chunk_b, here ? x + (pixel.x + offset) : x, here);
+                bool here = inside((int)pixel.y, dh, dx, g.h, g.w);
+                copy_async<VEC_C>(b + i * STEP_B * (BN + 4), x + (here ? pixel.x + offset : 0), here);
             }
         }
         copy_async_commit();
