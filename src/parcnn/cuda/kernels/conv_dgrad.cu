@@ -35,7 +35,9 @@ __device__ __forceinline__ int first_tap(int phase, int pad, int dilation, int s
     return taps;
 }
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
+// Where single floats are copied, compilers would rather spill one register than have a block less on a multiprocessor, unless
+// one is said to be enough.
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), VEC_C == 1)
     conv_dgrad(const float *__restrict__ dy, const float *__restrict__ w, const u8 *__restrict__ idx, const float *saved,
                const float *addend, float *dx, Conv g, Classes f) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;

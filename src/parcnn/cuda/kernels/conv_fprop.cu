@@ -21,7 +21,7 @@
 
 #define NO_TAP (1 << 16)  // from where there is no image
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     conv_fprop(const float *__restrict__ x, const float *__restrict__ w, const float *__restrict__ bias, float *__restrict__ y,
                u8 *__restrict__ idx, Conv g) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;

@@ -21,7 +21,7 @@
 
 #define NO_TAP (1 << 16)  // from where there is no image
 
-extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
+extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN))
     conv_wgrad(const float *__restrict__ x, const float *__restrict__ dy, const u8 *__restrict__ idx, float *__restrict__ dw,
                float *__restrict__ db, float *__restrict__ partial, Conv g, int chunk) {
     typedef Place<BM, BN, TM, TN, SLICES> Thread;
@@ -150,10 +150,10 @@ extern "C" __global__ void __launch_bounds__(SLICES *(BM / TM) * (BN / TN), 1)
 #pragma unroll
             for (int j = 0; j < TN; j += 4) {
                 float4 b = load4(b_tile + row * (BN + 4) + thread.column(j));
-#pragma unroll
-                for (int e = 0; e < 4; ++e)
-#pragma unroll
-                    for (int i = 0; i < TM; ++i) acc[i][j + e] += at(a[i / 4], i % 4) * at(b, e);
+                for (int t = 0; t < 4 * TM; ++t) {  // in the order of which compilers make the fewest conflicts of register banks
+                    const int e = TM > TN ? t / TM : t % 4, i = TM <= TN ? t / 4 : e % 2 ? TM - 1 - t % TM : t % TM;
+                    acc[i][j + e] += at(a[i / 4], i % 4) * at(b, e);
+                }
             }
         }
         if (sums_bias) {

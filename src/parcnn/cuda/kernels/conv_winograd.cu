@@ -21,7 +21,6 @@
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define V_ROW (16 * TILES + 4)  // of a channel: its four tiles of a warp's stores lie in other banks than the next one's
 #define STAGE (U_STAGE + DEPTH * V_ROW)
-#define FIRST 2  // channels of a step that are multiplied before the next step is fetched
 
 // A row of G, applied to three values.
 __device__ __forceinline__ void transform_filter(float a, float b, float c, float (&out)[4]) {
@@ -114,23 +113,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
 
     float acc[16][8] = {};
+    // Multiply half of a step's channels.
+    auto multiply_half = [&](int step, int half) {
+        const float *a = shared + step % 2 * STAGE + own.product * FILTERS + own.row;
+        const float *b = shared + step % 2 * STAGE + U_STAGE + own.product * TILES + own.column;
+#pragma unroll
+        for (int c = half * (DEPTH / 2); c < (half + 1) * (DEPTH / 2); ++c) multiply(acc, a + c * (16 * FILTERS), b + c * V_ROW);
+    };
+
     fetch(0, 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) store_row(i, 0);
-    for (int step = 0; step < steps; ++step) {
+    int step = 0;
+    for (;; ++step) {
         copy_async_wait<0>();
         __syncthreads();
-        const float *a_stage = shared + step % 2 * STAGE + own.product * FILTERS + own.row;
-        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + own.product * TILES + own.column;
-#pragma unroll
-        for (int c = 0; c < FIRST; ++c) multiply(acc, a_stage + c * (16 * FILTERS), b_stage + c * V_ROW);
-        // Behind the last step there is nothing to fetch, but without a branch all is one schedule.
         fetch(min(step + 1, steps - 1), (step + 1) % 2);
-#pragma unroll
-        for (int c = FIRST; c < DEPTH; ++c) multiply(acc, a_stage + c * (16 * FILTERS), b_stage + c * V_ROW);
+        multiply_half(step, 0);
+        if (step + 1 >= steps) break;  // in the middle, before which no compiler moves the transform of what is under way
+        multiply_half(step, 1);
 #pragma unroll
         for (int i = 0; i < 4; ++i) store_row(i, (step + 1) % 2);
     }
+    multiply_half(step, 1);
     copy_async_wait<0>();
 
     // The outputs that this thread writes: a tile's, of four filters.

@@ -28,9 +28,10 @@ __device__ __forceinline__ void multiply(float (&acc)[16][8], const float *a, co
     for (int i = 0; i < 16; i += 4) {
         float4 left = load4(a + 4 * i);
 #pragma unroll
-        for (int e = 0; e < 4; ++e)
-#pragma unroll
-            for (int j = 0; j < 8; ++j) acc[i + e][j] += at(left, e) * at(right[j / 4], j % 4);
+        for (int t = 0; t < 32; ++t) {  // to and fro: so compilers make few conflicts of register banks
+            const int e = t / 8, j = e % 2 ? 7 - t % 8 : t % 8;
+            acc[i + e][j] += at(left, e) * at(right[j / 4], j % 4);
+        }
     }
 }
 

@@ -18,7 +18,6 @@
 #define CHANNELS COLUMNS
 #define U_STAGE (DEPTH * 16 * FILTERS)
 #define STAGE (U_STAGE + DEPTH * 16 * CHANNELS)
-#define STORE_AT 4  // the tile of a step behind which the next errors are stored
 
 // Twin of conv_winograd_wgrad.py's arguments: p and q of g count tiles; `height` and `width` are the sides of dy.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -84,24 +83,33 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
 
     float acc[16][8] = {};
+    auto multiply_tile = [&](int step, int t) {
+        multiply(acc, shared + step % 2 * STAGE + t * (16 * FILTERS) + own.product * FILTERS + own.row,
+                 shared + step % 2 * STAGE + U_STAGE + t * (16 * CHANNELS) + own.product * CHANNELS + own.column);
+    };
+
     fetch(0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if (i < 2) store_errors(i, 0);
         store_row(i, 0);
     }
-    for (int step = 0; step < steps; ++step) {
+    int step = 0;
+    for (;; ++step) {
         __syncthreads();
         fetch(step + 1);
-        const float *a_stage = shared + step % 2 * STAGE + own.product * FILTERS + own.row;
-        const float *b_stage = shared + step % 2 * STAGE + U_STAGE + own.product * CHANNELS + own.column;
 #pragma unroll
-        for (int t = 0; t < DEPTH; ++t) {
-            multiply(acc, a_stage + t * (16 * FILTERS), b_stage + t * (16 * CHANNELS));
-            if (t >= STORE_AT && t < STORE_AT + 2) store_errors(t - STORE_AT, (step + 1) % 2);
-            if (t >= 4) store_row(t - 4, (step + 1) % 2);
+        for (int t = 0; t < DEPTH / 2; ++t) multiply_tile(step, t);
+        if (step + 1 >= steps) break;  // in the middle, before which no compiler moves the transform of what is under way
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            multiply_tile(step, DEPTH / 2 + i);
+            if (i < 2) store_errors(i, (step + 1) % 2);
+            store_row(i, (step + 1) % 2);
         }
     }
+#pragma unroll
+    for (int t = DEPTH / 2; t < DEPTH; ++t) multiply_tile(step, t);
 
     const int row_size = g.k * 9 * g.c + (db ? g.k : 0);
     float *dw_out = partial ? partial + blockIdx.z * row_size : dw;
