@@ -32,7 +32,7 @@ PARTS = 8
 # Cost of copying a float of x alone (0.25 in a vector), so that 64x32 precedes 64x64 for 16 filters of 6 channels.
 SCALAR_X_COPY = 1.5
 RESIDENT_THREADS = 768  # of an SM: three blocks of 256 were measured to be worth their splits
-HELD_THREADS = {128: 256, 64: 512, 32: 768}  # of an SM whose registers hold so many sums a thread, and the rest
+HELD_THREADS = {128: 256, 64: 512, 32: 512}  # of an SM, by a thread's sums: more do not fit, or gain nothing
 SUM_KERNEL = Kernel(SOURCE, "conv_wgrad_sum", (("PARTS", PARTS),))
 
 # Filters x filter elements x pixels: from large filter banks down to LeNet-5's 6 filters of 25 elements.
@@ -187,26 +187,24 @@ def _cycles(op: ConvWgrad, conv: Conv, dtype: str, device: Device) -> dict[Varia
         for waves in (1, 2, 3, 4, 6):
             each = ceil(steps / max(1, min(steps, waves * device.sm_count // blocks)))
             splits = ceil(steps / each)  # none is empty
-            costs[Variant(tile, splits)] = _tile_cycles(tile, blocks * splits, each, copies, device)
+            costs[Variant(tile, splits)] = _tile_cycles(tile, conv, blocks * splits, each, copies, device)
             costs[Variant(tile, splits)] += _sum_cycles(op, conv, splits)
-        costs[Variant(tile, 1)] = _tile_cycles(tile, blocks, steps, copies, device)
+        costs[Variant(tile, 1)] = _tile_cycles(tile, conv, blocks, steps, copies, device)
     for direct, cut in conv_wgrad_direct.fitting(conv, device).items():
         cycles = conv_wgrad_direct.cycles(conv, direct, cut, device)
         costs[Variant(direct, cut.runs)] = cycles + _sum_cycles(op, conv, cut.runs)
     return costs
 
 
-def _tile_cycles(tile: Tile, blocks: int, steps: int, copies: float, device: Device) -> float:
-    """`tile_cycles`, less or more by what blocks hide of each other's waits.
+def _tile_cycles(tile: Tile, conv: Conv, blocks: int, steps: int, copies: float, device: Device) -> float:
+    """`tile_cycles`, 1 or 2 % less where more than three blocks on an SM hide each other's waits.
 
-    Of n on an SM each takes n + 1/3 times as long as its arithmetic (measured on an H200, tiles of 8x4 to 16x8 sums a
-    thread, 1x1 layers in one to nine blocks an SM); `tile_cycles` is fitted to about three, and to what tiles of 4x4 take.
+    Measured on an H200, of tiles whose rows the filters fill.
     """
     cycles = tile_cycles(tile, blocks, steps * tile.bk, copies, device.sm_count, RESIDENT_THREADS)
-    if tile.tm * tile.tn not in HELD_THREADS:
-        return cycles
-    together = min(HELD_THREADS[tile.tm * tile.tn] // tile.threads, ceil(blocks / device.sm_count))
-    return 0.9 * (1 + 1 / (3 * together)) * cycles
+    held = HELD_THREADS.get(tile.tm * tile.tn, 0) // tile.threads if conv.k >= tile.bm else 0
+    together = min(held, ceil(blocks / device.sm_count))
+    return cycles * (0.94 + 0.18 / together if together > 3 else 1)
 
 
 def _sum_cycles(op: ConvWgrad, conv: Conv, splits: int) -> float:
