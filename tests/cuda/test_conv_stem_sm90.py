@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -9,8 +13,9 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem_sm90
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_stem_sm90, conv_stem_sm90_wgrad, conv_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
 from tests.cuda.test_conv_mma import (
@@ -24,34 +29,54 @@ from tests.cuda.test_conv_mma import (
     random_of,
     ternary,
 )
-from tests.cuda.test_conv_stem import PROBLEMS, call_of, call_specs, check_not_finite, problems
+from tests.cuda.test_conv_stem import GEOMETRY, PROBLEMS, call_of, call_specs, check_not_finite, problems
 from tests.op_runner import run_op
 
+FAMILIES: dict[str, Any] = {"fprop": conv_stem_sm90, "wgrad": conv_stem_sm90_wgrad}
+
+
+def taken(problem: Problem, kind: str) -> Problem:
+    """The problem, of a gradient with filters by eights."""
+    return replace(problem, k=8 * ceil(problem.k / 8)) if kind == "wgrad" else problem
+
+
+def op_of(name: str, kind: str, pool: str | None) -> tuple[Problem, Any]:
+    """Of what its family takes; with a bias where that has a place."""
+    problem = taken(PROBLEMS[name], kind)
+    return problem, problem.op(
+        kind, pool, **{**GEOMETRY[kind], "bias": kind == "fprop" or problem.s * problem.c % 8 != 0}
+    )
+
+
 CASES = [
-    pytest.param(name, pool, id=f"{name} {pool or 'plain'}")
+    pytest.param(name, kind, pool, id=f"{name} {kind} {pool or 'plain'}")
     for name, problem in PROBLEMS.items()
     for pool in (None, "max")
     if problem.has(pool)
+    for kind in FAMILIES
+    if kind == "fprop" or problem.dilation == (1, 1)
 ]
-cases = pytest.mark.parametrize(("name", "pool"), CASES)
+cases = pytest.mark.parametrize(("name", "kind", "pool"), CASES)
 
 
 def on_device(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, launcher: object) -> CudaExecutor:
-    monkeypatch.setattr(cuda, "registry", Registry([launcher], REGISTRY.folder))
+    monkeypatch.setattr(cuda, "registry", Registry([launcher, conv_wgrad], REGISTRY.folder))
     return cuda
 
 
 @pytest.mark.gpu
 @cases
-def test_problems_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, pool: str | None) -> None:
+def test_problems_are_exact(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, pool: str | None
+) -> None:
     """The best and the worst candidate give the oracle's bits."""
-    op = PROBLEMS[name].op("fprop", pool, bias=True, act="relu")
-    random = random_of(name, "fprop")
-    operands = PROBLEMS[name].operands(op, ternary(random), random)
+    problem, op = op_of(name, kind, pool)
+    random = random_of(name, kind)
+    operands = problem.operands(op, ternary(random), random)
     true = on_cpu(op, operands)
-    found = conv_stem_sm90.candidates(call_of(op, operands), H200)
+    found = FAMILIES[kind].candidates(call_of(op, operands), H200)
     for variant in (found[0], found[-1]):
-        check_exact(on_device(cuda, monkeypatch, Forced(conv_stem_sm90, variant)), op, operands, true, variant)
+        check_exact(on_device(cuda, monkeypatch, Forced(FAMILIES[kind], variant)), op, operands, true, variant)
 
 
 @pytest.mark.gpu
@@ -74,58 +99,76 @@ def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
-def test_random_problems_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_device(cuda, monkeypatch, conv_stem_sm90)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_random_problems_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    on_device(cuda, monkeypatch, FAMILIES[kind])
 
     @seeded(11)
     @settings(
         max_examples=150, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
     )
     @given(problems(), st.booleans(), st.booleans())
-    def run(problem: Problem, pooled: bool, bias: bool) -> None:
-        pool = "max" if pooled else None
+    def run(drawn: Problem, pooled: bool, bias: bool) -> None:
+        pool, problem = "max" if pooled else None, taken(drawn, kind)
         assume(problem.has(pool))
-        op = problem.op("fprop", pool, bias=bias)
+        op = problem.op(kind, pool, bias=bias)
         random = random_of(problem)
         operands = problem.operands(op, ternary(random), random)
-        assume(conv_stem_sm90.supports(op, call_specs(op, operands)) is None)
+        assume(FAMILIES[kind].supports(op, call_specs(op, operands)) is None)
         check_exact(cuda, op, operands, on_cpu(op, operands), problem)
 
     run()
 
 
 @pytest.mark.gpu
-def test_many_tiles_give_the_same_bits_each_time(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_many_tiles_give_the_same_bits_each_time(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     problem = Problem(40, 64, 63, 3, 64, 7, 7, (3, 3, 3, 3), (2, 2))
     for pool in (None, "max"):
-        op = problem.op("fprop", pool, bias=True, act="relu")
+        op = problem.op(kind, pool, **GEOMETRY[kind])
         operands = bits_of(op, problem.operands(op, normal(random_of("many")), random_of("many")))
-        first, second = (run_op(on_device(cuda, monkeypatch, conv_stem_sm90), op, operands) for _ in range(2))
+        first, second = (run_op(on_device(cuda, monkeypatch, FAMILIES[kind]), op, operands) for _ in range(2))
         for a, b in zip(first, second, strict=True):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool", [None, "max"])
+def test_a_gradient_rounds_as_it_may(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, pool: str | None) -> None:
+    problem, random = Problem(3, 61, 224, 3, 64, 7, 7, (3, 3, 3, 3), (2, 2)), random_of(pool)
+    op = problem.op("wgrad", pool, bias=True)
+    check_close(on_device(cuda, monkeypatch, conv_stem_sm90_wgrad), op, problem.operands(op, normal(random), random))
+
+
 @cases
-def test_launches_are_right(name: str, pool: str | None) -> None:
+def test_launches_are_right(name: str, kind: str, pool: str | None) -> None:
     """Every candidate keeps to its parameter table, the device's limits and the plan's memory."""
     null = CudaExecutor.null()
-    op = PROBLEMS[name].op("fprop", pool, bias=True, act="relu")
-    operands = PROBLEMS[name].operands(op, ternary(random_of(name)), random_of(name))
-    for variant in conv_stem_sm90.candidates(call_of(op, operands), null.device):
-        executor = CudaExecutor(null.driver, registry=Registry([Forced(conv_stem_sm90, variant)], REGISTRY.folder))
-        run_op(executor, op, bits_of(op, operands))
+    problem, op = op_of(name, kind, pool)
+    operands = problem.operands(op, ternary(random_of(name)), random_of(name))
+    found = FAMILIES[kind].candidates(call_of(op, operands), null.device)
+    assert found
+    for variant in found:
+        registry = Registry([Forced(FAMILIES[kind], variant)], REGISTRY.folder)
+        run_op(CudaExecutor(null.driver, registry=registry), op, bits_of(op, operands))
     null.close()
 
 
-def test_every_variant_is_reached_and_listed() -> None:
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_variant_is_reached_and_listed(kind: str) -> None:
     reached = set()
     for runs in (1, 2, 3, 4):
-        for pool in (None, "max"):
-            problem = Problem(1, 12, 12, 1, 64, 3, 8 * runs, (1, 4 * runs, 1, 4 * runs))
-            op = problem.op("fprop", pool)
-            call = call_of(op, problem.operands(op, ternary(random_of()), random_of()))
-            reached |= {launch.kernel for launch in conv_stem_sm90.launches(call, H200)}
-    assert reached == set(conv_stem_sm90.variants())
+        for r in (3, 7):
+            for w in (112, 128):
+                for pool in (None, "max"):
+                    problem = Problem(1, 12, w, 1, 64, r, 8 * runs - 1, (3, 4 * runs - 1, 3, 4 * runs - 1))
+                    op = problem.op(kind, pool)
+                    call = call_of(op, problem.operands(op, ternary(random_of()), random_of()))
+                    for variant in FAMILIES[kind].candidates(call, H200):
+                        reached |= {launch.kernel for launch in FAMILIES[kind].launches(call, H200, variant)}
+    assert reached - {SUM_KERNEL} == set(FAMILIES[kind].variants())
 
 
 def test_what_it_refuses() -> None:
@@ -134,6 +177,18 @@ def test_what_it_refuses() -> None:
     assert conv_stem_sm90.supports(op, specs) is None
     assert "gelu" in (conv_stem_sm90.supports(ConvFprop(act="gelu"), specs) or "")
     assert "no forward" in (conv_stem_sm90.supports(ConvWgrad(filter=(3, 3)), specs) or "")
+    assert "no filter gradient" in (conv_stem_sm90_wgrad.supports(ConvFprop(), specs) or "")
+    x, dy = specs[0], Spec((*specs[0].shape[:3], 12), "bf16")
+    gradient = ConvWgrad(filter=(3, 3), pad=(1, 1, 1, 1))
+    assert "eights" in (conv_stem_sm90_wgrad.supports(gradient, (x, dy)) or "")
+    dy = Spec((*dy.shape[:3], 16), "bf16")
+    assert conv_stem_sm90_wgrad.supports(gradient, (x, dy)) is None
+    dilated = replace(gradient, pad=(2, 1, 2, 1), dilation=(2, 1))
+    assert "dilation" in (conv_stem_sm90_wgrad.supports(dilated, (x, dy)) or "")
+    whole = ConvWgrad(filter=(1, 8), pad=(0, 4, 0, 3), bias=True)
+    thin = (Spec((2, 16, 16, 1), "bf16"), Spec((2, 16, 16, 16), "bf16"))
+    assert "place" in (conv_stem_sm90_wgrad.supports(whole, thin) or "")
+    assert conv_stem_sm90_wgrad.supports(replace(whole, bias=False), thin) is None
 
 
 @pytest.mark.parametrize(("x", "w"), [((8, 128, 200, 1), (16, 128, 9, 1)), ((8, 128, 200, 3), (16, 60, 10, 3))])

@@ -22,6 +22,7 @@ from parcnn.cuda.kernels import (
     conv_sm90,
     conv_stem,
     conv_stem_sm90,
+    conv_stem_sm90_wgrad,
     conv_unpool,
     conv_wgrad,
     conv_wgrad_sm90,
@@ -149,5 +150,7 @@ REGISTRY = Registry(
         feed,
     ],
     Path(__file__).parent,
-    only_on={"sm_90a": [conv_depthwise_sm90, conv_stem_sm90, conv_sm90, conv_wgrad_sm90, conv_padded]},
+    only_on={
+        "sm_90a": [conv_depthwise_sm90, conv_stem_sm90, conv_stem_sm90_wgrad, conv_sm90, conv_wgrad_sm90, conv_padded]
+    },
 )

@@ -12,25 +12,12 @@
 // Bytes: x read once (and the tiles' common edges), w once a block, y and the 2-bit indices written once.
 // Preconditions: S * C <= 32, no dilation along the width; every tensor has less than 2^31 elements.
 //
-// WGMMA = 1, on sm_90a: warpgroups multiply 64 pixels by 64 filters (TILES = 8), whose fragments of A come the same way, and
-// whose filters lie in shared memory as the tensor cores read them. A step is of two eights of elements, a run rounded up to
-// eights: where they are odd, of two rows of the filters, the last with zeros where there is no second.
-//
-// Macros: RUN16, RUN8, TILES, POOL; WGMMA, where it is not 0.
+// Macros: RUN16, RUN8, TILES, POOL.
 #include "conv_stem.cuh"
-
-#ifndef WGMMA
-#define WGMMA 0
-#endif
-#if WGMMA
-#include "bf16_pairs.cuh"
-#include "sm90_wgmma.cuh"
-#endif
 
 #define WARPS 8
 #define STEPS (RUN16 + RUN8)
-#define RUNS (2 * RUN16 + RUN8)                   // of eight elements
-#define FILTER_WORDS (TILES * 32 * RUNS)          // of fragments, for a row of the filters
+#define FILTER_WORDS (TILES * 32 * (2 * RUN16 + RUN8))  // of fragments, for a row of the filters
 #define STAGING_PITCH (TILES * 4 + 4)                   // words of a pixel
 
 // Fragments of B: [r][step][tile][lane], one word or two a lane.
@@ -44,31 +31,6 @@ __device__ __forceinline__ void fill_filters(const Problem &g, const u16 *w, int
     }
 }
 
-#if WGMMA
-#define ROWS (RUNS % 2 + 1)                       // of the filters, in a group of steps
-#define GROUP_STEPS (ROWS * RUNS / 2)
-#define EIGHT_BYTES (TILES * 128)                 // of all filters: 8x8 matrices, one after the other
-
-__device__ __forceinline__ int filter_rows(const Problem &g) { return (g.r + ROWS - 1) / ROWS * ROWS; }
-
-// [r][eight][filter][element], zeros where there is none.
-__device__ __forceinline__ void fill_matrices(const Problem &g, const u16 *w, int first_k, u32 *filters) {
-    for (int i = threadIdx.x; i < filter_rows(g) * FILTER_WORDS; i += WARPS * 32) {
-        int r = i / FILTER_WORDS, in = i % FILTER_WORDS, eight = in / (TILES * 32), k = first_k + in / 4 % (TILES * 8);
-        filters[i] = pair_of(w + ((long long)k * g.r + r) * g.run, eight * 8 + in % 4 * 2, k < g.k && r < g.r ? g.run : 0);
-    }
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the barrier behind which tensor cores read them
-}
-
-// sums[64][64] += a[64][16] * b[16][64] by a warpgroup, each warp's 16 rows from its registers.
-__device__ __forceinline__ void multiply_group(float (&sums)[TILES][4], const u32 (&a)[4], u64 b, u32 add) {
-    float(&d)[TILES * 4] = reinterpret_cast<float(&)[TILES * 4]>(sums);
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" WGMMA_TEXT_64
-                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-                 : WGMMA_SUMS_64(d)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-#endif
 
 // sums[16][8] += a[16][8] * b[8][8] by a warp.
 __device__ __forceinline__ void multiply_add8(float *sums, u32 a0, u32 a1, u32 b0) {
@@ -106,19 +68,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
     DYNAMIC_SHARED(u32, shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, pair = lane % 4;
     const int first_k = blockIdx.y * TILES * 8;
-#if WGMMA
-    const int filter_words = filter_rows(g) * FILTER_WORDS;
-#else
     const int filter_words = g.r * FILTER_WORDS;
-#endif
     u32 *filters = shared, *staging = filters + filter_words + warp * 16 * STAGING_PITCH;
     float *biases = reinterpret_cast<float *>(filters + filter_words + WARPS * 16 * STAGING_PITCH);
     u32 *patch = reinterpret_cast<u32 *>(biases + TILES * 8);
-#if WGMMA
-    fill_matrices(g, w, first_k, filters);
-#else
     fill_filters(g, w, first_k, filters);
-#endif
     for (int i = threadIdx.x; i < TILES * 8; i += WARPS * 32) biases[i] = bias && first_k + i < g.k ? bias[first_k + i] : 0.0f;
     // Of the last step's elements those that the run has: beyond it lie other pixels, which may not be numbers.
     const int last = 16 * RUN16 - (RUN8 ? 0 : 16) + 2 * pair;
@@ -137,43 +91,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
         __syncthreads();
         if (tile + (int)gridDim.x < g.tiles) prefetch_patch(g, x, origin_of(g, tile + gridDim.x));
         const int units = g.units_w * g.units_h;
-        for (int unit = warp; unit < (WGMMA ? units + WARPS - 1 - (units + WARPS - 1) % WARPS : units); unit += WARPS) {
-            const bool is_there = !WGMMA || unit < units;  // a warpgroup's warps go together
-            int unit_w, unit_h = divide(is_there ? unit : 0, g.by_units_w, unit_w);
+        for (int unit = warp; unit < units; unit += WARPS) {
+            int unit_w, unit_h = divide(unit, g.by_units_w, unit_w);
             // Of rows of A (half 0: `row`, 1: row + 8) of two products (i): the four differ by what all threads share.
             const int p_first = 2 * unit_h, q_first = 16 * unit_w + (POOL ? 2 * row : row), element = q_first * g.step;
             const u32 *a = patch + (element & 1) * (g.patch_bytes / 4) + p_first * g.stride_h * g.pitch + element / 2 + pair;
             const int down = g.stride_h * g.pitch, along = POOL ? g.step / 2 + (g.step & 1) * (g.patch_bytes / 4) : 4 * g.step;
             const int to_i = POOL ? along : down, to_half = POOL ? down : along;
             float sums[2][TILES][4];
-#if WGMMA
-            u32 b = shared_address(filters), add = 0;
-#pragma unroll 1
-            for (int r = 0; r < g.r; r += ROWS, b += 2 * GROUP_STEPS * EIGHT_BYTES) {
-                u32 f[GROUP_STEPS][2][4];
-#pragma unroll
-                for (int eight = 0; eight < 2 * GROUP_STEPS; ++eight) {
-                    const int next = eight / RUNS, in_run = eight % RUNS;
-                    const u32 kept = next && r + next >= g.r ? 0u : in_run == RUNS - 1 ? keep[RUN8 ? 0 : 1] : ~0u;
-#pragma unroll
-                    for (int i = 0; i < 2; ++i)
-#pragma unroll
-                        for (int half = 0; half < 2; ++half)
-                            f[eight / 2][i][eight % 2 * 2 + half] = kept ? a[i * to_i + half * to_half + (next ? row_words : 0) + 4 * in_run] & kept : 0u;
-                }
-                wgmma_fence();
-#pragma unroll
-                for (int step = 0; step < GROUP_STEPS; ++step, add = 1) {
-                    const u64 matrices = descriptor(descriptor_high(128, 0), EIGHT_BYTES, b + 2 * step * EIGHT_BYTES);
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) multiply_group(sums[i], f[step][i], matrices, add);
-                }
-                wgmma_commit();
-                a += ROWS * row_words;
-                wgmma_wait<0>();
-            }
-            if (!is_there) continue;
-#else
 #pragma unroll
             for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -216,12 +141,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                 b += FILTER_WORDS;
                 a += row_words;
             }
-#endif
 
             const int p0 = at.p + 2 * unit_h, q0 = at.q + 16 * unit_w;
-#if WGMMA
-            const u32 floor = g.act == ACT_RELU ? 0u : 0xff80ff80u;  // a pair of bf16: minus infinity where there is no ReLU
-#endif
             u32 values[2][TILES][2];
 #pragma unroll
             for (int j = 0; j < TILES; ++j) {
@@ -231,10 +152,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float low = sums[i][j][2 * half] + add.x, high = sums[i][j][2 * half + 1] + add.y;
-#if WGMMA
-                        values[i][j][half] = POOL ? round_bf16x2(low, high) : max_bf16x2(round_bf16x2(low, high), floor);
-                        continue;
-#endif
                         if (g.act == ACT_RELU) low = activate<ACT_RELU>(low), high = activate<ACT_RELU>(high);
                         values[i][j][half] = round_pair(low, high);
                     }
@@ -243,39 +160,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                 const int pooled_q = g.q / 2, pooled_p = g.p / 2, bytes = (g.k + 3) / 4;
                 const int q_of_row = q0 / 2 + row, window = (at.n * pooled_p + p0 / 2) * pooled_q;
                 const bool live = p0 < g.p && q_of_row < pooled_q;
-#if WGMMA
-                if (!idx) {
-#pragma unroll
-                    for (int j = 0; j < TILES; ++j)
-                        staging[row * STAGING_PITCH + j * 4 + pair] =
-                            max_bf16x2(max_bf16x2(max_bf16x2(values[0][j][0], values[1][j][0]), max_bf16x2(values[0][j][1], values[1][j][1])), floor);
-                } else {
-                    u32 codes = 0;  // four bits for the two channels of each j
-#pragma unroll
-                    for (int j = 0; j < TILES; ++j) {
-                        const Best best(values[0][j][0], values[1][j][0], values[0][j][1], values[1][j][1], floor);
-                        staging[row * STAGING_PITCH + j * 4 + pair] = best.value;
-                        codes |= ((best.index | best.index >> 14) & 15) << 4 * j;
-                    }
-                    // Each lane brings together two of the eight j's of its pixel, from all four lanes.
-                    u32 of_lane[4], packed = 0;
-#pragma unroll
-                    for (int from = 0; from < 4; ++from) of_lane[from] = __shfl_sync(0xffffffffu, codes, lane & ~3 | from) >> 8 * pair & 255;
-#pragma unroll
-                    for (int part = 0; part < 2; ++part) {
-                        packed |= (of_lane[2 * part] & 15) << 8 * part | (of_lane[2 * part + 1] & 15) << (8 * part + 4);
-                        packed |= of_lane[2 * part] >> 4 << (8 * part + 16) | of_lane[2 * part + 1] >> 4 << (8 * part + 20);
-                    }
-                    u8 *const codes_to = idx + (long long)(window + q_of_row) * bytes + first_k / 4 + 4 * pair;
-                    const int codes_left = live ? bytes - first_k / 4 - 4 * pair : 0;
-                    if (bytes % 4 == 0 && codes_left >= 4) {
-                        *reinterpret_cast<u32 *>(codes_to) = packed;
-                    } else {
-#pragma unroll 1
-                        for (int e = 0; e < min(4, codes_left); ++e) codes_to[e] = (u8)(packed >> 8 * e);
-                    }
-                }
-#else
 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
                     float best_low = low_of(values[0][j][0]), best_high = high_of(values[0][j][0]);
@@ -292,7 +176,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2)
                     int at_byte = (first_k + 8 * j) / 4 + pair / 2;
                     if (idx && live && pair % 2 == 0 && at_byte < bytes) idx[(long long)(window + q_of_row) * bytes + at_byte] = (u8)code;
                 }
-#endif
                 __syncwarp();
                 write_pixels<8>(staging, y, g.k, first_k, [&](int pixel) {
                     return p0 < g.p && q0 / 2 + pixel < pooled_q ? window + q0 / 2 + pixel : -1;

@@ -1,33 +1,46 @@
-"""Launcher of conv_stem_fprop.cu's form for Hopper: bf16 convolution forward of few channels by `wgmma`."""
+"""Launcher of conv_stem_sm90.cu: bf16 convolution forward of few channels on Hopper."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from math import ceil
+from typing import NamedTuple
 
+import numpy as np
+
+from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US
-from parcnn.cuda.kernels.conv_stem import (
-    MOST_CANDIDATES,
-    RESIDENT,
-    STEPS,
-    UNIT_COLUMNS,
-    WARPS,
-    Sizes,
-    Variant,
-    problem_of,
-    sizes_of,
-    tiles_of,
-)
+from parcnn.cuda.kernels.conv_stem import Sizes, sizes_of
 from parcnn.cuda.kernels.conv_stem import supports as portable_supports
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.program import Call
 
 OPS: tuple[type[Op], ...] = (ConvFprop,)
-FILTERS = 64  # of a block: the N of wgmma
-SHARED_BYTES = 227 * 1024  # a block's, on Hopper
-_EIGHT_BYTES = 16 * FILTERS  # of eight elements of every filter's row
+FILTERS = 64  # of a block
+PORTABLE_SCALE = 1.6
+PIXELS = (112, 128)  # output columns of a strip
+RUNS = (1, 2, 3, 4)  # eights of a filter's row
+ROWS = (3, 7)  # of a filter, for which registers are kept
+MOST_PAIRS = 32  # of rows in the ring
+RAW_STAGES = 8  # of two rows, as the image has them
+SHARED_BYTES = 227 * 1024 - 2048  # a block's, on Hopper, but for barriers and the table of a strip's pixels
+
+
+class Variant(NamedTuple):
+    """Output columns of a strip, of which so many are of each image."""
+
+    pixels: int
+    columns: int
+
+    @property
+    def images(self) -> int:
+        """Side by side in a strip."""
+        return self.pixels // self.columns
+
+    def __str__(self) -> str:
+        return f"2x{self.columns}x{self.images}"
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -37,8 +50,10 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if reason := portable_supports(op, inputs):
         return reason
     sizes = sizes_of(op, inputs)
-    if not any(_shared_bytes(sizes, variant) <= SHARED_BYTES for variant in tiles_of(sizes)):
-        return f"{FILTERS} filters of {sizes.r} rows do not fit in shared memory beside a tile's image"
+    if sizes.r > max(ROWS) or not _variants(sizes):
+        return (
+            f"filters of {sizes.r} x {sizes.s} or what they read of an image do not fit in registers or shared memory"
+        )
     return None
 
 
@@ -51,13 +66,15 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best estimate first."""
-    costs = _costs(sizes_of(call.op, call.input_specs), device)
-    return sorted(costs, key=costs.__getitem__)[:MOST_CANDIDATES]
+    sizes = sizes_of(call.op, call.input_specs)
+    return sorted(_variants(sizes), key=lambda variant: _cycles(sizes, variant, device))
 
 
 def cost_us(call: Call, device: Device) -> float:
-    """Estimated microseconds of the best variant."""
-    return 3.0 + min(_costs(sizes_of(call.op, call.input_specs), device).values()) / CYCLES_PER_US
+    """Estimated microseconds of the best variant, to the scale of conv_stem's, which on an H200 are that much too low."""
+    sizes = sizes_of(call.op, call.input_specs)
+    cycles = min(_cycles(sizes, variant, device) for variant in _variants(sizes))
+    return 3.0 + cycles / (PORTABLE_SCALE * CYCLES_PER_US)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -68,57 +85,135 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if sizes.n * sizes.p == 0:
         return []
     chosen = variant or candidates(call, device)[0]
-    x, y, z = sizes.tiles(chosen)
-    grid = (min(x * y * z, RESIDENT * device.sm_count), ceil(sizes.k / FILTERS), 1)
-    image, w, *bias = call.inputs
+    groups = ceil(sizes.k / FILTERS)
+    grid = (min(items_of(sizes, chosen), max(1, device.sm_count // groups)), groups, 1)
+    x, w, *bias = call.inputs
     idx = call.outputs[1] if op.has_indices else None
-    args: tuple[Argument, ...] = (image, w, bias[0] if op.bias else None, call.outputs[0], idx)
-    shared_bytes = _shared_bytes(sizes, chosen)
-    kernel = _kernel(sizes.runs, sizes.pool)
-    return [Launch(kernel, grid, (32 * WARPS, 1, 1), (*args, problem_of(op, sizes, chosen)), shared_bytes)]
+    args: tuple[Argument, ...] = (x, w, bias[0] if op.bias else None, call.outputs[0], idx)
+    problem = problem_of(op, sizes, chosen, grid[0], _pairs(sizes, chosen), _twice(sizes))
+    kernel = _kernel(sizes.runs, rows_of(sizes), chosen.pixels, sizes.pool)
+    return [Launch(kernel, grid, (_threads(sizes, chosen), 1, 1), (*args, problem), _shared_bytes(sizes, chosen))]
 
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name."""
-    yield from (_kernel(runs, pool) for runs in STEPS for pool in (False, True))
+    for runs in RUNS:
+        for rows in ROWS:
+            yield from (_kernel(runs, rows, pixels, pool) for pixels in PIXELS for pool in (False, True))
 
 
-def _kernel(runs: int, pool: bool) -> Kernel:
-    names = ("RUN16", "RUN8", "TILES", "POOL", "WGMMA")
-    values = (*STEPS[runs], FILTERS // 8, int(pool), 1)
-    return Kernel("conv_stem_fprop.cu", "conv_stem_fprop", tuple(zip(names, values, strict=True)))
+def _kernel(runs: int, rows: int, pixels: int, pool: bool) -> Kernel:
+    macros = (("RUNS", runs), ("ROWS", rows), ("PIXELS", pixels), ("POOL", int(pool)))
+    return Kernel("conv_stem_sm90.cu", "conv_stem_sm90", macros)
 
 
-def _steps(sizes: Sizes) -> int:
-    """Of 16 elements: where runs are an odd number of eights, rows of filters go in twos."""
-    rows = sizes.r + sizes.r % 2 if sizes.runs % 2 else sizes.r
-    return rows * sizes.runs // 2
+def rows_of(sizes: Sizes) -> int:
+    """Of a filter, as many as the kernel is compiled for."""
+    return min(rows for rows in ROWS if rows >= sizes.r)
 
 
-def _copies(sizes: Sizes) -> int:
-    """Of the image's rows: words are read, and pixels may start in the middle of one."""
-    return 2 if sizes.step % 2 else 1
+def _threads(sizes: Sizes, variant: Variant) -> int:
+    """Of a block: two warpgroups make rows where registers allow, else one."""
+    return 384 if variant.pixels == 128 or rows_of(sizes) * sizes.runs == 28 else 512
+
+
+def _span(sizes: Sizes) -> int:
+    """Rows of the image that two rows of outputs read, rounded up to even."""
+    rows = sizes.stride[0] + (sizes.r - 1) * sizes.dilation_h + 1
+    return rows + rows % 2
+
+
+def _strip_rows(sizes: Sizes) -> int:
+    """Items of a strip: two rows of outputs."""
+    return ceil(sizes.p / 2)
+
+
+def _across(sizes: Sizes, variant: Variant) -> int:
+    """Strips along the width."""
+    return ceil(sizes.q / variant.columns)
+
+
+def items_of(sizes: Sizes, variant: Variant) -> int:
+    """Of all strips."""
+    return ceil(sizes.n / variant.images) * _across(sizes, variant) * _strip_rows(sizes)
+
+
+def rows_apart(sizes: Sizes, items: int) -> int:
+    """The most rows of the image that so many items read, one after the other; strips share none."""
+    advance, span = 2 * sizes.stride[0], _span(sizes)
+    strips = ceil(items / max(1, _strip_rows(sizes)))
+    return strips * span + (items - strips) * advance
+
+
+def _raw_row_bytes(sizes: Sizes, variant: Variant) -> int:
+    """Of a row of an image's part of a strip, wherever in sixteen bytes it starts."""
+    return 16 * ceil((14 + 2 * ((variant.columns - 1) * sizes.step + 8 * sizes.runs) + 4) / 16)
+
+
+def raw_bytes(sizes: Sizes, variant: Variant) -> int:
+    """Of the stages in which rows are as the image has them."""
+    return RAW_STAGES * 2 * variant.images * _raw_row_bytes(sizes, variant)
+
+
+def row_bytes(sizes: Sizes, variant: Variant) -> int:
+    """Of a row in the ring."""
+    return 16 * variant.pixels * sizes.runs
+
+
+def tiles_of(sizes: Sizes) -> list[Variant]:
+    """Strips of balanced widths, one of each that holds more than a narrower."""
+    found: dict[tuple[int, int], Variant] = {}
+    for pixels in PIXELS:
+        columns = ceil(sizes.q / ceil(sizes.q / pixels))
+        variant = Variant(pixels, columns + columns % 2)
+        found.setdefault((variant.columns, variant.images), variant)
+    return list(found.values())
+
+
+def _twice(sizes: Sizes) -> int:
+    """Rows that the ring holds twice: operands of two rows may lie across its end."""
+    return sizes.dilation_h if sizes.runs % 2 else 0
+
+
+def _fixed_bytes(sizes: Sizes, variant: Variant) -> int:
+    """Of shared memory, without the ring but for its rows that are there twice: two staged tiles, zeros, rows as they come."""
+    staging_and_zeros = (2 * 128 + 16) * variant.pixels
+    return staging_and_zeros + raw_bytes(sizes, variant) + _twice(sizes) * row_bytes(sizes, variant)
+
+
+def _pairs(sizes: Sizes, variant: Variant) -> int:
+    """Pairs of rows in the ring."""
+    return min(MOST_PAIRS, (SHARED_BYTES - _fixed_bytes(sizes, variant)) // (2 * row_bytes(sizes, variant)))
 
 
 def _shared_bytes(sizes: Sizes, variant: Variant) -> int:
-    filters = 2 * _steps(sizes) * _EIGHT_BYTES + 4 * FILTERS
-    staging = WARPS * UNIT_COLUMNS * (2 * FILTERS + 16)
-    return filters + staging + sizes.patch_bytes(variant) * _copies(sizes)
+    return _fixed_bytes(sizes, variant) + 2 * _pairs(sizes, variant) * row_bytes(sizes, variant)
 
 
-def _costs(sizes: Sizes, device: Device) -> dict[Variant, float]:
-    """Estimated clock cycles, of tiles of which two are on an SM at once where there are such; as an H200 was measured."""
+def _variants(sizes: Sizes) -> list[Variant]:
+    """Those whose ring has room for what three items read: that is how far apart the block's two warpgroups may be."""
+    rows = max(rows_apart(sizes, 3), _twice(sizes))
+    return [variant for variant in tiles_of(sizes) if rows <= 2 * _pairs(sizes, variant)]
 
-    def fitting(room: int) -> list[Variant]:
-        return [variant for variant in tiles_of(sizes) if _shared_bytes(sizes, variant) <= room]
 
-    def cycles(variant: Variant) -> float:
-        fills = sizes.patch_rows(variant) * sizes.pitch(variant) * _copies(sizes)
-        work = ceil(variant.units_w * variant.units_h / WARPS) * (900 + 530 * _steps(sizes))
-        blocks = ceil(sizes.k / FILTERS)
-        for count in sizes.tiles(variant):
-            blocks *= count
-        return ceil(blocks / (RESIDENT * device.sm_count)) * (1500 + fills + work)
+def _cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
+    """Estimated clock cycles, as an H200 was measured: an item's epilogue and rows, and its products."""
+    groups = ceil(sizes.k / FILTERS)
+    blocks = min(items_of(sizes, variant), max(1, device.sm_count // groups))
+    item = (1770 if sizes.pool else 2070) + 0.92 * variant.pixels * ceil(rows_of(sizes) * sizes.runs / 2)
+    return ceil(groups * blocks / device.sm_count) * ceil(items_of(sizes, variant) / blocks) * item
 
-    room = (device.shared_bytes_per_block + 1024) // RESIDENT - 1024
-    return {variant: cycles(variant) for variant in fitting(room) or fitting(device.shared_bytes_per_block)}
+
+def problem_of(op: Op, sizes: Sizes, variant: Variant, blocks: int, pairs: int, twice: int) -> Struct:
+    """`Problem` of conv_stem_sm90.cuh."""
+    numbers = (
+        sizes.n, sizes.h, sizes.w * sizes.c, sizes.k, sizes.p, sizes.q, sizes.run, sizes.r, sizes.step,
+        sizes.pad[1] * sizes.c, sizes.stride[0], sizes.pad[0], sizes.dilation_h, variant.columns, variant.images,
+        _raw_row_bytes(sizes, variant), pairs, twice, _span(sizes), *divmod(items_of(sizes, variant), blocks),
+        act_code(op.act) if isinstance(op, ConvFprop) else 0,
+    )  # fmt: skip
+    last = sizes.run - 8 * (sizes.runs - 1)
+    keep = (np.uint32(sum(0xFFFF << 16 * e for e in (0, 1) if 2 * i + e < last)) for i in range(4))
+    one = (np.uint32(sum(0x3F80 << 16 * e for e in (0, 1) if 2 * i + e == last)) for i in range(4))
+    divisors = (max(1, _strip_rows(sizes)), max(1, _across(sizes, variant)), variant.columns)
+    return Struct((*(np.int32(v) for v in numbers), *keep, *one, *(fast_div(d) for d in divisors)))

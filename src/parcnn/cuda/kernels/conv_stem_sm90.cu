@@ -1,0 +1,284 @@
+// bf16 convolution forward of few channels on Hopper (sm_90a) with bias, ReLU and 2x2 maximum pooling; x (N,H,W,C), w (K,R,S,C),
+// y (N,P,Q,K) bf16, bias fp32.
+//
+//     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s-left, c] * w[k,r,s,c]))
+//
+// GEMM by wgmma: M = 64 filters, N = PIXELS output columns, reduction (r; run of S * C elements, padded to 8 * RUNS). The filters'
+//   fragments stay in registers. A row of the image lies in shared memory as the tensor cores read it: for each output column
+//   its whole run, [eight of the run][column][element]; an output row's operand is R such rows, wherever they lie.
+//
+// Strips, items and the ring of rows are those of conv_stem_sm90.cuh. One or two warpgroups make rows; two take items in turns, so
+//   that one's epilogue hides behind the other's products.
+// grid (blocks that share the items; groups of 64 filters), 128 (PRODUCERS + 2) threads.
+//
+// POOL = 1: a thread holds the four pixels of its windows. Values are rounded before they are compared. Without `idx` values alone.
+//
+// Bytes: x read once for each group of filters (and the strips' common edges), y and the 2-bit indices written once.
+// Preconditions: S * C <= 32, R <= ROWS, no dilation along the width; x begins at a multiple of 16 bytes; every
+//   tensor has less than 2^31 elements.
+//
+// Macros: RUNS, ROWS, PIXELS, POOL.
+// As many warpgroups that make rows as the others leave registers for.
+#if PIXELS == 128
+#define PRODUCERS 1
+#define PRODUCER_REGISTERS "56"
+#define CONSUMER_REGISTERS "224"
+#elif RUNS * ROWS == 28
+#define PRODUCERS 1
+#define PRODUCER_REGISTERS "88"
+#define CONSUMER_REGISTERS "208"
+#else
+#define PRODUCERS 2
+#define PRODUCER_REGISTERS "56"
+#define CONSUMER_REGISTERS "200"
+#endif
+#include "conv_stem_sm90.cuh"
+#include "sm90_wgmma.cuh"
+
+#define FILTERS 64
+#define FEWEST_ROWS (ROWS == 7 ? 4 : 1)
+#define STEPS ((RUNS * ROWS + 1) / 2)
+#define ROW16 (RUNS * PIXELS)     // in sixteen bytes
+#define STAGING_BYTES (PIXELS * 128)
+
+// sums[64][PIXELS] += filters[64][16] * columns[16][PIXELS] by a warpgroup.
+__device__ __forceinline__ void multiply(float (&d)[PIXELS / 2], const u32 (&a)[4], u64 b, u32 add) {
+#if PIXELS == 112
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %61, 0; wgmma.mma_async.sync.aligned.m64n112k16.f32.bf16.bf16 {" WGMMA_TEXT_112
+                 "}, {%56, %57, %58, %59}, %60, p, 1, 1, 0; }"
+                 : WGMMA_SUMS_112(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#elif PIXELS == 128
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" WGMMA_TEXT_128
+                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 0; }"
+                 : WGMMA_SUMS_128(d)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+#endif
+}
+
+__device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
+    return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
+}
+
+// Eight indices, two to a word, as 2 bits each.
+__device__ __forceinline__ u32 pack_indices(uint4 index) {
+    const u32 nibbles = index.x + (index.y << 4) + (index.z << 8) + (index.w << 12);  // of even channels, and of odd ones
+    return (nibbles | nibbles >> 14) & 0xffff;
+}
+
+// NaN where either is.
+__device__ __forceinline__ float max_of(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+// Of eight channels of a pixel those that there are.
+__device__ __forceinline__ void write_some(u16 *to, uint4 v, int count) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+        if (e < count) to[e] = (u16)(words[e / 2] >> 16 * (e % 2));
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
+    conv_stem_sm90(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
+                   u8 *__restrict__ idx, const Problem g) {
+    extern __shared__ __align__(1024) char shared[];
+    __shared__ u64 barriers[ROW_BARRIERS];
+    __shared__ Place places[PIXELS];
+    const u32 staging = shared_address(shared), ring = staging + 2 * STAGING_BYTES, zeros = ring + (2 * g.pairs + g.twice) * ROW_BYTES;
+    const Rows rows = rows_of(ring, zeros + PLANE, zeros, shared_address(barriers));
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    if (threadIdx.x == 0) rows.init(g, 8);
+    list_places<POOL>(g, places);
+    if (threadIdx.x < PIXELS) store_shared_words(zeros + 16 * threadIdx.x, 0, 0, 0, 0);
+    fence_async();
+    await_predecessors();
+    __syncthreads();
+    if (group < PRODUCERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " PRODUCER_REGISTERS ";");
+        make_rows<false>(g, x, rows);
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 " CONSUMER_REGISTERS ";");
+    const int rows_of_strip = g.by_rows.d, advance = 2 * g.stride_h;
+    const Share share(g);
+    const int begin = share.begin, end = share.end;
+    const int consumer = group - PRODUCERS, first_k = blockIdx.y * FILTERS, k0 = first_k + 16 * warp + lane / 4;
+    u32 filters[STEPS][4];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int eight = 2 * step + i / 2, r = eight / RUNS, j = eight % RUNS * 8 + lane % 4 * 2, k = k0 + i % 2 * 8;
+            const u16 *from = w + ((long long)k * g.r + r) * g.run + j;
+            const bool is_there = k < g.k && r < g.r;
+            u32 low = 0, high = 0;
+            if (is_there && j < g.run) low = __ldg(from);
+            if (is_there && j + 1 < g.run) high = __ldg(from + 1);
+            filters[step][i] = low | high << 16;
+        }
+    const float bias0 = bias && k0 < g.k ? bias[k0] : 0.0f, bias1 = bias && k0 + 8 < g.k ? bias[k0 + 8] : 0.0f;
+    const u32 own = staging + consumer * STAGING_BYTES;
+    // Where the lane's row of the matrices that it stores is: of eight pixels; of pooled ones the even columns are the first four's.
+    const int matrix_row = lane & 7, matrix_pixel = POOL ? (matrix_row & 1) * 4 + (matrix_row >> 1) : matrix_row + (lane >> 4) * 8;
+    const u32 matrix = chunk_address(own, matrix_pixel, warp * 2 + (lane >> 3 & 1)) + (POOL ? (lane >> 4) * (STAGING_BYTES / 2) : 0);
+    const int ring_rows = 2 * g.pairs;
+    const u32 ring16 = ring / 16, ring_end16 = ring16 + ring_rows * ROW16, row16 = g.dilation_h * ROW16;
+
+    int slot = 0;              // of the item's first row in the ring
+    u32 parity = 0;            // of that
+    int freed = 0;             // rows between the first that is not given back yet and the item's first
+    int freed_stage = 0;       // of the first not given back
+    int pair;
+    divide(begin, g.by_rows, pair);
+    float sums[2][PIXELS / 2];
+#pragma unroll 1
+    for (int item = begin; item < end; ++item) {
+        const int strip = quotient(item, g.by_rows);
+        const bool is_last_of_strip = pair + 1 == rows_of_strip;
+        const int to_next = is_last_of_strip ? g.span : advance;
+        if ((item - begin & 1) == consumer) {
+            if (item > begin) named_barrier(1 + consumer, 256);
+            const int last = slot + g.span - 1, wraps = last >= ring_rows;
+            barrier_wait(rows.full + 8 * (last / 2 - (wraps ? g.pairs : 0)), parity ^ wraps);
+            // The current row of the filters' for each of the item's two, in sixteen bytes as descriptors count.
+            u32 at[2] = {ring16 + slot * ROW16, ring16 + (slot + g.stride_h) * ROW16};
+            at[1] -= at[1] >= ring_end16 ? ring_end16 - ring16 : 0;
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < STEPS; ++step) {
+                // Two eights; where filters have fewer rows, zeros.
+                const int r0 = 2 * step / RUNS, j0 = 2 * step % RUNS, r1 = (2 * step + 1) / RUNS, j1 = (2 * step + 1) % RUNS;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    u32 eight = at[e] + j0 * PIXELS, leading = (r1 - r0) * row16 + (j1 - j0) * PIXELS;
+                    if (r1 >= ROWS || (r1 >= FEWEST_ROWS && r1 >= g.r)) leading = zeros / 16 - eight;
+                    if (r0 >= FEWEST_ROWS && r0 >= g.r) eight = zeros / 16, leading = 0;
+                    multiply(sums[e], filters[step], descriptor_of(descriptor_high(128, 0), leading << 16 | eight), step > 0);
+                    at[e] += ((2 * step + 2) / RUNS - r0) * row16;
+                    at[e] -= at[e] >= ring_end16 ? ring_end16 - ring16 : 0;
+                }
+            }
+            wgmma_commit();
+            if (item + 1 < end) asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
+            wgmma_wait<0>();
+            // Give back what this warpgroup's next item does not read.
+            int give = freed + to_next;
+            if (is_last_of_strip) {
+                give += rows_of_strip == 1 ? g.span : advance;
+            } else {
+                give += pair + 2 == rows_of_strip ? g.span : advance;
+            }
+            freed -= give;
+            __syncwarp();
+            for (int i = 0; i < give / 2; ++i) {
+                if (lane == 0) barrier_arrive(rows.empty + 8 * freed_stage);
+                freed_stage = freed_stage + 1 == g.pairs ? 0 : freed_stage + 1;
+            }
+
+            // Epilogue.
+            int across;
+            const int n = divide(strip, g.by_across, across) * g.images, q = across * g.columns, p = 2 * pair;
+            const int out_p = POOL ? g.p / 2 : g.p, out_q = POOL ? g.q / 2 : g.q, q0 = POOL ? q / 2 : q, p0 = POOL ? pair : p;
+            const int chunk = thread & 7, channel = first_k + 8 * chunk;
+            const u32 floor = g.act == ACT_RELU ? 0u : 0xff80ff80u;  // a pair of bf16: minus infinity where there is no ReLU
+            const u32 pixel0 = ((u32)n * out_p + p0) * out_q + q0;
+            if constexpr (POOL) {
+                if (idx) {
+#pragma unroll
+                    for (int j = 0; j < PIXELS / 8; j += 2) {
+                        u32 value[2], index[2];
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const float *a = sums[0] + 4 * (j + e), *b = sums[1] + 4 * (j + e);
+                            const Best best(round_bf16x2(a[0] + bias0, a[2] + bias1), round_bf16x2(a[1] + bias0, a[3] + bias1),
+                                            round_bf16x2(b[0] + bias0, b[2] + bias1), round_bf16x2(b[1] + bias0, b[3] + bias1), floor);
+                            value[e] = best.value, index[e] = best.index;
+                        }
+                        store_matrices(matrix + j * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632),
+                                       __byte_perm(index[0], index[1], 0x5410), __byte_perm(index[0], index[1], 0x7632));
+                    }
+                } else {  // rounding keeps the order, so the maximum may come first
+#pragma unroll
+                    for (int j = 0; j < PIXELS / 8; j += 2) {
+                        u32 value[2];
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const float *a = sums[0] + 4 * (j + e), *b = sums[1] + 4 * (j + e);
+                            const float low = max_of(max_of(a[0], a[1]), max_of(b[0], b[1])), high = max_of(max_of(a[2], a[3]), max_of(b[2], b[3]));
+                            value[e] = max_bf16x2(round_bf16x2(low + bias0, high + bias1), floor);
+                        }
+                        store_matrices(matrix + j * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632));
+                    }
+                }
+                named_barrier(3 + consumer, 128);
+                const int count = channel < g.k ? PIXELS / 2 : 0;
+                const u64 first = (u64)pixel0 * g.k + channel;
+                if (g.k % 8 == 0) {
+#pragma unroll
+                    for (int i = 0; i < (PIXELS / 2 + 15) / 16; ++i) {
+                        const int pixel = thread / 8 + 16 * i;
+                        if (pixel >= count) continue;
+                        const Place place = places[pixel];
+                        const u32 from = chunk_address(own, pixel, chunk);
+                        const uint4 value = load_shared16(from);
+                        if (!is_there(place, q0, out_q, n, g.n)) continue;
+                        store_global16(y + first + place.to, value);
+                        if (!idx) continue;
+                        *reinterpret_cast<u16 *>(idx + (first + place.to) / 4) = (u16)pack_indices(load_shared16(from + STAGING_BYTES / 2));
+                    }
+                } else {
+                    const int bytes = (g.k + 3) / 4;
+#pragma unroll 1
+                    for (int pixel = thread / 8; pixel < count; pixel += 16) {
+                        const Place place = places[pixel];
+                        if (!is_there(place, q0, out_q, n, g.n)) continue;
+                        const u32 from = chunk_address(own, pixel, chunk);
+                        write_some(y + first + place.to, load_shared16(from), g.k - channel);
+                        if (!idx) continue;
+                        const u32 codes = pack_indices(load_shared16(from + STAGING_BYTES / 2));
+                        u8 *const to = idx + (u64)(pixel0 + (u32)(place.column >> 16) * out_p * out_q + (place.column & 0xffff)) * bytes + channel / 4;
+                        to[0] = (u8)codes;
+                        if (g.k - channel > 4) to[1] = (u8)(codes >> 8);
+                    }
+                }
+                named_barrier(3 + consumer, 128);
+            } else {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    if (p + e >= g.p) break;
+#pragma unroll
+                    for (int j = 0; j < PIXELS / 8; j += 2) {
+                        u32 v[4];
+#pragma unroll
+                        for (int i = 0; i < 2; ++i) {
+                            const float *s = sums[e] + 4 * (j + i);
+                            v[2 * i] = max_bf16x2(round_bf16x2(s[0] + bias0, s[1] + bias0), floor);
+                            v[2 * i + 1] = max_bf16x2(round_bf16x2(s[2] + bias1, s[3] + bias1), floor);
+                        }
+                        store_matrices(matrix + j * 1024, v[0], v[1], v[2], v[3]);
+                    }
+                    named_barrier(3 + consumer, 128);
+                    u16 *const to = y + ((u64)pixel0 + e * out_q) * g.k + channel;
+#pragma unroll 4
+                    for (int pixel = thread / 8; pixel < PIXELS; pixel += 16) {
+                        const Place place = places[pixel];
+                        const uint4 value = load_shared16(chunk_address(own, pixel, chunk));
+                        if (!is_there(place, q0, out_q, n, g.n) || channel >= g.k) continue;
+                        if (g.k % 8 == 0)
+                            store_global16(to + place.to, value);
+                        else
+                            write_some(to + place.to, value, g.k - channel);
+                    }
+                    named_barrier(3 + consumer, 128);
+                }
+            }
+        }
+        slot += to_next, freed += to_next;
+        while (slot >= ring_rows) slot -= ring_rows, parity ^= 1;
+        pair = is_last_of_strip ? 0 : pair + 1;
+    }
+}
