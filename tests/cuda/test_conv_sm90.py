@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, gcd
 
 import numpy as np
@@ -23,7 +24,7 @@ from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Slot
 from tests.cuda import conv_problems
 from tests.cuda.bf16 import from_bits, to_bits
-from tests.cuda.conv_problems import on_cpu, random_of, specs_of, tensors_of
+from tests.cuda.conv_problems import Arrays, on_cpu, random_of, specs_of, tensors_of
 from tests.op_runner import run_op
 
 H200 = Device("H200", "sm_90a", 132)
@@ -163,8 +164,10 @@ def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyP
     return executor
 
 
-def check_exact(executor: CudaExecutor, op: Op, operands: list[np.ndarray], where: object = "") -> None:
-    conv_problems.check_exact(executor, op, operands, "bf16", where=where)
+def check_exact(
+    executor: CudaExecutor, op: Op, operands: list[np.ndarray], where: object = "", true: Arrays | None = None
+) -> None:
+    conv_problems.check_exact(executor, op, operands, "bf16", true, where)
 
 
 # Without a GPU
@@ -232,9 +235,9 @@ def all_sizes() -> Iterator[tuple[Sizes, Variant]]:
 
 def test_skipped_taps_lie_wholly_in_the_padding() -> None:
     for sizes, variant in all_sizes():
-        if variant.serves != "tap":
+        if not tiles.skips(sizes, variant):
             continue
-        for axis, image in ((0, sizes.h), (1, sizes.w)):
+        for axis, image in ((0, sizes.h), (1, sizes.w))[variant.serves == "column" :]:
             extent, outputs = variant.tile[1 - axis], sizes.class_outputs[axis]
             for kind in sizes.classes:
                 counts = tiles.live_taps(sizes, kind, axis, extent)
@@ -322,7 +325,7 @@ def test_dgrad_of_a_layer_is_tuned_as_the_convolution_that_it_is() -> None:
     inputs = (Spec((2000, 15, 15, 256), "bf16"), Spec((256, 3, 3, 64), "bf16"))
     call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
     best = conv_sm90.candidates(call, H200)[0]
-    assert (best.serves, best.tile, best.channels) == ("column", (15, 15, 1), 64)
+    assert (best.serves, best.tile, best.channels) == ("column", (1, 15, 17), 64)
 
 
 # On the device
@@ -347,7 +350,7 @@ SERVES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("serves", SERVES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("c", "k"), [(24, 64), (64, 64), (64, 192), (136, 72), (256, 128)])
+@pytest.mark.parametrize(("c", "k"), [(24, 64), (64, 64), (64, 192), (136, 72), (256, 128), (136, 32), (16, 136)])
 def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str, kind: str, c: int, k: int) -> None:
     """Tiles that hang over every border, in rings of as few stages as there may be, and of as many."""
     problem = Problem(7, 13, 11, c, k)
@@ -355,15 +358,35 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
     sizes = sizes_of(op, operands)
     even = (lambda v: v + v % 2) if sizes.pool else (lambda v: v)
     ran = 0
+    true = on_cpu(op, operands)
     for w, h, n in SERVES[serves]:
-        for channels in (64, 128):
+        for channels in (32, 64, 128):
             for x_stages, splits in ((0, 1), (2, 1), (0, 2), (2, 3)):
                 shape = Shape(serves, (even(w), even(h), n), channels, x_stages, False, splits)
                 variant = tiles.fit(sizes, shape, cuda.device)
                 if variant is not None:
-                    check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
+                    check_exact(forced(cuda, variant, monkeypatch), op, operands, variant, true)
                     ran += 1
     assert ran
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fused", "dgrad"])
+@pytest.mark.parametrize(("c", "k"), [(64, 64), (72, 256)])
+@pytest.mark.parametrize("channels", [64, 128])
+def test_columns_of_many_images(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, c: int, k: int, channels: int
+) -> None:
+    """Columns of taps beside an image's sides are left out; tiles are dealt out, or too many for that."""
+    problem = Problem(260, 3, 11, c, k)
+    op, operands = problem.op(kind), problem.integers(kind, random_of(kind, c, k))
+    sizes, dealt, true = sizes_of(op, operands), set(), on_cpu(op, operands)
+    for tile in ((1, 3, 2), (1, 3, 42), (2, 3, 20), (12, 3, 1)):
+        variant = tiles.fit(sizes, Shape("column", tile, channels), cuda.device)
+        assert variant is not None
+        dealt.add(conv_sm90._order(sizes, variant, cuda.device) is not None)
+        check_exact(forced(cuda, variant, monkeypatch), op, operands, variant, true)
+    assert dealt == {True, False}
 
 
 @pytest.mark.gpu
@@ -372,7 +395,7 @@ def test_tiles(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, serves: str,
     ("channels", "cb", "serves", "side"),
     [
         (*tile, *stage)
-        for tile in tiles.PIXELS
+        for tile in tiles.TAP_PIXELS
         for stage in (("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2))
         if stage[0] != "window" or tile[0] == 64
     ],
@@ -409,6 +432,41 @@ def test_every_compiled_tile(
         k for k in conv_sm90.variants()
         if k.entry == "conv_sm90" and dict(k.defines)["POOL"] in pool and macros.items() <= dict(k.defines).items()
     }  # fmt: skip
+    assert listed == kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["fprop", "fused", "gelu", "dgrad", "dgrad relu", "dgrad add tanh"])
+@pytest.mark.parametrize(("outputs", "reduced"), [(8, 64), (24, 64), (32, 72)])
+def test_every_tile_whose_products_do_two_rows_of_taps(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, outputs: int, reduced: int
+) -> None:
+    """In images that are tiles and that are none, of any padding; with what is not finite."""
+    channels = (outputs, reduced) if "dgrad" in kind else (reduced, outputs)
+    kernels = set()
+    for h, w, pad in ((33, 20, (1, 1, 1, 1)), (15, 9, (0, 2, 2, 0)), (62, 8, (2, 1, 0, 2))):
+        problem = Problem(3, h, w, *channels, pad=pad)
+        op, operands = problem.op(kind), problem.integers(kind, random_of(kind, outputs, h))
+        sizes = sizes_of(op, operands)
+        if kind in ("fprop", "fused", "dgrad"):
+            x, operands[1][operands[1] == 0] = operands[0], 1
+            x[0, 3, 4, 5], x[1, 0, 0, 0], x[2, 7, 6, 3], x[2, 8, 6, 3] = np.nan, np.inf, -np.inf, np.nan
+        single = tiles.fit(sizes, Shape("window", (8, 7, 1), 64), cuda.device)
+        assert single is not None
+        others = run_op(forced(cuda, single, monkeypatch), op, bits_of(op, operands))
+        true = on_cpu(op, operands)
+        for pixels, less, x_stages in product(tiles.PIXELS[tiles.PAIRED, 64], (1, 4), (0, 2)):
+            tile = (8, pixels // 8 - less, 1)
+            variant = tiles.fit(sizes, Shape("window", tile, tiles.PAIRED, x_stages), cuda.device)
+            assert variant is not None
+            executor = forced(cuda, variant, monkeypatch)
+            if kind == "gelu":
+                np.testing.assert_array_equal(run_op(executor, op, bits_of(op, operands))[0], others[0], str(variant))
+            else:
+                check_exact(executor, op, operands, variant, true)
+            kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)}
+    macros = {"CHANNELS": tiles.PAIRED, "FLIPPED": int("dgrad" in kind)}
+    listed = {k for k in conv_sm90.variants() if k.entry == "conv_sm90" and macros.items() <= dict(k.defines).items()}
     assert listed == kernels
 
 

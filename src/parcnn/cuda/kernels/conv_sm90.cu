@@ -19,6 +19,7 @@
 // Roles of a block: two warpgroups consume, one produces. Thread 0 of the latter keeps a ring of X stages full, and a
 // ring of weights, or all taps' weights once (`resident`). Its warps 1 and 2 write finished tiles out by TMA.
 //   CHANNELS  64: the two consumers take alternate tiles, so that one's epilogue hides behind the other's product;
+//             32: likewise, and the M of a product is 32 channels by two rows of taps (`pack_weights`);
 //             128: they share a tile's pixels and have 64 channels each; with staging of their own, one behind the other, so that
 //             their epilogues hide behind each other's products.
 // An X stage serves one tap, or a tile with its halo serves a column of taps (tile_w any), or all of them (tile_w = 8):
@@ -35,9 +36,10 @@
 // grid: slots * k_groups x splits blocks of 384 threads, persistent. Bytes: x is read from L2 once for each tap (stage) and group
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
-// Macros: PIXELS, CB (32 or 64), CHANNELS, POOL (0; 1 through shared memory; 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where
-// constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3;
-// else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no pool (conv_sm90_moments.cuh).
+// Macros: PIXELS, CB (32 or 64), CHANNELS (32: of windows alone, without a pool or moments), POOL (0; 1 through shared memory;
+// 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share
+// stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y
+// for a batch norm, where there is no pool (conv_sm90_moments.cuh).
 
 #include "conv_sm90_epilogue.cuh"
 #include "conv_sm90_moments.cuh"
@@ -45,10 +47,10 @@
 
 DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
 
-constexpr bool ALTERNATE = CHANNELS == 64;
+constexpr bool ALTERNATE = CHANNELS <= 64;
 constexpr int CONSUMER_WARPS = ALTERNATE ? 4 : 8;  // that must give a stage back
 constexpr int ROW_BYTES = CB * 2;
-constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = CHANNELS / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
+constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = (CHANNELS + 63) / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
 
@@ -85,11 +87,40 @@ __device__ __forceinline__ void load_weights(const TensorMap &w, u32 to, u32 bar
     }
 }
 
+// PAIRED: six products do a 3x3 filter, the M of each is twice 32 channels. Let the tile's rows be 0 to H - 1, and a product's
+// groups of eight pixels the rows 0 to H. Its `upper` channels belong to the row of outputs above, its `lower` to that row, and
+//
+//     y[row] = upper[row + 1] + lower[row].
+//
+// With one and the same row of x, upper's tap is the one below lower's: of rows that start where lower's first tap reads, taps 1 and
+// 0; one further down, 2 and 1. So tap 1 comes twice, by halves. (A product by zero weights instead would make NaN of infinities.
+// Halves are exact but for the last bit of what is subnormal.) A warp has 8 upper channels and then the same 8 lower ones, so that a thread
+// has both. Stored as what TMA writes: [64 of M][64 reduced], or (FLIPPED) [64 reduced][64 of M].
+__device__ __forceinline__ u32 half_of(u32 pair) { return round_bf16x2(0.5f * low_bf16(pair), 0.5f * high_bf16(pair)); }
+
+__device__ __forceinline__ void pack_weights(const Problem &g, const u16 *__restrict__ w, u8 *to) {
+    for (int i = threadIdx.x; i < g.c_blocks * taps_of(g) * 512; i += blockDim.x) {
+        const int chunk = i & 7, row = i >> 3 & 63, unit = i >> 9;  // 16 bytes each; of a product's 64 x 64
+        const int product = unit & 1, s = (unit >> 1) % FILTER, c0 = (unit >> 1) / FILTER * 64;
+        const int m = FLIPPED ? chunk * 8 : row, c = c0 + (FLIPPED ? row : chunk * 8);
+        const int k = (m >> 4) * 8 + (m & 7), r = product + 1 - (m >> 3 & 1);
+        uint4 v = {};
+        if (k < g.k && c < g.c) {
+            const int tap = FLIPPED ? FILTER * FILTER - 1 - r * FILTER - s : r * FILTER + s;
+            const int at = FLIPPED ? (c * FILTER * FILTER + tap) * g.k + k : (k * FILTER * FILTER + tap) * g.c + c;
+            v = *reinterpret_cast<const uint4 *>(w + at);
+            if (r == 1) v = {half_of(v.x), half_of(v.y), half_of(v.z), half_of(v.w)};
+        }
+        *reinterpret_cast<uint4 *>(to + (i >> 3) * 128 + ((chunk ^ (row & 7)) << 4)) = v;
+    }
+    fence_async();
+}
+
 __device__ __forceinline__ void produce(const Problem &g, const Order &order, const TensorMap &x, const TensorMap &w, const Barriers &bar,
                                         u32 x_base, u32 w_base, int slot, int k_group) {
     const int c0 = blockIdx.y * g.c_blocks * CB;  // the split's first reduction channel
     Ring x_ring, w_ring;
-    if (g.resident) {
+    if (!PAIRED && g.resident) {
         const int taps = g.r * g.s;
         barrier_expect(bar.w_full, k_rounds(g) * g.c_blocks * taps * W_STAGE_BYTES);
         u32 to = w_base;
@@ -172,7 +203,12 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
 #endif
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    conv_sm90(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+    conv_sm90(const __grid_constant__ TensorMap x,
+#if CHANNELS == 32
+              const u16 *__restrict__ filters,
+#else
+              const __grid_constant__ TensorMap w,
+#endif
 #if POOL
               u16 *__restrict__ y, u8 *__restrict__ idx,
 #elif FLIPPED
@@ -198,13 +234,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     const int k_group = blockIdx.x % g.k_groups, slot = blockIdx.x / g.k_groups;
     if (threadIdx.x == 0) {
         bar.init(g);
-        prefetch(x), prefetch(w);
+        prefetch(x);
+#if CHANNELS != 32
+        prefetch(w);
+#endif
     }
 #if POOL == 1 || POOL == 2
     Pooled *const pooled = reinterpret_cast<Pooled *>(shared + g.barrier_offset + BARRIER_BYTES);
     list_pooled<PIXELS>(g, pooled);
 #endif
     await_predecessors();
+#if CHANNELS == 32
+    const TensorMap &w = x;  // not read
+    pack_weights(g, filters, shared + g.x_stages * g.x_stage_bytes);
+#endif
     __syncthreads();
 
     if (consumer == 2) {
@@ -241,13 +284,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const auto first_channel = [&] { return (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2); };
         Moments moments;
 #endif
-        if (g.resident) barrier_wait(bar.w_full, 0);
+        if (!PAIRED && g.resident) barrier_wait(bar.w_full, 0);
         Walk walk = {slot, 0};
         Ring x_tile, w_tile;  // stages of a tile, where all have as many
         x_tile.skip(g.loads, g.by_x_stages), w_tile.skip(g.loads * load_rows(g) * load_columns(g), g.by_w_stages);
         int round = ALTERNATE ? consumer : 0, tile = 0;
         Tile next = {};
         float next_bias[2];  // of its two channels
+        const auto read_bias = [&] {
+            const int own_k = next.k + (ALTERNATE ? 0 : consumer * 64) + warp * (PAIRED ? 8 : 16) + (lane >> 2);
+            next_bias[0] = bias && own_k < g.k ? bias[own_k] : 0.0f;
+            next_bias[1] = PAIRED ? next_bias[0] : bias && own_k + 8 < g.k ? bias[own_k + 8] : 0.0f;
+        };
         const auto find_next = [&] {
             const int item = walk.item(g, order);
             if (item < 0) return false;
@@ -256,9 +304,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 next.k += Rounds * CHANNELS;  // of the same item
             else
                 next = tile_of(g, item, k_group + walk.k_round);
-            const int own_k = next.k + (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2);
-            next_bias[0] = bias && own_k < g.k ? bias[own_k] : 0.0f;
-            next_bias[1] = bias && own_k + 8 < g.k ? bias[own_k + 8] : 0.0f;
+            if (!MOMENTS) read_bias();
             return true;
         };
         // Stages of the other consumer's tile.
@@ -286,6 +332,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const Tile t = next;
             const int k_round = walk.k_round;
             const int k = t.k + (ALTERNATE ? 0 : consumer * 64);
+            if (MOMENTS) read_bias();  // no earlier: there are no registers for two tiles' biases
             // (The sums with zeros are taken here, when the biases have come, not where they are asked for.)
             Outputs out = {in_register(next_bias[0]) + 0.0f, in_register(next_bias[1]) + 0.0f, g.floor};
 #if FLIPPED
@@ -325,9 +372,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const auto pass_turn = [&](bool is_last) {
                 if (ALTERNATE && is_last && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
             };
-            int taps_before = k_round * c_blocks * g.r * g.s + t.tap;  // in resident weights
+            int taps_before = k_round * c_blocks * taps_of(g) + t.tap;  // in resident weights
 #pragma unroll 1
-            for (int block = c_blocks; block > 0; --block, taps_before += g.r * g.s)
+            for (int block = c_blocks; block > 0; --block, taps_before += taps_of(g))
 #pragma unroll 1
                 for (int s = t.s0; s < t.s1; s += load_columns(g))
 #pragma unroll 1
@@ -357,6 +404,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                     multiply_tap(a, b);
                                     multiply_tap(a + a_step, b + row_step);
                                     multiply_tap(a + 2 * a_step, b + 2 * row_step);
+                                    wgmma_commit();
+                                } else if (PAIRED) {
+                                    multiply_tap(a, b);
+                                    multiply_tap(a + a_step, b + row_step);
                                     wgmma_commit();
                                 } else {
                                     for (int j = load_rows(g); j > 0; --j, a += a_step, b += row_step) multiply_tap(a, b), wgmma_commit();
@@ -393,15 +444,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
 
 #if !POOL
-            if (partial) {
+            if (!PAIRED && partial) {
                 const int unit = (t.item * g.k_groups + k_group) * (CHANNELS / 64) + (ALTERNATE ? 0 : consumer);
                 store_partial<PIXELS>(sums, partial + ((u64)blockIdx.y * g.units + unit) * (PIXELS * 64), warp, lane);
                 continue;
             }
 #endif
+            if (PAIRED) add_pairs(sums);
+            float (&results)[OUT_PIXELS / 2] = reinterpret_cast<float (&)[OUT_PIXELS / 2]>(sums);
 #if !FLIPPED
             if (g.act) {
-                activate_sums(sums, out.bias0, out.bias1, g.act);
+                activate_sums(results, out.bias0, out.bias1, g.act);
                 out.bias0 = out.bias1 = 0.0f;
             }
 #endif
@@ -450,7 +503,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             };
             if (g.add) {
                 bring(addend);
-                add_staged<PIXELS>(sums, staging, warp, lane);
+                add_staged<OUT_PIXELS>(results, staging, warp, lane);
                 if (g.act) {
                     fence_async();
                     named_barrier(1 + consumer, 128);
@@ -458,11 +511,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
             if (g.act) {
                 bring(saved);
-                multiply_by_derivative<PIXELS>(sums, g.act, staging, warp, lane);
+                multiply_by_derivative<OUT_PIXELS>(results, g.act, staging, warp, lane);
             }
 #endif
-            u32 words[PIXELS / 4];
-            stage_tile<PIXELS>(words, sums, out, staging, warp, lane);
+            u32 words[OUT_PIXELS / 4];
+            stage_tile<OUT_PIXELS>(words, results, out, staging, warp, lane);
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);

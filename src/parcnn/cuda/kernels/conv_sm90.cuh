@@ -17,7 +17,7 @@ struct Class {
 };
 
 struct Problem {
-    int h, w, r, s, k;                                             // image, filter, output channels
+    int h, w, r, s, c, k;                                          // image, filter, channels reduced and put out
     int n, p, q;                                                   // images, outputs that are stored (after the pool)
     int stride_h, stride_w, dilation_h, dilation_w;
     int spread_h, spread_w;                                        // from an output of a class to the next
@@ -28,7 +28,7 @@ struct Problem {
     int items, slots;                                              // tiles (entries of `Order`); blocks that share a group of channels
     int k_groups;                                                  // groups of output channels that blocks are bound to; 1: none
     int k_rounds;                                                  // groups that follow each other on one X stage; 1: each loads its own
-    int ordered;                                                   // whether `Order` gives the tiles
+    int ordered;                                                   // ORDERED, TURNED (below), or 0: tiles are counted
     int load_rows, load_columns, loads;                            // taps that an X stage serves; X stages of a tile, 0 where tiles differ
     int x_row_step, x_column_step;                                 // from a tap to the next inside an X stage, 16 bytes each
     u32 x_descriptor;                                              // upper half
@@ -49,15 +49,25 @@ struct Problem {
     int window_h, window_w, window_stride_h, window_stride_w, window_pad_h, window_pad_w, conv_p, conv_q;
 };
 
+// Output channels that share the M of a product with those of the row of taps above: twice 32 are 64. Then `load_rows` counts
+// products, whose weights lie side by side, and a consumer's pixels are OUT_PIXELS.
+constexpr bool PAIRED = CHANNELS == 32;
+constexpr int OUT_PIXELS = PAIRED ? PIXELS / 2 : PIXELS;
+
+// Whether tiles may leave out columns of taps that lie in the padding. (Beside moments it takes more registers than there are.)
+constexpr bool SKIPS_COLUMNS = FILTER == 3 && COLUMNS == 1 && !MOMENTS;
+constexpr bool ALIKE = FILTER && !SKIPS_COLUMNS;  // all tiles have all taps
+
 // What is constant where FILTER or COLUMNS is.
+__device__ __forceinline__ int taps_of(const Problem &g) { return PAIRED ? 2 * FILTER : g.r * g.s; }
 __device__ __forceinline__ int k_rounds(const Problem &g) { return FILTER == 1 ? g.k_rounds : 1; }
-__device__ __forceinline__ int load_rows(const Problem &g) { return FILTER ? FILTER : COLUMNS ? 1 : g.load_rows; }
+__device__ __forceinline__ int load_rows(const Problem &g) { return PAIRED ? 2 : FILTER ? FILTER : COLUMNS ? 1 : g.load_rows; }
 __device__ __forceinline__ int load_columns(const Problem &g) { return COLUMNS ? COLUMNS : g.load_columns; }
-__device__ __forceinline__ int tap_row(const Problem &g) { return FILTER ? (FLIPPED ? -FILTER : FILTER) : g.tap_row; }
-__device__ __forceinline__ int tap_column(const Problem &g) { return FILTER ? (FLIPPED ? -1 : 1) : g.tap_column; }
+__device__ __forceinline__ int tap_row(const Problem &g) { return PAIRED ? 1 : FILTER ? (FLIPPED ? -FILTER : FILTER) : g.tap_row; }
+__device__ __forceinline__ int tap_column(const Problem &g) { return PAIRED ? 2 : FILTER ? (FLIPPED ? -1 : 1) : g.tap_column; }
 __device__ __forceinline__ int x_row_step(const Problem &g) { return FILTER == 3 ? g.x_row_step : COLUMNS ? 0 : g.x_row_step; }
 __device__ __forceinline__ int x_column_step(const Problem &g) { return COLUMNS ? CB * 2 >> 4 : g.x_column_step; }
-__device__ __forceinline__ bool are_alike(const Problem &g) { return FILTER || g.loads; }
+__device__ __forceinline__ bool are_alike(const Problem &g) { return ALIKE || g.loads; }
 
 // A value that the compiler may not read from constant memory again.
 template <typename T> __device__ __forceinline__ T in_register(T v) {
@@ -70,7 +80,11 @@ __device__ __forceinline__ float in_register(float v) {
 }
 
 // Tiles in the order in which blocks take them, [round][slot]: where taps are skipped, tiles differ in work, and the
-// launcher deals them out, heaviest first. Twin: ORDER_ENTRIES in conv_sm90.py.
+// launcher deals them out, heaviest first (ORDERED). Where they are too many to list and it is the columns at the images' sides
+// that have less work, blocks take other columns of each image (TURNED): else these might be some blocks' alone. Twins:
+// ORDER_ENTRIES, ORDERED and TURNED in conv_sm90.py.
+#define ORDERED 1
+#define TURNED 2
 #define ORDER_ENTRIES 1280
 #define NO_ITEM 0xffff
 struct Order {
@@ -88,7 +102,7 @@ __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int
     k_round = 0;
     const int at = slot + (FILTER == 1 ? divide(round, g.by_k_rounds, k_round) : round) * g.slots;
     if (at >= g.items) return -1;
-    if (FILTER || !g.ordered) return at;
+    if (ALIKE || g.ordered != ORDERED) return at;
     int item = order.items[at];
     return item == NO_ITEM ? -1 : item;
 }
@@ -108,7 +122,7 @@ struct Walk {
     }
     __device__ __forceinline__ int item(const Problem &g, const Order &order) const {
         if (at >= g.items) return -1;
-        if (FILTER || !g.ordered) return at;
+        if (ALIKE || g.ordered != ORDERED) return at;
         const int item = order.items[at];
         return item == NO_ITEM ? -1 : item;
     }
@@ -143,7 +157,9 @@ __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group)
     t.kind = FLIPPED && !FILTER ? divide(item, g.by_class, item) : 0;
     const Class &outputs = g.classes[t.kind];
     int patch = divide(item, g.by_k_inner, k_inner);
-    t.n = divide(divide(patch, g.by_tiles_w, x), g.by_tiles_h, y) * g.tile_n;
+    const int z = divide(divide(patch, g.by_tiles_w, x), g.by_tiles_h, y);
+    t.n = z * g.tile_n;
+    if (SKIPS_COLUMNS && g.ordered == TURNED) divide(x + z, g.by_tiles_w, x);
 #if POOL == 3
     t.h = y * (int)g.by_pooled_h.d * g.window_stride_h - g.window_pad_h, t.w = x * (int)g.by_pooled_w.d * g.window_stride_w - g.window_pad_w;
 #else
@@ -151,14 +167,17 @@ __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group)
 #endif
     t.k = (k_group + k_inner) * CHANNELS;
     t.top = t.h * g.stride_h - outputs.pad_h, t.left = t.w * g.stride_w - outputs.pad_w;
-    t.tap = outputs.tap;
-    if (!are_alike(g)) {
+    t.tap = PAIRED ? 0 : outputs.tap;
+    if (SKIPS_COLUMNS && !are_alike(g)) {
+        t.r0 = 0, t.r1 = FILTER, t.s0 = max(0, 1 - t.left - g.tile_w), t.s1 = min(FILTER, g.w - t.left);
+        if (t.s0 >= t.s1) t.s0 = 0, t.s1 = 1;
+    } else if (!are_alike(g)) {
         live_taps(t.top, t.top + (g.tile_h - 1) * g.stride_h, g.h, g.by_dilation_h, outputs.r, t.r0, t.r1);
         live_taps(t.left, t.left + (g.tile_w - 1) * g.stride_w, g.w, g.by_dilation_w, outputs.s, t.s0, t.s1);
     } else {
-        t.r0 = t.s0 = 0, t.r1 = FILTER ? FILTER : outputs.r, t.s1 = FILTER ? FILTER : outputs.s;
+        t.r0 = t.s0 = 0, t.r1 = FILTER ? load_rows(g) : outputs.r, t.s1 = FILTER ? FILTER : outputs.s;
     }
     t.taps = (t.r1 - t.r0) * (t.s1 - t.s0) * g.c_blocks;
-    t.loads = are_alike(g) ? g.loads : t.taps;
+    t.loads = are_alike(g) ? g.loads : t.taps / (FILTER ? FILTER : 1);
     return t;
 }

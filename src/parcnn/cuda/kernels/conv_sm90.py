@@ -28,7 +28,7 @@ THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
 PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
 # Twins of conv_sm90.cuh's.
-ORDER_ENTRIES, NO_ITEM, CLASSES = 1280, 0xFFFF, 4
+ORDER_ENTRIES, NO_ITEM, CLASSES, ORDERED, TURNED = 1280, 0xFFFF, 4, 1, 2
 WINDOWS = 3  # POOL: by other windows than 2x2
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
@@ -166,11 +166,15 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for `conv_unpool`'s."""
     for (channels, cb), halo in tiles.PIXELS.items():
+        if channels == tiles.PAIRED:
+            yield from (_kernel(count, cb, channels, 0, flipped, (3, 3)) for count in halo for flipped in (False, True))
+            continue
         tap, window = tiles.TAP_PIXELS[channels, cb], [((3, 3), halo)] if channels == 64 else []
         for constants, pixels in (((0, 0), halo), ((3, 1), halo), *window, ((0, 1), tap), ((1, 1), tap)):
             for count in pixels:
                 yield _kernel(count, cb, channels, 0, False, constants)
-                yield _kernel(count, cb, channels, 0, False, constants, moments=True)
+                if tiles.has_moments(count, channels, constants):
+                    yield _kernel(count, cb, channels, 0, False, constants, moments=True)
                 yield _kernel(count, cb, channels, 0, True, constants)
                 if constants != (3, 3):  # windows are eight pixels wide
                     yield _kernel(count, cb, channels, 1, False, constants)
@@ -320,7 +324,7 @@ def _product(
     kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(not variant.borrows)
-    resident = work.k_rounds * tiles.steps(sizes, variant) * sizes.r * sizes.s
+    resident = work.k_rounds * tiles.steps(sizes, variant) * tiles.products(sizes, variant.channels)
     weights = resident if variant.resident else variant.w_stages
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
@@ -328,8 +332,9 @@ def _product(
     own_moments: tuple[Argument, ...] = ()
     if sizes.moments:
         own_moments = (moments, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant))
+    filters = w if variant.channels == tiles.PAIRED else _w_map(w, sizes, variant, tile)
     args: tuple[Argument, ...] = (
-        _x_map(x, sizes, variant, tile), _w_map(w, sizes, variant, tile), *_outputs(outputs, sizes, variant, dgrad),
+        _x_map(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, dgrad),
         *own_moments, *([] if sizes.pool or sizes.moments else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
@@ -391,7 +396,7 @@ def _rows_of_moments(sizes: Sizes, variant: Variant, device: Device) -> int:
     work, pixels = Work.of(sizes, variant, device), tiles.footprint(sizes, variant).pixels
     if work.k_inner > 1 or work.k_rounds > 1 or pixels > MOST_PIXELS_BESIDE_SUMS:
         return tiles.items(sizes, variant.tile)
-    return work.slots * (2 if variant.channels == 64 else 1)
+    return work.slots * (2 if variant.channels <= 64 else 1)
 
 
 def _inside(sizes: Sizes, variant: Variant) -> bytes:
@@ -454,9 +459,11 @@ def _problem(
         items = int(np.flatnonzero(np.frombuffer(order, np.uint16) != NO_ITEM)[-1]) + 1
     row_bytes = 2 * tile.cb
     blocks = tiles.steps(sizes, variant)
+    is_uneven = tiles.skips(sizes, variant) and min(tiles.taps_of_tiles(sizes, variant)) < sizes.r * sizes.s
+    ordered = ORDERED if order is not None else TURNED if is_uneven and variant.splits == 1 else 0
     load_rows, load_columns, loads, row_step, column_step = {
         "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
-        "column": (sizes.r, 1, blocks * sizes.s, tile.pitch * n * row_bytes, 0),
+        "column": (sizes.r, 1, 0 if is_uneven else blocks * sizes.s, tile.pitch * n * row_bytes, 0),
         "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
     p, q = sizes.pooled
@@ -467,10 +474,10 @@ def _problem(
     group_bytes = (8 if tile.row == tile.pitch else tile.pitch) * row_bytes
     swizzle = 1 if tile.cb == 64 else 2
     before = (
-        sizes.h, sizes.w, sizes.r, sizes.s, sizes.k, sizes.n, p, q,
+        sizes.h, sizes.w, sizes.r, sizes.s, sizes.c, sizes.k, sizes.n, p, q,
         *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
         blocks, tiles.units(sizes, variant), n, h, w, int(tiles.images_inner(variant.serves, n)),
-        items, work.slots, work.k_groups, work.k_rounds, int(order is not None),
+        items, work.slots, work.k_groups, work.k_rounds, ordered,
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
     after = (

@@ -77,8 +77,12 @@ __device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) 
     return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
 }
 
-// Where the thread's first row (of the matrices it addresses) of the staged tile is: pairs of its matrices lie 1024 bytes apart.
+// Where the thread's first row (of the matrices it addresses) of the staged tile is: pairs of its matrices lie MATRIX_PAIR_BYTES
+// apart. A warp has 16 channels of eight pixels; of PAIRED tiles eight, and then its next matrix is of the next eight pixels.
+constexpr u32 MATRIX_PAIR_BYTES = PAIRED ? 2048 : 1024;
+
 __device__ __forceinline__ u32 matrix_address(u32 staging, int warp, int lane) {
+    if (PAIRED) return chunk_address(staging, lane, warp);
     return chunk_address(staging, (lane & 7) + (lane >> 4) * 8, warp * 2 + (lane >> 3 & 1));
 }
 
@@ -90,9 +94,9 @@ template <int Pixels, typename Use> __device__ __forceinline__ void with_staged(
         u32 v[4];
         const int matrices = j + 1 < Pixels / 8 ? 4 : 2;
         if (matrices == 4)
-            load_matrices(at + j * 1024, v[0], v[1], v[2], v[3]);
+            load_matrices(at + j * MATRIX_PAIR_BYTES, v[0], v[1], v[2], v[3]);
         else
-            load_matrices(at + j * 1024, v[0], v[1]);
+            load_matrices(at + j * MATRIX_PAIR_BYTES, v[0], v[1]);
 #pragma unroll
         for (int i = 0; i < matrices; ++i) {
             float *s = sums + j * 4 + 2 * i;
@@ -118,6 +122,14 @@ __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2]
     }
 }
 
+// A PAIRED tile's outputs, in the place of its sums: what the group of pixels below has of each and what its own has.
+__device__ __forceinline__ void add_pairs(float (&sums)[PIXELS / 2]) {
+#pragma unroll
+    for (int group = 0; group + 1 < PIXELS / 8; ++group)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sums[2 * group + e] = sums[4 * group + 4 + e] + sums[4 * group + 2 + e];
+}
+
 // Write the tile's rows, after ReLU if Positive; `words` are what the thread has of them, of each eight pixels two words.
 template <int Pixels, bool Positive = false>
 __device__ __forceinline__ void stage_tile(u32 (&words)[Pixels / 4], const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
@@ -132,9 +144,9 @@ __device__ __forceinline__ void stage_tile(u32 (&words)[Pixels / 4], const float
             v[2 * i + 1] = out.pixels<Positive>(s[2], s[3], out.bias1);
         }
         if (j + 1 < Pixels / 8)
-            store_matrices(at + j * 1024, v[0], v[1], v[2], v[3]);
+            store_matrices(at + j * MATRIX_PAIR_BYTES, v[0], v[1], v[2], v[3]);
         else
-            store_matrices(at + j * 1024, v[0], v[1]);
+            store_matrices(at + j * MATRIX_PAIR_BYTES, v[0], v[1]);
     }
 }
 

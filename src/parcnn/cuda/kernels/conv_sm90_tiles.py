@@ -22,14 +22,16 @@ PIXELS = {
     (64, 64): (64, 120, 128, 160, 200, 208, 224, 232, 240, 256),
     (128, 64): (128, 160, 200, 224, 256),
     (64, 32): (64, 128, 240, 248),
+    (32, 64): (64, 128, 240, 256),
 }
 TAP_PIXELS = {
     (64, 64): (64, 120, 160, 200, 224, 240, 256),
-    (128, 64): (64, 128, 160, 200, 224, 256),
+    (128, 64): (64, 128, 160, 192, 200, 224, 256),
     (64, 32): (64, 128, 240),
 }
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
+PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
 MOST_PARTS = 16  # of a row of such windows, in which tiles may take it
 
@@ -93,8 +95,8 @@ class Sizes:
 
 class Shape(NamedTuple):
     """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
-    images; its output channels, 64 or 128; X stages, where not as many as fit; whether a stage serves all groups of
-    output channels; blocks that share its reduction."""
+    images; its output channels, 64 or 128, or 32, whose products do two rows of taps; X stages, where not as many as fit;
+    whether a stage serves all groups of output channels; blocks that share its reduction."""
 
     serves: str
     tile: tuple[int, int, int]
@@ -157,15 +159,19 @@ class Footprint:
         halo = serves != "tap"
         pitch = w + sizes.s - 1 if serves == "window" else w
         row = pitch if is_flat(serves, w) else w
-        least = row * h * n - (row - w)
+        least = row * (h + (channels == PAIRED)) * n - (row - w)
+        if channels == PAIRED and not can_pair(sizes, serves, w):
+            return None
         compiled = (WINDOW_PIXELS if sizes.window else TAP_PIXELS if serves == "tap" else PIXELS)[channels, cb]
+        if sizes.moments:
+            compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.r - 1 if halo else h
         boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
             fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and not sizes.pool))
-            fits = fits and (serves == "column" or channels == 64)
+            fits = fits and (serves == "column" or channels <= 64)
             fits = fits and (row == w or (w >= sizes.q and cb == 64 and not sizes.pool))
         if sizes.window:
             fits = fits and (serves == "tap" or (serves == "column" and sizes.r == sizes.s == 3))
@@ -175,7 +181,7 @@ class Footprint:
         if not fits or pixels is None:
             return None
         staged = _round_up(128 * _staged_rows(sizes, pixels, in_registers))
-        return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, staged, 2 * cb * channels)
+        return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, staged, 2 * cb * max(64, channels))
 
     def x_stage_bytes(self, own_staging: bool) -> int:
         """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
@@ -185,6 +191,22 @@ class Footprint:
 def is_flat(serves: str, width: int) -> bool:
     """Whether the tile's rows are those of a window's stage, halo and all: what the halo's pixels make is not stored."""
     return serves == "window" and width != 8
+
+
+def has_moments(pixels: int, channels: int, constants: tuple[int, int]) -> bool:
+    """Whether such a kernel takes moments: beside 256 pixels' sums and filters of any side there are no registers left."""
+    return channels < 128 or pixels < 256 or constants[0] > 0
+
+
+def can_pair(sizes: Sizes, serves: str, width: int) -> bool:
+    """Whether tiles may have 32 channels."""
+    few = sizes.k <= PAIRED and sizes.r == sizes.s == 3
+    return few and serves == "window" and width == 8 and not sizes.pool and not sizes.moments
+
+
+def products(sizes: Sizes, channels: int) -> int:
+    """Of each step of reduction channels: one for each tap, or for two rows' in turns."""
+    return 2 * sizes.s if channels == PAIRED else sizes.r * sizes.s
 
 
 def images_inner(serves: str, images: int) -> bool:
@@ -251,9 +273,9 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     takes = Footprint.of(sizes, serves, tile, channels)
     if takes is None:
         return None
-    steps, taps = ceil(sizes.c / takes.cb), sizes.r * sizes.s
+    steps, taps = ceil(sizes.c / takes.cb), products(sizes, channels)
     blocks = ceil(steps / splits)
-    if splits > 1 and (sizes.pool or sizes.moments or shared or splits != ceil(steps / blocks)):
+    if splits > 1 and (sizes.pool or sizes.moments or shared or channels == PAIRED or splits != ceil(steps / blocks)):
         return None
     groups = ceil(sizes.k / channels) if shared else 1
     if shared and (blocks * taps > 1 or groups == 1):
@@ -261,9 +283,12 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     if serves == "tap":
         least = min(min(live_taps(sizes, c, 0, tile[1])) * min(live_taps(sizes, c, 1, tile[0])) for c in sizes.classes)
         least = 1 if sizes.window else least
+    elif serves == "column":
+        skipped = sizes.r == sizes.s == 3 and not sizes.window and not sizes.moments
+        least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else sizes.s
     else:
-        least = {"column": sizes.s, "window": 1}[serves]
-    scarce = blocks * least < (1 if channels == 64 else 2)
+        least = 1
+    scarce = blocks * least < (1 if channels <= 64 else 2)
     if splits > 1:
         choices: tuple[int, ...] = (0,)
     elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
@@ -278,6 +303,8 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
         if resident_stages >= max(enough, x_stages):
             return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1, shared, splits)
+        if channels == PAIRED:
+            continue
         may_borrow = choices == (1, 0) and own_staging == 1
         x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
         w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages or may_borrow else x
@@ -300,6 +327,12 @@ def live_taps(sizes: Sizes, kind: Class, axis: int, extent: int) -> tuple[int, .
         end = min(taps, ceil((image - first) / dilation))
         counts.append(max(1, end - begin))
     return tuple(counts)
+
+
+def skips(sizes: Sizes, variant: Variant) -> bool:
+    """Whether tiles leave out taps that lie wholly in the padding: where a stage serves one, or a column of a 3x3 filter."""
+    columns = variant.serves == "column" and sizes.r == sizes.s == 3 and not sizes.moments
+    return not sizes.window and (variant.serves == "tap" or columns)
 
 
 def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -348,7 +381,8 @@ class Work:
         """The larger of the tensor cores' time (m64nNk16: N/2 cycles) and L2's (about 40 bytes a cycle and SM, as layers that
         it bounds were measured). An epilogue hides behind the other consumer's product where they alternate."""
         tile = footprint(sizes, variant)
-        product = tile.cb / 16 * tile.pixels / 2 * variant.channels / 64
+        product = tile.cb / 16 * tile.pixels / 2 * ceil(variant.channels / 64)
+        product *= products(sizes, variant.channels) / (sizes.r * sizes.s)
         groups = ceil(sizes.k / variant.channels)
         k_rounds = groups if variant.shared else 1
         x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant) / k_rounds
@@ -356,7 +390,7 @@ class Work:
         tap = 20 + _overlapped(product, traffic)
         pooled = sizes.pool and (sizes.indices or sizes.window is not None)
         epilogue = 400 + (5 if pooled or variant.splits > 1 else 2.5) * tile.pixels
-        if variant.channels == 64:
+        if variant.channels <= 64:
             main = tap * sizes.r * sizes.s * steps(sizes, variant) / len(sizes.classes)
             epilogue = max(0, epilogue - main) / 2
         k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
@@ -370,8 +404,8 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     tile = footprint(sizes, variant)
     blocks = steps(sizes, variant)
     count = items(sizes, variant.tile) * work.k_inner
-    if variant.serves == "tap" and not sizes.window:
-        each = _taps_of_tiles(sizes, variant)
+    if skips(sizes, variant):
+        each = taps_of_tiles(sizes, variant)
         taps, most = sum(each) / len(each), max(each)
         uneven = min(each) < most
     else:
@@ -399,8 +433,8 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
     waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
     rounds = ceil(items(sizes, variant.tile) * work.k_inner / work.slots) * waves
     taps = sizes.r * sizes.s / len(sizes.classes)
-    if variant.serves == "tap" and not sizes.window:
-        each = _taps_of_tiles(sizes, variant)
+    if skips(sizes, variant):
+        each = taps_of_tiles(sizes, variant)
         taps = sum(each) / len(each)
     loads = rounds * steps(sizes, variant) * taps
     result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * loads * work.k_rounds
@@ -425,7 +459,8 @@ def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
     # The best of each kernel and way to serve: alike tiles cost alike.
     kinds: dict[tuple[object, ...], Variant] = {}
     for variant in estimated:
-        kind = (variant.serves, variant.channels, variant.shared, footprint(sizes, variant).pixels, variant.splits > 1)
+        pixels = footprint(sizes, variant).pixels
+        kind = (variant.serves, variant.channels, variant.shared, pixels, variant.splits > 1)
         kinds.setdefault(kind, variant)
     return tuple(dict.fromkeys([*(v for v in measured if v), *list(kinds.values())[:MOST_CANDIDATES]]))
 
@@ -438,6 +473,9 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
     even = 2 if sizes.pool else 1
     p, q = sizes.class_outputs
     widths = {_round_up(ceil(q / parts), even) for parts in range(1, 9)} | {8, even}
+    if can_pair(sizes, "window", 8):
+        for pixels in PIXELS[PAIRED, 64]:
+            yield Shape("window", (8, ceil(p / ceil(p / (pixels // 8 - 1))), 1), PAIRED)
     for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
@@ -501,9 +539,9 @@ def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | No
 
     An item is (class, image group, row, column, group of channels), counted in this order.
     """
-    if variant.serves != "tap" or sizes.window:
+    if not skips(sizes, variant):
         return None
-    taps = _taps_of_tiles(sizes, variant)
+    taps = taps_of_tiles(sizes, variant)
     if len(set(taps)) == 1:
         return None
     work = Work.of(sizes, variant, device)
@@ -525,9 +563,11 @@ def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | No
     return slots
 
 
-def _taps_of_tiles(sizes: Sizes, variant: Variant) -> list[int]:
-    """Taps of each tile of one image (group), class by class, where a stage serves one."""
+def taps_of_tiles(sizes: Sizes, variant: Variant) -> list[int]:
+    """Taps of each tile of one image (group), class by class."""
     w, h, _ = variant.tile
+    if variant.serves == "column":
+        return [sizes.r * s for s in live_taps(sizes, sizes.classes[0], 1, w)] * patches(sizes, variant.tile)[1]
     return [r * s for c in sizes.classes for r in live_taps(sizes, c, 0, h) for s in live_taps(sizes, c, 1, w)]
 
 
@@ -567,19 +607,19 @@ def _key(sizes: Sizes) -> tuple[int | bool, ...]:
 # prototype. dgrad finds its own row: it is the convolution of dy.
 MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 31, 1), 64), Shape("window", (8, 16, 1), 64)),
-    (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 64),),
+    (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 32), Shape("window", (8, 31, 1), 64)),
     (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64), Shape("tap", (1, 1, 240), 64)),
     (256, 28, 28, 256, 512, 1, 0, False): (Shape("tap", (14, 14, 1), 128), Shape("tap", (1, 28, 7), 128)),
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
-    (2000, 15, 15, 64, 256, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
+    (2000, 15, 15, 64, 256, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("window", (8, 15, 1), 64)),
     (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
     (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 224), 128), Shape("tap", (1, 1, 200), 128)),
     (256, 56, 56, 64, 64, 3, 1, False): (Shape("window", (8, 28, 1), 64), Shape("window", (8, 14, 1), 64)),
-    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (7, 28, 1), 128, 3), Shape("column", (28, 7, 1), 128, 3)),
+    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (2, 14, 8), 128), Shape("column", (7, 28, 1), 128, 3)),
     (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128, 3), Shape("tap", (1, 1, 256), 128)),
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128, 3), Shape("tap", (1, 1, 256), 128)),
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
-    (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (15, 15, 1), 64), Shape("column", (15, 15, 1), 64, 3)),
+    (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("column", (15, 15, 1), 64)),
     (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64, shared=True)),
     (256, 28, 28, 256, 512, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64)),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
