@@ -110,8 +110,8 @@ def test_shares_are_of_whole_images_where_that_comes_out_even() -> None:
 def test_small_images_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_depthwise_sm90, "LEAST_PIXELS", LEAST_PIXELS)
     for kind, refused in (("fprop", True), ("dgrad", True), ("wgrad", False)):
-        call = specs(kind, 256, 6, 6, 512)
-        assert ("49 pixels" in (conv_depthwise_sm90.supports(call.op, call.input_specs) or "")) == refused
+        call = specs(kind, 256, 2, 4, 512)
+        assert ("9 pixels" in (conv_depthwise_sm90.supports(call.op, call.input_specs) or "")) == refused
 
 
 def test_what_is_measured_comes_first() -> None:

@@ -15,10 +15,6 @@
 #define LEAST_BF16X2 0xff80ff80u  // two of -infinity
 
 #ifndef HOST_EMULATION
-// Let the kernel that comes after this one start, as soon as all blocks have said so or ended. (The exception to `await_predecessors`:
-// all that a block wants of memory is on its way by then, and places are free for others only when blocks end.)
-__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
 // In place of a tile that `store_wait` counts.
 __device__ __forceinline__ void store_nothing() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 

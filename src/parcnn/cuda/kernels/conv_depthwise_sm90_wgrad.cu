@@ -130,6 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         });
         at += strip.end - strip.first;
     }
+    let_successors_start();
 
     const int run = quotient(blockIdx.x, g.by_slices);
     write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, run, dw, db, partial);
