@@ -130,7 +130,6 @@ inline void store_nothing() {
     emulation::written_out[emulation::current].push_back({0, nullptr, {}});
 }
 inline void fence_async() {}
-inline void let_successors_start() {}
 template <int Words> void store_shared(unsigned at, const unsigned (&v)[Words]) {
     emulation::check_aligned(emulation::at_shared(at), sizeof v);
     memcpy(emulation::at_shared(at), v, sizeof v);

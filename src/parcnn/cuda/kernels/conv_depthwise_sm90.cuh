@@ -20,12 +20,6 @@
 #define RING_MEMORY(name) extern __shared__ __align__(128) u8 name[]
 #endif
 
-#ifndef HOST_EMULATION
-// Let the kernel that comes after this one start, as soon as all blocks have said so or ended. (The exception to `await_predecessors`:
-// all that a block wants of memory is on its way by then, and places are free for others only when blocks end.)
-__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-#endif
-
 // Twin of the argument in conv_depthwise_sm90.py's `launches`. Dgrad calls dy the image and dx the outputs.
 struct Rows {
     int h, c;              // image

@@ -243,10 +243,6 @@ __device__ __forceinline__ void add_shared(float4 &sum, u32 at) {
     add(sum, make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
 }
 
-// Lets the kernel that adds up what lies in `partial` start once all blocks are here. It waits for their ends, and takes no
-// place from others before.
-__device__ __forceinline__ void let_successors_start() { asm volatile("griddepcontrol.launch_dependents;"); }
-
 // Zeros in shared memory, by all threads.
 __device__ __forceinline__ void clear(u32 at, int nbytes) {
     for (int i = threadIdx.x * 16; i < nbytes; i += blockDim.x * 16) store_shared16(at + i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
@@ -458,7 +454,7 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
             }
             wgmma_wait<0>();
             release(empty + 8 * read, lane);
-            if (partial && at + count == end) let_successors_start();
+            if (partial && at + count == end) let_successors_start();  // the closing sum
 
             if (ADDERS > 1) continue;
             if (at > item.begin) {

@@ -118,21 +118,6 @@ __device__ __forceinline__ void store_global16(void *to, uint4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Sixteen bytes at `at` of the shared memory of the cluster's `block`.
-__device__ __forceinline__ float4 load_remote16(u32 at, int block) {
-    float4 v;
-    asm volatile("{ .reg .u32 there; mapa.shared::cluster.u32 there, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [there]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at), "r"(block)
-                 : "memory");
-    return v;
-}
-
-// Among all threads of a cluster; shows each its writes to shared memory.
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\n barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // Store two (four) transposed 8x8 matrices of 16-bit values; lanes 8i .. 8i+7 give the rows' addresses of the i-th.
 __device__ __forceinline__ void store_matrices(u32 at, u32 m0, u32 m1) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(at), "r"(m0), "r"(m1) : "memory");
