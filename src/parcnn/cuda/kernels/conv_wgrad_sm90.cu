@@ -486,6 +486,7 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
             }
         }
     }
+    if (SHARERS > 1) cluster_meet();  // the other block's warps arrive at this one's barriers up to their last tile
 }
 
 #else
