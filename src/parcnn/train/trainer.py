@@ -114,7 +114,7 @@ class Trainer:
         self.optimizer = optimizer or SGD(0.01, momentum=0.9)
         self.schedule = schedule or ConstantLR()
         self.batch_size, self.seed, self.shuffle = _positive(batch_size, "Trainer.batch_size"), seed, shuffle
-        self.augment, self.loss, self.precision = augment or Augment(), loss or CrossEntropyLoss(), precision
+        self.augment, self.loss = augment or Augment(), loss or CrossEntropyLoss()
         self.executor = resolve_executor(device)
         self.session = Session(
             model,
@@ -300,7 +300,8 @@ class Trainer:
         """Take weights, optimizer state and position from a checkpoint; `fit` goes on from there.
 
         Raises CheckpointError, changing nothing, when it is corrupt, belongs to another model, or was trained in another
-        way: by another optimizer, schedule, loss, batch size, seed, precision, augmentation or order.
+        way: by another optimizer, schedule, loss, batch size, seed, augmentation or order, or in fp64 or not. What was trained
+        in bf16 may go on, or predict, in fp32, and the other way round: the weights of both are fp32.
         """
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
@@ -348,7 +349,7 @@ class Trainer:
             "loss": _described(self.loss),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "precision": self.precision,
+            "precision": self.session.layout.dtype,  # of the weights
             "augment": repr(self.augment),
             "shuffle": self.shuffle,
         }
