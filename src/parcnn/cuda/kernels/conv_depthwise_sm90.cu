@@ -142,7 +142,7 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
 #pragma unroll 1
             for (int i = 0; i < g.stages; ++i) barrier_init(stages.empty + 8 * i, workers / WARP);
         }
-        __syncthreads();
+        named_barrier(1, blockDim.x);  // __syncthreads is one for all threads of a block; the workers have theirs below
         if (thread > workers) return;
         for (bool is_first = true; out.has_turn(); is_first = false) {
             stages.wait_empty(now);
@@ -173,7 +173,7 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
     float tap[TAPS][VEC];
     filter_taps<Mirror>(w + min(channel, g.c - VEC) * TAPS, tap);
     const Floats<VEC> start = bias && channel < g.c ? load<VEC>(bias + channel) : splat<VEC>(0.0f);
-    __syncthreads();
+    named_barrier(1, blockDim.x);
     keep(tap);
 
     const u32 floor = g.act ? 0u : LEAST_BF16X2;
