@@ -26,7 +26,7 @@ from parcnn.cuda.kernels.conv_stem_sm90 import (
     rows_of,
     tiles_of,
 )
-from parcnn.cuda.kernels.conv_wgrad import PARTS, SUM_KERNEL
+from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -88,14 +88,12 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     problem = problem_of(op, sizes, chosen, blocks, pairs, _twice(sizes))
     args: tuple[Argument, ...] = (x, dy, routes[0] if routes else None, call.workspace, problem)
     shared_bytes = _fixed_bytes(sizes, chosen, stages) + 2 * pairs * row_bytes(sizes, chosen)
-    counts = (np.int32(row_size - sizes.k * op.bias), np.int32(row_size), np.int32(blocks))
-    results = (call.workspace, call.outputs[0], call.outputs[1] if op.bias else None)
     grid = (blocks, ceil(sizes.k / FILTERS), 1)
     kernel = _kernel(sizes.runs, rows_of(sizes), chosen.pixels, sizes.pool)
     threads = 384 if rows_of(sizes) * sizes.runs == 28 else 512  # one warpgroup that makes rows, or two
     return [
         Launch(kernel, grid, (threads, 1, 1), (*args, np.int32(stages), np.int32(row_size)), shared_bytes),
-        Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), (*results, *counts)),
+        sum_launch(call, blocks),
     ]
 
 
