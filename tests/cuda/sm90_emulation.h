@@ -131,6 +131,7 @@ inline void store_nothing() {
 }
 inline void fence_async() {}
 inline void named_barrier(int, int) { __syncthreads(); }  // of all threads
+inline void named_barrier_arrive(int, int) { __syncthreads(); }
 template <int Words> void store_shared(unsigned at, const unsigned (&v)[Words]) {
     emulation::check_aligned(emulation::at_shared(at), sizeof v);
     memcpy(emulation::at_shared(at), v, sizeof v);

@@ -142,7 +142,7 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
 #pragma unroll 1
             for (int i = 0; i < g.stages; ++i) barrier_init(stages.empty + 8 * i, workers / WARP);
         }
-        named_barrier(1, blockDim.x);  // __syncthreads is one for all threads of a block; the workers have theirs below
+        named_barrier_arrive(1, blockDim.x);
         if (thread > workers) return;
         for (bool is_first = true; out.has_turn(); is_first = false) {
             stages.wait_empty(now);

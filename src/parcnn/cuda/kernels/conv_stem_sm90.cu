@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
                 }
             }
             wgmma_commit();
-            if (item + 1 < end) asm volatile("bar.arrive %0, 256;" ::"r"(2 - consumer) : "memory");
+            if (item + 1 < end) named_barrier_arrive(2 - consumer, 256);
             wgmma_wait<0>();
             // Give back what this warpgroup's next item does not read.
             int give = freed + to_next;
