@@ -12,6 +12,7 @@ import numpy as np
 
 from parcnn.ops.base import PACKED, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvUnpool, ConvWgrad
+from parcnn.ops.norm import BatchNormDgrad
 from parcnn.ops.pool import PoolDgrad
 from parcnn.ops.program import Call, Executor, Program, Slot
 
@@ -90,6 +91,8 @@ def _input_spec(op: Op, position: int, array: np.ndarray) -> Spec:
         return Spec(array.shape, "u2")
     if isinstance(op, ConvUnpool) and op.pool == "max" and position == 1:
         return Spec(array.shape, "u2")
+    if isinstance(op, BatchNormDgrad) and op.window and position == 6:
+        return Spec(array.shape, op.window.index_dtype(array.shape[-1]))
     if isinstance(op, PoolDgrad) and position == 1:
         return Spec(array.shape, op.index_dtype(array.shape[-1]))
     return Spec(array.shape, DTYPE_NAMES[array.dtype])

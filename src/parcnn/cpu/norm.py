@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from parcnn.cpu.pointwise import route
+from parcnn.cpu.pool import pool_dgrad, pool_scratch
 from parcnn.cpu.sums import RowSums, row_sums_bytes, rows_a_piece, rows_at_once
 from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
@@ -61,6 +62,11 @@ def batch_norm_dgrad(
     op: BatchNormDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
 ) -> None:
     """dbeta = sum dz, dgamma = sum dz*xhat, dx = gamma*rstd*(dz - (dbeta + xhat*dgamma)/n)."""
+    if op.window:
+        _, h, w, _ = inputs[1].shape
+        error = workspace.shared.take(inputs[1].shape, inputs[1].dtype)
+        pool_dgrad(op.window.backward((h, w)), [inputs[0], inputs[6]], [error], workspace)
+        inputs, workspace = [error, *inputs[1:6]], workspace.within(workspace.shared.used)
     dy, x, dx = _rows(inputs[0]), _rows(inputs[1]), _rows(outputs[0])
     gamma, beta, mean, rstd = inputs[2:]
     n = x.shape[0]
@@ -167,10 +173,23 @@ def scratch_size(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...]
     return size
 
 
+def _dgrad_scratch(
+    op: BatchNormDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
+) -> ScratchSize:
+    size = scratch_size(2)(op, inputs, outputs, workers)
+    if op.window is None:
+        return size
+    dy, x, *_, idx = inputs
+    _, h, w, _ = x.shape
+    pool = pool_scratch(op.window.backward((h, w)), (dy, idx), (x,), workers)
+    error = scratch_bytes([(x.shape, np.float64 if x.dtype == "f64" else np.float32)])
+    return ScratchSize(size.shared + error, max(size.per_worker, pool.per_worker))
+
+
 RUN = {
     BatchNormTrain: batch_norm_train,
     BatchNormInfer: batch_norm_infer,
     BatchNormDgrad: batch_norm_dgrad,
     BatchNormInferDgrad: batch_norm_infer_dgrad,
 }
-SCRATCH = {BatchNormTrain: scratch_size(1), BatchNormDgrad: scratch_size(2), BatchNormInferDgrad: scratch_size(2)}
+SCRATCH = {BatchNormTrain: scratch_size(1), BatchNormDgrad: _dgrad_scratch, BatchNormInferDgrad: scratch_size(2)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator
+from parcnn.ops.pool import PoolWindow
 
 
 @dataclass(frozen=True)
@@ -76,29 +77,31 @@ class BatchNormInfer(Op):
 
 @dataclass(frozen=True)
 class BatchNormDgrad(Op):
-    """inputs: dy, x (..., C), gamma, beta, mean, rstd (C); outputs: dx, dgamma (C), dbeta (C).
+    """inputs: dy, x (..., C), gamma, beta, mean, rstd (C), idx if `window`; outputs: dx, dgamma (C), dbeta (C).
 
     With xhat = (x-mean)*rstd and dz = dy * act'(gamma*xhat+beta), both recomputed here:
     dbeta = sum dz, dgamma = sum dz*xhat, dx = gamma*rstd*(dz - (dbeta + xhat*dgamma)/n).
+
+    Behind a maximum over `window`, dy and idx are those of its outputs (N,P,Q,C): each error goes to its winner on the way.
     """
 
     act: str | None = None
+    window: PoolWindow | None = None
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         stat = Spec((inputs[1].shape[-1],), accumulator(inputs[1].dtype))
-        return inputs[0], stat, stat
+        return inputs[1], stat, stat
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
-        return (
-            (0, 0),
-            (0, 1),
-        )  # the sums are complete before dx is written; each dx element reads only its own dy and x
+        # The sums are complete before dx is written; each dx element reads only its own x, and without a window its own dy.
+        return ((0, 1),) if self.window else ((0, 0), (0, 1))
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return 10 * inputs[0].size
+        return 10 * inputs[1].size
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return super().bytes(inputs, outputs) + inputs[0].nbytes + inputs[1].nbytes
+        twice = (*inputs[:2], *inputs[6:])
+        return super().bytes(inputs, outputs) + sum(s.nbytes for s in twice)
 
 
 @dataclass(frozen=True)

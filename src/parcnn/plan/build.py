@@ -23,7 +23,7 @@ from parcnn.plan.options import Options
 from parcnn.plan.precision import cast_filters, keep_copies
 from parcnn.plan.schedule import schedule
 from parcnn.plan.trace import Tensor, Trace, input_tensor
-from parcnn.plan.unpool import unpool_once
+from parcnn.plan.unpool import unpool_in_norms, unpool_once
 from parcnn.plan.variable import Layout, Variable
 
 MODES = ("train", "eval", "predict")
@@ -130,6 +130,7 @@ def build(
     if mode == "train":
         if options.fuse:
             fuse_backward(graph, executor.can_fuse)
+            unpool_in_norms(graph, executor.can_fuse)
             unpool_once(graph, executor.unpools)
         _save_memory_of_large_layers(graph, options)
     drop_indices(graph)

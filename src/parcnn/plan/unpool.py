@@ -1,5 +1,6 @@
-"""The error behind a pool: where the kernels of a layer's gradients would each spread it over the pool's windows first, one
-call does so for all of them, with the activation's derivative on the way.
+"""The error behind a pool. A batch norm's backward spreads it over the pool's windows in its own passes. Where the kernels of a
+convolution's gradients would each spread it first, one call does so for all of them, with the activation's derivative on the
+way.
 
 Other kernels route the pooled error by its indices while they load it. Then nothing changes here.
 """
@@ -11,10 +12,29 @@ from dataclasses import replace
 
 from parcnn.ops.base import FROM_OUTPUT, Spec, Value, image_of
 from parcnn.ops.conv import ConvDgrad, ConvUnpool, ConvWgrad
+from parcnn.ops.norm import BatchNormDgrad
 from parcnn.ops.pointwise import ActDgrad
+from parcnn.ops.pool import PoolDgrad
+from parcnn.plan.fuse import CanFuse
 from parcnn.plan.graph import Graph, Node
 
 Unpools = Callable[[ConvDgrad | ConvWgrad, tuple[Spec, ...]], bool]
+
+
+def unpool_in_norms(graph: Graph, can_fuse: CanFuse) -> None:
+    """Let batch norms take the error behind a maximum as it is, so that it is never written in the size before the pool."""
+    consumers = graph.consumers()
+    pools = {node.outputs[0]: node for node in graph.nodes if isinstance(node.op, PoolDgrad) and node.op.kind == "max"}
+    for node in list(graph.nodes):
+        if not isinstance(node.op, BatchNormDgrad) or len(consumers[node.inputs[0]]) != 1:
+            continue
+        pool = pools.get(node.inputs[0])
+        if pool is None or not isinstance(pool.op, PoolDgrad):
+            continue
+        op, inputs = replace(node.op, window=pool.op.window), (pool.inputs[0], *node.inputs[1:], pool.inputs[1])
+        if can_fuse(op, tuple(v.spec for v in inputs)):
+            node.op, node.inputs = op, inputs
+            graph.nodes.remove(pool)
 
 
 def unpool_once(graph: Graph, unpools: Unpools) -> None:

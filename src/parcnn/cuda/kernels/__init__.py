@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from parcnn.cuda.kernels import (
     batch_norm,
+    batch_norm_pool,
     conv_depthwise,
     conv_depthwise_any,
     conv_depthwise_sm90,
@@ -141,6 +142,7 @@ REGISTRY = Registry(
         pool,
         pointwise,
         batch_norm,
+        batch_norm_pool,
         shape,
         loss,
         update,

@@ -25,7 +25,7 @@
 //   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP but in one launch. dx may be dy or x: an element is
 //   read for the last time by the thread that writes it.
 // Macros: ELEMENT (float, bf16), VEC; ENTRY: which kernel is compiled.
-#include "common.cuh"
+#include "batch_norm.cuh"
 
 #define MOMENTS 0
 #define TRAIN 1
@@ -44,9 +44,6 @@
 #define SINGLE_THREADS (sizeof(Element) == 2 ? 512 : 1024)
 #define CHUNKS 4  // of a thread's rows in one launch: the first are summed while the others are on their way
 
-typedef ELEMENT Element;     // of x, y, dy, dx
-typedef Floats<VEC> Vector;  // neighbouring channels in the arithmetic
-
 // The same channels of a row as they lie in memory: what waits in registers or in shared memory is not yet converted.
 template <int Bytes> struct Words;
 template <> struct Words<2> { typedef u16 Type; };
@@ -57,81 +54,21 @@ typedef Words<VEC * sizeof(Element)>::Type Word;
 
 __device__ __forceinline__ Vector to_floats(const Word &word) { return load<VEC>(reinterpret_cast<const Element *>(&word)); }
 
-struct Shape {
-    int rows, channels, lanes_log2;
-    int tiles;  // of UNROLL rows a thread; in one launch: of one row a thread
-};
-
-// What a thread works on.
-struct Place {
-    int c;           // its first channel
-    int lane;        // its place among the threads of a row
-    u32 row;         // its first row in a tile; the next are row_step apart
-    int step_log2;   // of row_step, the threads along rows
-    size_t step;     // elements from one of its rows to the next
-    bool live;       // it has channels
-};
-
-__device__ __forceinline__ Place place(const Shape &shape) {
-    Place at;
-    at.lane = threadIdx.x & ((1 << shape.lanes_log2) - 1);
-    at.c = ((blockIdx.x << shape.lanes_log2) + at.lane) * VEC;
-    at.live = at.c < shape.channels;
-    at.row = threadIdx.x >> shape.lanes_log2;
-    at.step_log2 = 31 - __clz((int)blockDim.x) - shape.lanes_log2;
-    at.step = (size_t)shape.channels << at.step_log2;
-    return at;
-}
-
 // How many rows from `row` on the thread has, and where the first one's channels start.
-__device__ __forceinline__ int rows_from(u32 row, const Place &at, const Shape &shape, size_t &start) {
+__device__ __forceinline__ int rows_from(u32 row, const Part &at, const Shape &shape, size_t &start) {
     start = (size_t)row * shape.channels + at.c;
     int left = at.live ? (int)((u32)shape.rows - row) : 0;
     return left <= 0 ? 0 : ((left - 1) >> at.step_log2) + 1;
 }
 
 // Those of a tile, at most UNROLL.
-__device__ __forceinline__ int rows_in(int tile, const Place &at, const Shape &shape, size_t &start) {
+__device__ __forceinline__ int rows_in(int tile, const Part &at, const Shape &shape, size_t &start) {
     return min(rows_from(((u32)tile * UNROLL << at.step_log2) + at.row, at, shape, start), UNROLL);
 }
 
 __device__ __forceinline__ void load_rows(const Element *x, int count, size_t step, Word (&v)[UNROLL]) {
 #pragma unroll
     for (int j = 0; j < UNROLL; ++j) v[j] = j < count ? load_word<Word>(x + j * step) : Word();
-}
-
-// Floats of one sum's scratch: a vector for each lane of each warp.
-__device__ __forceinline__ int scratch_floats(int lanes_log2) { return VEC * (blockDim.x / 32) << lanes_log2; }
-
-// Sums over the threads of a block that share a lane, in a fixed order. Those of v[n] come to lie in the order of the
-// block's channels from scratch + n * scratch_floats on, which nobody may use since the last barrier.
-template <int N>
-__device__ __forceinline__ void sum_rows(Vector (&v)[N], const Place &at, int lanes_log2, float *scratch) {
-    int warp = threadIdx.x / 32, warps = blockDim.x / 32, entries = warps << lanes_log2;
-    auto sum_warp = [&](Vector &sum) {
-        for (int offset = 16; offset >> lanes_log2; offset /= 2)
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) sum.v[e] += __shfl_xor_sync(0xffffffffu, sum.v[e], offset);
-    };
-#pragma unroll
-    for (int n = 0; n < N; ++n) sum_warp(v[n]);
-#pragma unroll
-    for (int n = 0; n < N; ++n)
-        if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + (warp << lanes_log2) + at.lane) * VEC, v[n]);
-    __syncthreads();
-    // Warp n sums what the warps left of v[n]; its lanes meet their own channels again, as 32 is a multiple of the lanes.
-    for (int n = warp; n < N; n += warps) {
-        Vector sum = splat<VEC>(0.0f);
-        for (int i = threadIdx.x % 32; i < entries; i += 32) {
-            Vector other = load<VEC>(scratch + (n * entries + i) * VEC);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) sum.v[e] += other.v[e];
-        }
-        sum_warp(sum);
-        __syncwarp();
-        if (threadIdx.x % 32 == at.lane) store<VEC>(scratch + (n * entries + at.lane) * VEC, sum);
-    }
-    __syncthreads();
 }
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
@@ -189,7 +126,7 @@ __device__ __forceinline__ Channel correct(float mean, float deviations, float s
 
 // Merge what the block's threads have, `rows` rows together. The thread of each of the block's channels (the first ones of the
 // block) gets its channel's. Scratch: of three sums.
-__device__ __forceinline__ Channel merge_threads(const Moments &own, float rows, const Place &at, int lanes_log2,
+__device__ __forceinline__ Channel merge_threads(const Moments &own, float rows, const Part &at, int lanes_log2,
                                                  float *scratch) {
     int size = scratch_floats(lanes_log2);
     float weight = own.count / rows, *means = scratch + 2 * size;
@@ -250,7 +187,7 @@ struct Normal {
     Vector scale, shift, mean;
 };
 
-__device__ __forceinline__ Normal load_normal(const float *scratch, const Place &at, int lanes_log2) {
+__device__ __forceinline__ Normal load_normal(const float *scratch, const Part &at, int lanes_log2) {
     const float *own = scratch + at.lane * VEC;
     int size = scratch_floats(lanes_log2);
     return {load<VEC>(own), load<VEC>(own + size), load<VEC>(own + 2 * size)};
@@ -267,19 +204,13 @@ __device__ __forceinline__ void normalise(Element *y, const Word &x, const Norma
     store<VEC>(y, v);
 }
 
-__device__ __forceinline__ Vector product(Vector a, const Vector &b) {
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) a.v[e] *= b.v[e];
-    return a;
-}
-
 #if ENTRY == MOMENTS
 // partial: means (gridDim.y, C), then sums of squared deviations (gridDim.y, C). split: of this pass.
 extern "C" __global__ void __launch_bounds__(MOMENTS_THREADS)
 batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, Split split, Shape shape) {
     await_predecessors();
     __shared__ float4 scratch[3 * MOMENTS_THREADS / 32 * GROUP / 4];
-    Place at = place(shape);
+    Part at = part_of(shape);
     Moments own = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
@@ -305,7 +236,7 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
                  const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
     await_predecessors();
     __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
-    Place at = place(shape);
+    Part at = part_of(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
     int count = rows_in(tile, at, shape, start);
@@ -346,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ mean, const float *__restrict__ var, Element *y, Shape shape, float eps, int relu) {
     await_predecessors();
-    Place at = place(shape);
+    Part at = part_of(shape);
     if (!at.live) return;
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
@@ -400,7 +331,7 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
                         Element *__restrict__ y, Statistics s, Shape shape, int relu) {
     await_predecessors();
     DYNAMIC_SHARED(Word, shared);
-    Place at = place(shape);
+    Part at = part_of(shape);
     int stride = blockDim.x;
     Word *kept = shared + threadIdx.x;
     float *scratch = reinterpret_cast<float *>(shared + shape.tiles * stride);
@@ -455,18 +386,6 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
 
 // ---- Gradients ------------------------------------------------------------------------------------------------------
 
-// The layer's constants of a thread's channels. scale: gamma * rstd.
-struct Affine {
-    Vector mean, rstd, scale, beta;
-};
-
-__device__ __forceinline__ Affine load_affine(const float *gamma, const float *beta, const float *mean, const float *rstd,
-                                              const Place &at) {
-    if (!at.live) return {};
-    Vector r = load<VEC>(rstd + at.c);
-    return {load<VEC>(mean + at.c), r, product(load<VEC>(gamma + at.c), r), load<VEC>(beta + at.c)};
-}
-
 // dz of one element, the activation's derivative by the forward's own expression; centred = x - mean.
 __device__ __forceinline__ float error_before_act(const Affine &a, int e, float dy, float centred, int relu) {
     return relu ? activation_dgrad<ACT_RELU>(dy, centred * a.scale.v[e] + a.beta.v[e]) : dy;
@@ -485,17 +404,6 @@ __device__ __forceinline__ Vector add_row(Vector (&sums)[2], const Affine &a, co
     return v;
 }
 
-// Means of dz*xhat and dz, from the block's sums in scratch.
-__device__ __forceinline__ void load_means(Vector (&means)[2], const float *scratch, const Place &at, const Shape &shape) {
-    float share = 1.0f / (float)shape.rows;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-        means[n] = load<VEC>(scratch + n * scratch_floats(shape.lanes_log2) + at.lane * VEC);
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) means[n].v[e] *= share;
-    }
-}
-
 // Write dx of a row's channels, from the means of dz*xhat and dz.
 __device__ __forceinline__ void write_dx(Element *dx, const Word &dy, const Word &x, const Affine &a,
                                          const Vector (&means)[2], int relu) {
@@ -508,15 +416,6 @@ __device__ __forceinline__ void write_dx(Element *dx, const Word &dy, const Word
     store<VEC>(dx, v);
 }
 
-// Write the block's two sums of each channel, from scratch.
-__device__ __forceinline__ void store_sums(float *dgamma, float *dbeta, size_t offset, const float *scratch,
-                                           const Shape &shape) {
-    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i;
-    if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
-    dgamma[offset + c] = scratch[i];
-    dbeta[offset + c] = scratch[scratch_floats(shape.lanes_log2) + i];
-}
-
 #if ENTRY == GRADIENTS
 // dgammas, dbetas: partial sums (gridDim.y, C). With from_variance (frozen statistics) `rstd` holds a variance and dx is
 // written here; else dx is null.
@@ -526,7 +425,7 @@ batch_norm_gradients(const Element *dy, const Element *x, const float *__restric
                      float *__restrict__ dbetas, Shape shape, float eps, int from_variance, int relu) {
     await_predecessors();
     __shared__ float4 scratch[2 * SUM_THREADS / 32 * GROUP / 4];
-    Place at = place(shape);
+    Part at = part_of(shape);
     Affine a = load_affine(gamma, beta, mean, rstd, at);
     if (from_variance && at.live) {
 #pragma unroll
@@ -583,7 +482,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
                  int partials, Shape shape, int relu) {
     await_predecessors();
     __shared__ float4 scratch[2 * WRITE_THREADS / 32 * GROUP / 4];
-    Place at = place(shape);
+    Part at = part_of(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
     int count = rows_in(tile, at, shape, start);
@@ -592,21 +491,11 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
     load_rows(dy + start, count, at.step, vdy);
 
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
-#pragma unroll 4
-    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
-        size_t offset = (size_t)i * shape.channels + at.c;
-        Vector g = load<VEC>(dgammas + offset), b = load<VEC>(dbetas + offset);
-#pragma unroll
-        for (int e = 0; e < VEC; ++e) {
-            sums[0].v[e] += g.v[e];
-            sums[1].v[e] += b.v[e];
-        }
-    }
-    sum_rows(sums, at, shape.lanes_log2, &scratch->x);
+    sum_partials(sums, dgammas, dbetas, partials, at, shape, &scratch->x);
     if (blockIdx.y == gridDim.y - 1) store_sums(dgamma, dbeta, 0, &scratch->x, shape);
     if (!at.live) return;
     Affine a = load_affine(gamma, beta, mean, rstd, at);
-    load_means(sums, &scratch->x, at, shape);
+    load_means(sums, &scratch->x, at, shape.lanes_log2, shape.rows);
 
     while (true) {
 #pragma unroll
@@ -631,7 +520,7 @@ batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__rest
                         float *__restrict__ dbeta, Shape shape, int relu) {
     await_predecessors();
     DYNAMIC_SHARED(Word, shared);
-    Place at = place(shape);
+    Part at = part_of(shape);
     int stride = blockDim.x, kept_words = shape.tiles * stride;
     Word *kept_x = shared + threadIdx.x, *kept_dy = kept_x + kept_words;
     float *scratch = reinterpret_cast<float *>(shared + 2 * kept_words);
@@ -656,7 +545,7 @@ batch_norm_dgrad_single(const Element *dy, const Element *x, const float *__rest
     sum_rows(sums, at, shape.lanes_log2, scratch);
     store_sums(dgamma, dbeta, 0, scratch, shape);
     if (!at.live) return;
-    load_means(sums, scratch, at, shape);
+    load_means(sums, scratch, at, shape.lanes_log2, shape.rows);
 #pragma unroll 4
     for (int k = 0; k < count; ++k)
         write_dx(dx + start + k * at.step, kept_dy[k * stride], kept_x[k * stride], a, sums, relu);

@@ -108,6 +108,8 @@ class Geometry:
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
+    if isinstance(op, BatchNormDgrad) and op.window:
+        return "the error must be that of the norm's own outputs, not of a pool's"
     tensors = 2 if isinstance(op, BatchNormDgrad | BatchNormInferDgrad) else 1
     dtype, rows = inputs[0].dtype, inputs[0].size // inputs[0].shape[-1]
     if dtype not in ELEMENTS or any(t.dtype != dtype for t in inputs[:tensors]):
@@ -131,12 +133,12 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
     if isinstance(op, BatchNormTrain):
-        return 0 if op.moments or _single(x, 1, device) else _partial_bytes(_sums(x, MOMENTS_THREADS, device))
+        return 0 if op.moments or _single(x, 1, device) else partial_bytes(_sums(x, MOMENTS_THREADS, device))
     if isinstance(op, BatchNormDgrad):
-        return 0 if _single(x, 2, device) else _partial_bytes(_sums(x, GRADIENT_THREADS, device))
+        return 0 if _single(x, 2, device) else partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
         geometry = _frozen(x, device)
-        return 0 if geometry.row_blocks == 1 else _partial_bytes(geometry)
+        return 0 if geometry.row_blocks == 1 else partial_bytes(geometry)
     return 0
 
 
@@ -196,11 +198,11 @@ def _dgrad(op: BatchNormDgrad, call: Call, device: Device) -> list[Launch]:
         args = (*call.inputs, *call.outputs, single.shape, _relu(op))
         return [single.launch("batch_norm_dgrad_single", *args, shared_bytes=single.single_bytes(2))]
     sums, write = _sums(x, GRADIENT_THREADS, device), _write(x, DGRAD_BLOCKS_PER_SM, device)
-    partials = _partials(call.workspace, sums)
+    halves = partials(call.workspace, sums)
     numbers = (np.float32(0.0), np.int32(False), _relu(op))
-    args = (*call.inputs, *partials, *call.outputs, np.int32(sums.row_blocks), write.shape, _relu(op))
+    args = (*call.inputs, *halves, *call.outputs, np.int32(sums.row_blocks), write.shape, _relu(op))
     return [
-        sums.launch("batch_norm_gradients", *call.inputs, None, *partials, sums.shape, *numbers),
+        sums.launch("batch_norm_gradients", *call.inputs, None, *halves, sums.shape, *numbers),
         write.launch("batch_norm_dgrad", *args),
     ]
 
@@ -211,13 +213,13 @@ def _infer_dgrad(op: BatchNormInferDgrad, call: Call, device: Device) -> list[La
     numbers = (np.float32(op.eps), np.int32(True), _relu(op))
     if geometry.row_blocks == 1:
         return [geometry.launch("batch_norm_gradients", *call.inputs, dx, dgamma, dbeta, geometry.shape, *numbers)]
-    partials = _partials(call.workspace, geometry)
+    halves = partials(call.workspace, geometry)
     grid = (-(-geometry.channels // SUM_CHANNELS), 2, 1)
     sizes = (np.int32(geometry.row_blocks), np.int32(geometry.channels))
     kernel = _kernel("batch_norm_sum_gradients", geometry.dtype, geometry.width)
     return [
-        geometry.launch("batch_norm_gradients", *call.inputs, dx, *partials, geometry.shape, *numbers),
-        Launch(kernel, grid, (SUM_THREADS, 1, 1), (*partials, dgamma, dbeta, *sizes)),
+        geometry.launch("batch_norm_gradients", *call.inputs, dx, *halves, geometry.shape, *numbers),
+        Launch(kernel, grid, (SUM_THREADS, 1, 1), (*halves, dgamma, dbeta, *sizes)),
     ]
 
 
@@ -230,13 +232,14 @@ def _relu(op: BatchNormTrain | BatchNormInfer | BatchNormDgrad | BatchNormInferD
     return np.int32(op.act == "relu")
 
 
-def _partials(workspace: Slot | None, geometry: Geometry) -> tuple[Argument, Argument]:
-    """The two halves of the workspace."""
+def partials(workspace: Slot | None, geometry: Geometry) -> tuple[Argument, Argument]:
+    """The two halves of the workspace: what the blocks of a pass leave of two sums."""
     half = 4 * geometry.row_blocks * geometry.channels
     return (None, None) if workspace is None else (Pointer(workspace, 0, half), Pointer(workspace, half, half))
 
 
-def _partial_bytes(geometry: Geometry) -> int:
+def partial_bytes(geometry: Geometry) -> int:
+    """Both together."""
     return 2 * 4 * geometry.row_blocks * geometry.channels
 
 

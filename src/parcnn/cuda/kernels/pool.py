@@ -149,7 +149,7 @@ def _fprop(call: Call, device: Device) -> Launch:
         kernel = _kernel(
             "pool_fprop", y.dtype, kind, index_type, width, FEW_TAPS if taps <= FEW_TAPS else MANY_TAPS, applied
         )
-    args = (call.inputs[0], call.outputs[0], index, kept, *sizes, _window(op, x, y, act))
+    args = (call.inputs[0], call.outputs[0], index, kept, *sizes, window_of(op, x, y, act))
     return Launch(kernel, grid, (threads, 1, 1), args)
 
 
@@ -175,12 +175,12 @@ def _dgrad(call: Call) -> Launch:
     count = n * rows * cells * vectors
     sizes = (np.int32(count), np.int32(channels), fast_div(vectors), fast_div(cells), fast_div(rows))
     kernel = _kernel(entry, dx.spec.dtype, _kind(op), index.spec.dtype if index else None, width, None)
-    args = (dy, index, dx, *sizes, _window(op, dx.spec, dy.spec))
+    args = (dy, index, dx, *sizes, window_of(op, dx.spec, dy.spec))
     return Launch(kernel, (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
 
 
-def _window(op: PoolWindow | None, x: Spec, y: Spec, act: str | None = None) -> Struct:
-    """The kernels' `Window`: x the larger image, y the pooled one."""
+def window_of(op: PoolWindow | None, x: Spec, y: Spec, act: str | None = None) -> Struct:
+    """The kernels' `Window`: x the larger image, y the pooled one; of an adaptive pool without `op`."""
     if op is None:
         axes = [_axis(x.shape[1 + a], y.shape[1 + a], 1, 1, 0, 1) for a in (0, 1)]
         return Struct((*axes, *(np.int32(0) for _ in range(3))))
