@@ -39,7 +39,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if op.act:
         return "an activation must be the pool's"
     if op.window.kind != "max" or op.window.dilation != (1, 1) or _cell(op.window) is None:
-        return f"windows must be of a maximum and apart, or 3 or 4 pixels wide and 2 apart, not {op.window}"
+        return f"windows must be of a maximum and apart, or 3x3 with strides of 2, not {op.window}"
     dy, x, *parameters = inputs[:6]
     if x.dtype not in ELEMENTS or dy.dtype != x.dtype or any(t.dtype != "f32" for t in parameters):
         return f"tensors must be all {' or all '.join(ELEMENTS)}, parameters and statistics f32"
@@ -103,7 +103,7 @@ def _cell(window: PoolWindow) -> tuple[int, int] | None:
     """CELL and REACH for a window; None where a pixel lies in more windows than a thread looks at."""
     if all(k <= s for k, s in zip(window.kernel, window.stride, strict=True)):
         return SINGLE_PIXELS if any(s % 2 for s in window.stride) else WINDOWS_APART
-    return WINDOWS_OVERLAP if window.stride == (2, 2) and all(k in (3, 4) for k in window.kernel) else None
+    return WINDOWS_OVERLAP if window.kernel == (3, 3) and window.stride == (2, 2) else None
 
 
 def _cells(x: Spec, window: PoolWindow) -> tuple[int, int]:
