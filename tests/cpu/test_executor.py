@@ -12,7 +12,7 @@ from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
 from parcnn.ops.pointwise import Act, Dropout
-from parcnn.ops.pool import PoolFprop
+from parcnn.ops.pool import PoolFprop, PoolWindow
 from parcnn.ops.program import Call, Program, Slot
 from tests.op_runner import run_op
 
@@ -31,6 +31,7 @@ def problems(random: np.random.Generator) -> dict[str, tuple[Op, list[np.ndarray
     rows, tall = float32(random, 1001, 5, 5, 32), float32(random, 300, 5, 5, 32)
     deep_idx = random.integers(0, 4, (37, 4, 4, 160)).astype(np.uint8)
     gamma, images = float32(random, 64), float32(random, 20, 40, 40, 64)
+    image_idx = random.integers(0, 4, (20, 20, 20, 64)).astype(np.uint8)
     large = float32(random, 600, 100, 100)
     pad, pool = (1, 1, 1, 1), {"pool": "max"}
     return {
@@ -52,6 +53,10 @@ def problems(random: np.random.Generator) -> dict[str, tuple[Op, list[np.ndarray
         "grouped wgrad": (ConvWgrad(pad=pad, filter=(3, 3), groups=4), [deep, error]),
         "batch norm": (BatchNormTrain(act="relu"), [images, gamma, gamma, gamma, gamma]),
         "batch norm dgrad": (BatchNormDgrad("relu"), [images, images, gamma, gamma, gamma, abs(gamma)]),
+        "batch norm dgrad, pooled": (
+            BatchNormDgrad(window=PoolWindow()),
+            [images[:, ::2, ::2], images, gamma, gamma, gamma, abs(gamma), image_idx],
+        ),
         "max pool": (PoolFprop(kernel=(3, 3), stride=(2, 2)), [images]),
         "activation": (Act("gelu"), [large]),
         "dropout": (Dropout(p=0.3), [large, np.array([0, 5, 0, 7, 9, 0, 0, 0], np.int32)]),

@@ -17,7 +17,7 @@ from parcnn.ops.matmul import MatMul
 from parcnn.ops.muon import MuonDirection, MuonUpdate
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pointwise import Act, ActDgrad, Add, Cast, Dropout
-from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop
+from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
 from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
 from parcnn.ops.update import AdamUpdate, SgdUpdate
 from tests.op_runner import run_op
@@ -69,6 +69,7 @@ def grouped(
 
 
 CHANNELS = [f32(65)] * 4
+CHANNELS_68 = [f32(68)] * 4
 CASES: list[tuple[Op, list[np.ndarray]]] = [
     *convolutions(3, 17, 3, 24, 3, "max"),
     *convolutions(1, 1, 65, 7, 3, None),
@@ -112,6 +113,10 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (BatchNormTrain(), [f32(512, 16, 16, 65), *CHANNELS]),
     (BatchNormInfer(), [f32(3, 5, 5, 65), *CHANNELS]),
     (BatchNormDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
+    *(
+        (BatchNormDgrad(window=PoolWindow()), [make(3, 2, 2, 68), make(3, 5, 5, 68), *CHANNELS_68, u8(3, 2, 2, 68)])
+        for make in (f32, bf16)
+    ),
     (BatchNormInferDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
     (Cat(), [f32(2, 3, 5), f32(2, 3, 1), f32(2, 3, 24)]),
     (ChannelSlice(1, 4), [f32(2, 3, 5)]),

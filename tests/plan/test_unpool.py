@@ -13,6 +13,7 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.nn import functional as F
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvUnpool, ConvWgrad
+from parcnn.ops.norm import BatchNormDgrad
 from parcnn.ops.program import Call
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
@@ -189,3 +190,97 @@ def test_who_unpools(precision: str, arch: str, count: int) -> None:
     assert sum(isinstance(call.op, ConvUnpool) for call in calls) == count
     pooled = {call.layer for call in calls if isinstance(call.op, ConvDgrad | ConvWgrad) and call.op.pool}
     assert len(pooled) == 3 - count
+
+
+class NormsUnpool(CpuExecutor):
+    """An executor whose batch norms spread the error behind a maximum."""
+
+    concurrent = True
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        return isinstance(op, BatchNormDgrad) or super().can_fuse(op, inputs)
+
+
+@pytest.fixture
+def norms() -> Iterator[NormsUnpool]:
+    executor = NormsUnpool(threads=1)
+    yield executor
+    executor.close()
+
+
+def _normed(pool: nn.Module, act: nn.Module | None, channels: int = 4) -> nn.Module:
+    block = [nn.Conv2d(2, channels, 3, padding=1), nn.BatchNorm2d(channels, eps=1e-2), *([act] if act else []), pool]
+    return nn.Sequential(*block, nn.Conv2d(channels, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize("size", [(8, 6), (9, 7)], ids=str)
+@pytest.mark.parametrize("act", ["relu", "gelu", None])
+@pytest.mark.parametrize(
+    "pool", [{}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3}, {"ceil_mode": True}], ids=str
+)
+def test_gradients_of_a_norm_that_takes_the_pooled_error(
+    norms: NormsUnpool, cpu: CpuExecutor, size: tuple[int, int], act: str | None, pool: dict[str, int]
+) -> None:
+    """The same as of a norm behind a pool of its own, to the last bit."""
+    random = np.random.default_rng(0)
+    images, targets = random.standard_normal((3, 2, *size)), np.array([0, 3, 1], np.int32)
+    acts = {"relu": nn.ReLU(), "gelu": nn.GELU(), None: None}
+    model = _normed(nn.MaxPool2d(**{"kernel_size": 2, **pool}), acts[act])
+    step = step_of(norms, model, images, targets)
+    check_gradients(step, model)
+    assert not any(call.op.name == "pool_dgrad" for call in step.plan.program.calls)
+    plain = step_of(cpu, model, images, targets)
+    assert sum(call.op.name == "pool_dgrad" for call in plain.plan.program.calls) == 1
+    (loss, moved), (plain_loss, plainly_moved) = step.gradients(), plain.gradients()
+    assert loss == plain_loss
+    for name, gradient in moved.items():
+        np.testing.assert_array_equal(gradient, plainly_moved[name])
+
+
+class TwoReaders(nn.Module):
+    """A batch norm's output that a pool reads, and another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 4)
+
+    def forward(self, x: F.Tensor) -> F.Tensor:
+        x = self.norm(self.conv(x))
+        return self.head((F.max_pool2d(x, 2).mean((2, 3)) + x.mean((2, 3))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [_normed(nn.AvgPool2d(2), None), _normed(nn.MaxPool2d(2), None).eval(), TwoReaders()],
+    ids=["avg", "frozen", "two"],
+)
+def test_norms_that_take_no_pooled_error(norms: NormsUnpool, model: nn.Module) -> None:
+    """Behind an average, with frozen statistics, and where the error has a second source."""
+    random = np.random.default_rng(0)
+    step = step_of(norms, model, random.standard_normal((3, 2, 8, 6)), np.array([0, 3, 1], np.int32))
+    check_gradients(step, model)
+    assert sum(call.op.name == "pool_dgrad" for call in step.plan.program.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("pool", "channels", "taken"),
+    [(nn.MaxPool2d(2), 64, True), (nn.MaxPool2d(3, 2, 1), 64, True), (nn.MaxPool2d(3), 20, True),
+     (nn.MaxPool2d(3, 1, 1), 64, False), (nn.MaxPool2d(2), 63, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_89"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_norms_on_a_gpu(pool: nn.Module, channels: int, taken: bool, arch: str, precision: str) -> None:
+    """The error before the pool is in no plan: of that size there is at most batch norm's input and what it becomes."""
+    executor = CudaExecutor.null(arch)
+    plan = outline(
+        _normed(pool, nn.ReLU(), channels), mode="train", batch=64, sample=(2, 32, 32), executor=executor,
+        loss=nn.CrossEntropyLoss(), optimizer=SGD(), precision=precision,
+    )  # fmt: skip
+    calls = plan.program.calls
+    (norm,) = [i for i, call in enumerate(calls) if isinstance(call.op, BatchNormDgrad)]
+    assert any(call.op.name == "pool_dgrad" for call in calls) == (not taken)
+    before_pool = calls[norm].outputs[0].spec.nbytes
+    assert (plan.alive_bytes[norm] < 1.7 * before_pool) == taken
+    assert executor.kernel_name(calls[norm].op, calls[norm].input_specs, calls[norm].output_specs).startswith(
+        "batch_norm_pool_gradients" if taken else "batch_norm_gradients"
+    )

@@ -64,6 +64,7 @@ def batch_norm_dgrad(
     """dbeta = sum dz, dgamma = sum dz*xhat, dx = gamma*rstd*(dz - (dbeta + xhat*dgamma)/n)."""
     if op.window:
         _, h, w, _ = inputs[1].shape
+        workspace.shared.rewind()
         error = workspace.shared.take(inputs[1].shape, inputs[1].dtype)
         pool_dgrad(op.window.backward((h, w)), [inputs[0], inputs[6]], [error], workspace)
         inputs, workspace = [error, *inputs[1:6]], workspace.within(workspace.shared.used)
