@@ -99,6 +99,24 @@ def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("name", "pool"), [("lenet conv 1", None), ("cifarnet stem", "max"), ("resnet stem", "max")])
+def test_filter_gradients_of_what_is_not_finite(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, pool: str | None
+) -> None:
+    """Wherever float64 has NaN or an infinity, the device has no finite number; what is finite is exact."""
+    problem, op = op_of(name, "wgrad", pool)
+    x, dy, *winners = problem.operands(op, ternary(random_of(name)), random_of(name))
+    x[0, 3, 4, 0], x[1, 6, 6, -1], dy[0, 1, 2, 3] = np.nan, np.inf, -np.inf
+    true = on_cpu(op, [x, dy, *winners])
+    got = run_op(on_device(cuda, monkeypatch, conv_stem_sm90_wgrad), op, bits_of(op, [x, dy, *winners]))
+    for result, wanted in zip(got, true, strict=True):
+        assert not np.isfinite(wanted).all()
+        assert not np.isfinite(result[~np.isfinite(wanted)]).any()
+        same = np.isfinite(result)
+        assert (result[same] == wanted[same]).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_random_problems_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     on_device(cuda, monkeypatch, FAMILIES[kind])
@@ -189,6 +207,8 @@ def test_what_it_refuses() -> None:
     thin = (Spec((2, 16, 16, 1), "bf16"), Spec((2, 16, 16, 16), "bf16"))
     assert "place" in (conv_stem_sm90_wgrad.supports(whole, thin) or "")
     assert conv_stem_sm90_wgrad.supports(replace(whole, bias=False), thin) is None
+    flat = (Spec((2, 3, 16, 1), "bf16"), Spec((2, 0, 4, 16), "bf16"))  # the pool's floor leaves no row
+    assert "nothing" in (conv_stem_sm90_wgrad.supports(ConvWgrad(filter=(3, 9), pool="max"), flat) or "")
 
 
 @pytest.mark.parametrize(("x", "w"), [((8, 128, 200, 1), (16, 128, 9, 1)), ((8, 128, 200, 3), (16, 60, 10, 3))])

@@ -90,7 +90,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     x, w, *bias = call.inputs
     idx = call.outputs[1] if op.has_indices else None
     args: tuple[Argument, ...] = (x, w, bias[0] if op.bias else None, call.outputs[0], idx)
-    problem = problem_of(op, sizes, chosen, grid[0], _pairs(sizes, chosen), _twice(sizes))
+    problem = problem_of(op, sizes, chosen, grid[0], _pairs_in_ring(sizes, chosen), _rows_held_twice(sizes))
     kernel = _kernel(sizes.runs, rows_of(sizes), chosen.pixels, sizes.pool)
     return [Launch(kernel, grid, (_threads(sizes, chosen), 1, 1), (*args, problem), _shared_bytes(sizes, chosen))]
 
@@ -170,7 +170,7 @@ def tiles_of(sizes: Sizes) -> list[Variant]:
     return list(found.values())
 
 
-def _twice(sizes: Sizes) -> int:
+def _rows_held_twice(sizes: Sizes) -> int:
     """Rows that the ring holds twice: operands of two rows may lie across its end."""
     return sizes.dilation_h if sizes.runs % 2 else 0
 
@@ -178,22 +178,22 @@ def _twice(sizes: Sizes) -> int:
 def _fixed_bytes(sizes: Sizes, variant: Variant) -> int:
     """Of shared memory, without the ring but for its rows that are there twice: two staged tiles, zeros, rows as they come."""
     staging_and_zeros = (2 * 128 + 16) * variant.pixels
-    return staging_and_zeros + raw_bytes(sizes, variant) + _twice(sizes) * row_bytes(sizes, variant)
+    return staging_and_zeros + raw_bytes(sizes, variant) + _rows_held_twice(sizes) * row_bytes(sizes, variant)
 
 
-def _pairs(sizes: Sizes, variant: Variant) -> int:
+def _pairs_in_ring(sizes: Sizes, variant: Variant) -> int:
     """Pairs of rows in the ring."""
     return min(MOST_PAIRS, (SHARED_BYTES - _fixed_bytes(sizes, variant)) // (2 * row_bytes(sizes, variant)))
 
 
 def _shared_bytes(sizes: Sizes, variant: Variant) -> int:
-    return _fixed_bytes(sizes, variant) + 2 * _pairs(sizes, variant) * row_bytes(sizes, variant)
+    return _fixed_bytes(sizes, variant) + 2 * _pairs_in_ring(sizes, variant) * row_bytes(sizes, variant)
 
 
 def _variants(sizes: Sizes) -> list[Variant]:
     """Those whose ring has room for what three items read: that is how far apart the block's two warpgroups may be."""
-    rows = max(rows_apart(sizes, 3), _twice(sizes))
-    return [variant for variant in tiles_of(sizes) if rows <= 2 * _pairs(sizes, variant)]
+    rows = max(rows_apart(sizes, 3), _rows_held_twice(sizes))
+    return [variant for variant in tiles_of(sizes) if rows <= 2 * _pairs_in_ring(sizes, variant)]
 
 
 def _cycles(sizes: Sizes, variant: Variant, device: Device) -> float:

@@ -44,6 +44,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     if reason := portable_supports(op, inputs):
         return reason
     sizes = sizes_of(op, inputs)
+    if not all(spec.size for spec in inputs):
+        return "there is nothing to sum"
     if sizes.k % 8:
         return f"the kernel copies filters by eights, got {sizes.k}"
     if sizes.dilation_h != 1:
@@ -85,7 +87,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     stages, pairs = next(_memory(sizes, chosen))
     x, dy, *routes = call.inputs
     blocks, row_size = _blocks(sizes, chosen, device), _row_size(op, sizes)
-    problem = problem_of(op, sizes, chosen, blocks, pairs, _twice(sizes))
+    problem = problem_of(op, sizes, chosen, blocks, pairs, _rows_held_twice(sizes))
     args: tuple[Argument, ...] = (x, dy, routes[0] if routes else None, call.workspace, problem)
     shared_bytes = _fixed_bytes(sizes, chosen, stages) + 2 * pairs * row_bytes(sizes, chosen)
     grid = (blocks, ceil(sizes.k / FILTERS), 1)
@@ -109,7 +111,7 @@ def _kernel(runs: int, rows: int, pixels: int, pool: bool) -> Kernel:
     return Kernel("conv_stem_sm90_wgrad.cu", "conv_stem_sm90_wgrad", macros)
 
 
-def _twice(sizes: Sizes) -> int:
+def _rows_held_twice(sizes: Sizes) -> int:
     """Rows that the ring holds twice: an operand is of so many neighbours."""
     return rows_of(sizes) - 1
 
@@ -127,7 +129,7 @@ def _blocks(sizes: Sizes, variant: Variant, device: Device) -> int:
 def _fixed_bytes(sizes: Sizes, variant: Variant, stages: int) -> int:
     """Of shared memory, without the ring but for its rows that are there twice."""
     errors = stages * 2 * 128 * variant.pixels
-    return errors + _ZERO_BYTES + raw_bytes(sizes, variant) + _twice(sizes) * row_bytes(sizes, variant)
+    return errors + _ZERO_BYTES + raw_bytes(sizes, variant) + _rows_held_twice(sizes) * row_bytes(sizes, variant)
 
 
 def _memory(sizes: Sizes, variant: Variant) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,6 @@
 
 #define ANY 0
 #define APART 1
-#define TWOS 2
 
 #if WINDOWS == ANY
 // Outputs lo .. hi whose windows may cover position i of the image.
