@@ -29,7 +29,7 @@ HEADER = Path(__file__).with_name("cuda_emulation.h")
 GUARD = 4096  # bytes before and after each tensor
 POISON = 0xFF  # a float of these bytes is NaN
 # Products and sums are contracted to fused ones, as nvcc does: rounding is then about what a GPU's is.
-FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w", "-fno-strict-aliasing")
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fPIC", "-w", "-fno-strict-aliasing")
 
 
 class EmulationError(AssertionError):
@@ -44,27 +44,53 @@ def available() -> bool:
 @functools.cache
 def compiled(kernel: Kernel) -> ctypes.CDLL:
     """The kernel as a host library, from the temporary folder's cache where it was built before."""
-    source = KERNELS / kernel.source
-    text = f'#include "{HEADER}"\n' + "".join(f"#define {k} {v}\n" for k, v in kernel.defines)
-    text += f'#include "{source}"\nEMULATE({kernel.entry})\n'
-    parts = [text, *FLAGS, HEADER.read_text(), source.read_text()]
-    parts += [h.read_text() for h in sorted(KERNELS.glob("*.cuh"))]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    folder = Path(tempfile.gettempdir()) / f"parcnn-emulation-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / f"{kernel.entry}-{digest}.so"
+    source, header = KERNELS / kernel.source, precompiled(HEADER)
+    text = "".join(f"#define {k} {v}\n" for k, v in kernel.defines) + f'#include "{source}"\nEMULATE({kernel.entry})\n'
+    headers = [path.read_text() for path in sorted(KERNELS.glob("*.cuh"))]
+    library = _folder() / f"{kernel.entry}-{_digest(text, header.name, source.read_text(), *headers)}.so"
     if not library.exists():
-        code, built = (library.with_suffix(f".{os.getpid()}{end}") for end in (".cpp", ".so"))
+        code = library.with_suffix(f".{os.getpid()}.cpp")
         code.write_text(text)
-        command = ["g++", *FLAGS, "-I", str(KERNELS), "-o", str(built), str(code)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        _build(library, kernel.label, "-shared", "-I", str(KERNELS), "-include", str(header), str(code))
         code.unlink()
-        if done.returncode:
-            raise EmulationError(f"g++ refused {kernel.label}:\n{done.stderr[:4000]}")
-        built.replace(library)
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def precompiled(header: Path) -> Path:
+    """A header that includes `header`, and has been read by g++ before: most kernels are shorter than what it includes."""
+    folders = (Path(__file__).parent, header.parent)
+    texts = [path.read_text() for folder in folders for path in sorted(folder.glob("*_emulation.h"))]
+    text = f'#include "{header}"\n'
+    found = _folder() / f"{header.stem}-{_digest(text, *texts)}.h"
+    kept = found.with_suffix(".h.gch")
+    if not kept.exists():
+        own = found.with_suffix(f".{os.getpid()}.h")
+        own.write_text(text)
+        own.replace(found)
+        _build(kept, header.name, "-x", "c++-header", str(found))
+    return found
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"parcnn-emulation-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join((*FLAGS, *parts)).encode()).hexdigest()[:24]
+
+
+def _build(path: Path, what: str, *arguments: str) -> None:
+    """Run g++; others see the file when it is whole."""
+    built = path.with_suffix(f".{os.getpid()}{path.suffix}")
+    done = subprocess.run(["g++", *FLAGS, *arguments, "-o", str(built)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EmulationError(f"g++ refused {what}:\n{done.stderr[:4000]}")
+    built.replace(path)
 
 
 class Guarded:
