@@ -14,21 +14,20 @@ REGISTERS_PER_SM = 65536
 
 @pytest.mark.parametrize("arch", SHARED_BYTES)
 def test_every_kernel_compiles(arch: str) -> None:
+    """On Hopper nothing spills either: a stack frame is registers that spilled, or an array that the compiler could not keep in
+    registers. (One test: two would compile everything twice where they run side by side.)"""
     kernels = REGISTRY.on(arch).variants()
     assert kernels
     cubins = Compiler(arch, REGISTRY.folder, default_cache()).compile(kernels)
+    frames = {}
     for kernel in kernels:
         info = cubins[kernel].kernels[kernel.entry]
         assert info.static_shared_bytes <= 48 * 1024, kernel.label
         assert info.registers * 32 <= REGISTERS_PER_SM, kernel.label
-
-
-def test_nothing_spills_on_hopper() -> None:
-    """A stack frame is registers that spilled, or an array that the compiler could not keep in registers."""
-    kernels = REGISTRY.on("sm_90a").variants()
-    cubins = Compiler("sm_90a", REGISTRY.folder, default_cache()).compile(kernels)
-    frames = {kernel.label: cubins[kernel].kernels[kernel.entry].frame_bytes for kernel in kernels}
-    assert {label: nbytes for label, nbytes in frames.items() if nbytes} == {}
+        if info.frame_bytes:
+            frames[kernel.label] = info.frame_bytes
+    if arch == "sm_90a":
+        assert frames == {}
 
 
 def test_variants_are_listed_once() -> None:
