@@ -15,13 +15,12 @@ SETUP := @python3 tools/setup_env.py --venv $(VENV)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test compile-check lint bench gpu-check sanitize clean
+.PHONY: help setup demo test lint bench gpu-check sanitize clean
 
 help:
 	@echo "make demo       train LeNet-5 with the sequential implementation and in parallel, compare, draw graphs (2 minutes)"
 	@echo "make test       all tests that need no GPU"
 	@echo "make lint       ruff and mypy"
-	@echo "make compile-check  every kernel for every architecture; make test does one architecture of each generation"
 	@echo "make bench      the speedup benchmark at full size; BENCH=NAME for another one"
 	@echo "make gpu-check  the GPU tests and figures; writes benchmarks/results/gpu-check.json"
 	@echo "make sanitize   convolutions under compute-sanitizer's four tools, on the GPU"
@@ -42,12 +41,7 @@ demo:
 test:
 	$(SETUP) test
 	@$(PY) tools/gpu_record.py status
-	$(PY) -m pytest -m "not gpu and not every_arch" $(PYTEST_ARGS)
-
-# A quarter of an hour on two cores, for three architectures of which the tests show that they have another's kernels.
-compile-check:
-	$(SETUP) test
-	$(PY) -m pytest tests/cuda/test_compile.py
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
 
 lint:
 	$(SETUP) --no-cuda lint
