@@ -130,10 +130,10 @@ class CpuExecutor:
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """True of every fused form that an op can express, but of grouped convolutions only those without a pool, and of
-        pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise no batch norm
-        takes a pooled error."""
+        pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise batch norm and
+        pool."""
         pooled_groups = isinstance(op, ConvGeometry) and op.groups > 1 and op.pool is not None
-        other_window = isinstance(op, ConvFprop | BatchNormDgrad) and op.window is not None
+        other_window = isinstance(op, ConvFprop | BatchNormTrain | BatchNormDgrad) and op.window is not None
         return type(op) in RUN and not pooled_groups and not other_window
 
     def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from parcnn.cpu.pointwise import route
-from parcnn.cpu.pool import pool_dgrad, pool_scratch
+from parcnn.cpu.pool import pool_dgrad, pool_fprop, pool_scratch
 from parcnn.cpu.sums import RowSums, row_sums_bytes, rows_a_piece, rows_at_once
 from parcnn.cpu.workers import Scratch, ScratchSize, Workspace, scratch_bytes
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
+from parcnn.ops.pool import PoolFprop
 
 
 def batch_norm_train(
     op: BatchNormTrain, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
 ) -> None:
     """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics; running statistics move towards them."""
+    if op.window:
+        workspace.shared.rewind()
+        z = workspace.shared.take(inputs[0].shape, inputs[0].dtype)
+        inner = workspace.within(workspace.shared.used)
+        batch_norm_train(replace(op, act=None, window=None), inputs, [z, *outputs[2:]], inner)
+        pool_fprop(PoolFprop(**asdict(op.window), act=op.act), [z], outputs[:2], workspace)
+        return
     x, y = _rows(inputs[0]), _rows(outputs[0])
     gamma, beta, running_mean, running_var = inputs[1:5]
     mean, rstd = outputs[1:]
@@ -174,6 +183,18 @@ def scratch_size(count: int) -> Callable[[Op, tuple[Spec, ...], tuple[Spec, ...]
     return size
 
 
+def _train_scratch(
+    op: BatchNormTrain, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
+) -> ScratchSize:
+    x = inputs[0]
+    size = scratch_size(1)(op, inputs, (x,), workers)
+    if op.window is None:
+        return size
+    pool = pool_scratch(PoolFprop(**asdict(op.window)), (x,), outputs, workers)
+    z = scratch_bytes([(x.shape, np.float64 if x.dtype == "f64" else np.float32)])
+    return ScratchSize(size.shared + z, max(size.per_worker, pool.per_worker))
+
+
 def _dgrad_scratch(
     op: BatchNormDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
 ) -> ScratchSize:
@@ -193,4 +214,4 @@ RUN = {
     BatchNormDgrad: batch_norm_dgrad,
     BatchNormInferDgrad: batch_norm_infer_dgrad,
 }
-SCRATCH = {BatchNormTrain: scratch_size(1), BatchNormDgrad: _dgrad_scratch, BatchNormInferDgrad: scratch_size(2)}
+SCRATCH = {BatchNormTrain: _train_scratch, BatchNormDgrad: _dgrad_scratch, BatchNormInferDgrad: scratch_size(2)}

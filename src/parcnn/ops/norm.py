@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator, image_of
+from parcnn.ops.pointwise import ActDgrad
 from parcnn.ops.pool import PoolWindow
 
 
@@ -16,12 +17,15 @@ class BatchNormTrain(Op):
     ConvFprop gives them: statistics then need no pass over x; outputs: y, mean (C), rstd (C), both in the
     tensor's float type. running = (1-momentum)*running + momentum*batch, with the unbiased variance (n/(n-1)).
     `act`: None or 'relu'.
+
+    `window`: a maximum is taken of what y would be, and the outputs are y and idx of that (`PoolFprop`), mean, rstd.
     """
 
     eps: float = 1e-5
     momentum: float = 0.1
     act: str | None = None
     moments: bool = False
+    window: PoolWindow | None = None
 
     @property
     def overwritten(self) -> tuple[int, ...]:
@@ -30,14 +34,22 @@ class BatchNormTrain(Op):
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         x = inputs[0]
         stat = Spec((x.shape[-1],), accumulator(x.dtype))
-        return x, stat, stat
+        if self.window is None:
+            return x, stat, stat
+        n, h, w, c = x.shape
+        y = Spec((n, *self.window.output_hw(h, w), c), x.dtype)
+        return y, Spec(y.shape, self.window.index_dtype(c)), stat, stat
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         if dys[0] is None:
             return (None,) * len(inputs)
-        x, gamma, beta = inputs[:3]
+        (x, gamma, beta), dy, act = inputs[:3], dys[0], self.act
+        if self.window:
+            if act:
+                (dy,) = emit(ActDgrad(act), dy, outputs[0])
+            (dy,), act = emit(self.window.backward(image_of(x)), dy, outputs[1]), None
         # dx has the moments' part in it.
-        dx, dgamma, dbeta = emit(BatchNormDgrad(act=self.act), dys[0], x, gamma, beta, outputs[1], outputs[2])
+        dx, dgamma, dbeta = emit(BatchNormDgrad(act=act), dy, x, gamma, beta, *outputs[-2:])
         return dx, dgamma, dbeta, *[None] * len(inputs[3:])
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:

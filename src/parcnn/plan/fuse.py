@@ -2,7 +2,7 @@
 
 Forward, before differentiation (a fused op carries its own gradient rule):
     act -> max-pool, wherever it stands: then nothing of the size before the pool is kept for backward
-    conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, add -> act
+    conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, batch norm -> max-pool, add -> act
     conv -> batch norm in training: two ops still, but the convolution takes the moments of what it writes
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
@@ -112,8 +112,11 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
                 return pooled, producer.inputs
+    if isinstance(first, BatchNormTrain) and first.window is None and first.act is None:
+        if isinstance(second, PoolFprop) and second.kind == "max" and second.act in (None, "relu"):
+            return replace(first, act=second.act, window=second.window), producer.inputs
     if isinstance(first, BatchNormTrain | BatchNormInfer) and first.act is None:
-        if isinstance(second, Act) and second.kind == "relu":
+        if isinstance(second, Act) and second.kind == "relu":  # behind a maximum, too: they commute
             return replace(first, act="relu"), producer.inputs
     if isinstance(first, Add) and first.act is None and isinstance(second, Act) and second.kind in FROM_OUTPUT:
         return replace(first, act=second.kind), producer.inputs

@@ -73,23 +73,6 @@ __device__ __forceinline__ void load_rows(const Element *x, int count, size_t st
 
 // ---- Statistics -----------------------------------------------------------------------------------------------------
 
-struct Moments {
-    float count;
-    Vector mean, m2;  // m2: sum of squared deviations from the mean
-};
-
-__device__ __forceinline__ void merge(Moments &a, float count, const Vector &mean, const Vector &m2) {
-    if (count == 0.0f) return;
-    float all = a.count + count, weight = count / all;
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-        float delta = mean.v[e] - a.mean.v[e];
-        a.mean.v[e] += delta * weight;
-        a.m2.v[e] += m2.v[e] + delta * delta * (a.count * weight);
-    }
-    a.count = all;
-}
-
 // Merge `count` rows; the others are zero.
 __device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL], int count) {
     Vector v[UNROLL], mean, m2;
@@ -110,87 +93,6 @@ __device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL
         m2.v[e] = squares;
     }
     merge(own, (float)count, mean, m2);
-}
-
-// Of one channel.
-struct Channel {
-    float mean, m2;
-};
-
-// Correct a mean, and the sum of squared deviations from it, by the sum of the deviations, which exact arithmetic would make
-// zero (the corrected two-pass algorithm of Chan, Golub & LeVeque).
-__device__ __forceinline__ Channel correct(float mean, float deviations, float squares, float rows) {
-    float shift = deviations / rows, m2 = squares - deviations * shift;
-    return {mean + shift, m2 < 0.0f ? 0.0f : m2};  // NaN stays
-}
-
-// Merge what the block's threads have, `rows` rows together. The thread of each of the block's channels (the first ones of the
-// block) gets its channel's. Scratch: of three sums.
-__device__ __forceinline__ Channel merge_threads(const Moments &own, float rows, const Part &at, int lanes_log2,
-                                                 float *scratch) {
-    int size = scratch_floats(lanes_log2);
-    float weight = own.count / rows, *means = scratch + 2 * size;
-    Vector mean[1], sums[2];
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) mean[0].v[e] = own.mean.v[e] * weight;
-    sum_rows(mean, at, lanes_log2, means);
-    mean[0] = load<VEC>(means + at.lane * VEC);
-#pragma unroll
-    for (int e = 0; e < VEC; ++e) {
-        float d = own.mean.v[e] - mean[0].v[e];
-        sums[0].v[e] = own.count * d;
-        sums[1].v[e] = own.m2.v[e] + own.count * d * d;
-    }
-    sum_rows(sums, at, lanes_log2, scratch);
-    int i = threadIdx.x;
-    return i < VEC << lanes_log2 ? correct(means[i], scratch[i], scratch[size + i], rows) : Channel();
-}
-
-// How a pass that left partial results was divided.
-struct Split {
-    FastDiv blocks;
-    int tiles, tile_rows;
-};
-
-// Rows of all tiles that block `block` took.
-__device__ __forceinline__ float rows_of_block(int block, const Split &split, int rows) {
-    int rest, more = divide(split.tiles - 1 - block, split.blocks, rest);
-    long long own = (more + 1LL) * split.tile_rows;
-    if (rest == 0) own -= (long long)split.tiles * split.tile_rows - rows;  // it has the last tile
-    return (float)own;
-}
-
-struct Statistics {
-    float *running_mean, *running_var, *mean, *rstd;
-    float eps, momentum;
-};
-
-// The thread of each of the block's channels works out what forward does to it, puts that in place of the sums in scratch,
-// and where asked keeps the channel's statistics and moves the running ones. A barrier shows the first to the block.
-__device__ __forceinline__ void finish_channel(float *scratch, const Channel &own, const Statistics &s, const float *gamma,
-                                               const float *beta, const Shape &shape, bool keep) {
-    int i = threadIdx.x, c = (blockIdx.x << shape.lanes_log2) * VEC + i, size = scratch_floats(shape.lanes_log2);
-    if (i >= VEC << shape.lanes_log2 || c >= shape.channels) return;
-    float rstd = 1.0f / sqrtf(own.m2 / (float)shape.rows + s.eps);
-    scratch[i] = gamma[c] * rstd;
-    scratch[size + i] = beta[c];
-    scratch[2 * size + i] = own.mean;
-    if (!keep) return;
-    s.mean[c] = own.mean;
-    s.rstd[c] = rstd;
-    s.running_mean[c] += s.momentum * (own.mean - s.running_mean[c]);
-    s.running_var[c] += s.momentum * (own.m2 / max(shape.rows - 1, 1) - s.running_var[c]);
-}
-
-// Of a thread's channels. scale: gamma * rstd.
-struct Normal {
-    Vector scale, shift, mean;
-};
-
-__device__ __forceinline__ Normal load_normal(const float *scratch, const Part &at, int lanes_log2) {
-    const float *own = scratch + at.lane * VEC;
-    int size = scratch_floats(lanes_log2);
-    return {load<VEC>(own), load<VEC>(own + size), load<VEC>(own + 2 * size)};
 }
 
 // Write y of a row's channels.
@@ -243,19 +145,9 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
     Word v[UNROLL];
     load_rows(x + start, count, at.step, v);  // on their way while the partial results are merged
 
-    int partials = split.blocks.d;
-    Moments all = {0.0f, splat<VEC>(0.0f), splat<VEC>(0.0f)};
-    const float *means = partial + at.c, *m2s = means + (size_t)partials * shape.channels;
-#pragma unroll 4
-    for (int i = at.row; at.live && i < partials; i += 1 << at.step_log2) {
-        size_t offset = (size_t)i * shape.channels;
-        merge(all, rows_of_block(i, split, shape.rows), load<VEC>(means + offset), load<VEC>(m2s + offset));
-    }
-    Channel own = merge_threads(all, (float)shape.rows, at, shape.lanes_log2, &scratch->x);
-    finish_channel(&scratch->x, own, s, gamma, beta, shape, blockIdx.y == gridDim.y - 1);  // no block has fewer tiles
-    __syncthreads();
+    // No block has fewer tiles than the last.
+    Normal normal = merge_partials(partial, gamma, beta, s, split, shape, at, &scratch->x, blockIdx.y == gridDim.y - 1);
     if (!at.live) return;
-    Normal normal = load_normal(&scratch->x, at, shape.lanes_log2);
 
     while (true) {
 #pragma unroll

@@ -108,8 +108,8 @@ class Geometry:
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
-    if isinstance(op, BatchNormDgrad) and op.window:
-        return "the error must be that of the norm's own outputs, not of a pool's"
+    if isinstance(op, BatchNormTrain | BatchNormDgrad) and op.window:
+        return "there must be no pool behind the norm"
     tensors = 2 if isinstance(op, BatchNormDgrad | BatchNormInferDgrad) else 1
     dtype, rows = inputs[0].dtype, inputs[0].size // inputs[0].shape[-1]
     if dtype not in ELEMENTS or any(t.dtype != dtype for t in inputs[:tensors]):
@@ -133,7 +133,7 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
     """Two partial results a channel from each block that sums."""
     x = inputs[0]
     if isinstance(op, BatchNormTrain):
-        return 0 if op.moments or _single(x, 1, device) else partial_bytes(_sums(x, MOMENTS_THREADS, device))
+        return 0 if op.moments or _single(x, 1, device) else partial_bytes(moments_geometry(x, device))
     if isinstance(op, BatchNormDgrad):
         return 0 if _single(x, 2, device) else partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
@@ -182,7 +182,7 @@ def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
     if single:
         args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
         return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
-    sums = _sums(x.spec, MOMENTS_THREADS, device)
+    sums = moments_geometry(x.spec, device)
     args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
     return [
         sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),
@@ -272,6 +272,11 @@ def _sums(x: Spec, threads: int, device: Device) -> Geometry:
     while geometry.threads > LEAST_SUM_THREADS and geometry.tiles * geometry.groups < device.sm_count:
         geometry = replace(geometry, threads=geometry.threads // 2)
     return replace(geometry, row_blocks=min(geometry.tiles, max(1, device.sm_count // geometry.groups)))
+
+
+def moments_geometry(x: Spec, device: Device) -> Geometry:
+    """The pass that leaves partial moments."""
+    return _sums(x, MOMENTS_THREADS, device)
 
 
 def _frozen(x: Spec, device: Device) -> Geometry:

@@ -1,9 +1,11 @@
-"""Launcher of batch_norm_pool.cu: backward of batch normalisation from the error and the winners of the maximum behind it."""
+"""Launcher of batch_norm_pool_fprop.cu and batch_norm_pool_dgrad.cu: batch normalisation in training with the maximum behind
+it, and its backward from the error and winners of that maximum."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 
@@ -13,11 +15,11 @@ from parcnn.cuda.kernels.common import ELEMENTS, fast_div, lanes_for, refuse_siz
 from parcnn.cuda.kernels.pool import INDEX_BITS, window_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import ITEM_BYTES, PACKED, Op, Spec
-from parcnn.ops.norm import BatchNormDgrad
+from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
 from parcnn.ops.pool import PoolWindow
-from parcnn.ops.program import Call
+from parcnn.ops.program import Call, Slot
 
-OPS = (BatchNormDgrad,)
+OPS = (BatchNormTrain, BatchNormDgrad)
 
 LINE_BYTES = 128  # of a block's channels, at most
 WORD_BYTES = 16  # of an access, at most
@@ -26,22 +28,35 @@ SUM_BLOCKS_PER_SM = {"f32": 1, "bf16": 1}
 WRITE_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
 PIXELS = 4  # of a tile that a thread has
 
-# In the order of batch_norm_pool.cu's macros.
-ENTRIES = ("batch_norm_pool_gradients", "batch_norm_pool_dgrad")
+SIDES = ((2, 2), (3, 3))  # of windows, forward
+TRAIN_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
+# In the order of batch_norm_pool_dgrad.cu's macros.
+DGRAD_ENTRIES = ("batch_norm_pool_gradients", "batch_norm_pool_dgrad")
 # CELL and REACH: sides of a thread's cell, and windows along a side that cover it.
 SINGLE_PIXELS, WINDOWS_APART, WINDOWS_OVERLAP = (1, 1), (2, 1), (2, 2)
 
 
+gains = batch_norm.gains
+
+
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
-    if not isinstance(op, BatchNormDgrad) or op.window is None:
-        return "the error must be that of a pool's outputs"
-    if op.act:
-        return "an activation must be the pool's"
+    if not isinstance(op, BatchNormTrain | BatchNormDgrad) or op.window is None:
+        return "there must be a pool behind the norm"
     if op.window.kind != "max" or op.window.dilation != (1, 1) or _cell(op.window) is None:
         return f"windows must be of a maximum and apart, or 3x3 with strides of 2, not {op.window}"
-    dy, x, *parameters = inputs[:6]
-    if x.dtype not in ELEMENTS or dy.dtype != x.dtype or any(t.dtype != "f32" for t in parameters):
+    if isinstance(op, BatchNormTrain):
+        tensors, parameters = inputs[:1], inputs[1:]
+        if op.act not in (None, "relu"):
+            return f"an activation must be ReLU, not {op.act}"
+        if op.window.kernel not in SIDES:
+            return f"windows must be 2x2 or 3x3, not {op.window.kernel}"
+    else:
+        tensors, parameters = inputs[:2], inputs[2:6]
+        if op.act:
+            return "an activation must be the pool's"
+    x = tensors[-1]
+    if x.dtype not in ELEMENTS or any(t.dtype != x.dtype for t in tensors) or any(t.dtype != "f32" for t in parameters):
         return f"tensors must be all {' or all '.join(ELEMENTS)}, parameters and statistics f32"
     if op.window.index_dtype(x.shape[3]) not in PACKED:
         return f"indices must share bytes: windows of at most 16 elements, channels in fours, not {x.shape[3]}"
@@ -50,52 +65,96 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
     """Two partial results a channel from each block that sums."""
-    if not isinstance(op, BatchNormDgrad) or op.window is None:
-        raise TypeError(op.name)
-    return batch_norm.partial_bytes(_sums(inputs[1], op.window, device))
+    if isinstance(op, BatchNormTrain):
+        return 0 if op.moments else batch_norm.partial_bytes(batch_norm.moments_geometry(inputs[0], device))
+    if isinstance(op, BatchNormDgrad) and op.window:
+        return batch_norm.partial_bytes(_sums(inputs[1], op.window, device))
+    raise TypeError(op.name)
 
 
 def launches(call: Call, device: Device) -> list[Launch]:
-    """Two launches: sum, then merge and write."""
-    op = call.op
-    if not isinstance(op, BatchNormDgrad) or op.window is None:
-        raise TypeError(op.name)
+    """Two launches, of forward with moments one: sum, then merge and write."""
+    if isinstance(call.op, BatchNormTrain) and call.op.window:
+        return _train(call.op, call.op.window, call, device)
+    if isinstance(call.op, BatchNormDgrad) and call.op.window:
+        return _dgrad(call.op.window, call, device)
+    raise TypeError(call.op.name)
+
+
+def _train(op: BatchNormTrain, window: PoolWindow, call: Call, device: Device) -> list[Launch]:
+    x, gamma, beta, running_mean, running_var, *moments = call.inputs
+    y, idx, mean, rstd = call.outputs
+    pixels = x.spec.size // x.spec.shape[3]
+    write = _blocks(_geometry(y.spec, y.spec.shape[:3], WRITE_THREADS, 1), TRAIN_BLOCKS_PER_SM, device)
+    partial: Slot | None
+    if moments:  # as if one block had left the partial results
+        first, partial = [], moments[0]
+        split = Struct((fast_div(1), np.int32(1), np.int32(pixels)))
+    else:
+        sums, partial = batch_norm.moments_geometry(x.spec, device), call.workspace
+        split = sums.split
+        first = [sums.launch("batch_norm_moments", x, partial, split, sums.shape)]
+    statistics = Struct((running_mean, running_var, mean, rstd, np.float32(op.eps), np.float32(op.momentum)))
+    grid = Struct((fast_div(y.spec.shape[2]), fast_div(y.spec.shape[1])))
+    args: tuple[Argument, ...] = (
+        x,
+        gamma,
+        beta,
+        partial,
+        y,
+        idx,
+        statistics,
+        split,
+        np.int32(pixels),
+        write.shape,
+        grid,
+    )
+    kernel = _train_kernel(write.dtype, write.width, window.kernel)
+    return [*first, _launch(kernel, write, (*args, window_of(window, x.spec, y.spec, op.act)))]
+
+
+def _dgrad(window: PoolWindow, call: Call, device: Device) -> list[Launch]:
     dy, x, gamma, _, mean, rstd, idx = call.inputs
-    sums, write = _sums(x.spec, op.window, device), _write(x.spec, op.window, device)
+    sums, write = _sums(x.spec, window, device), _write(x.spec, window, device)
     partials = batch_norm.partials(call.workspace, sums)
-    cell_rows, cell_columns = _cells(x.spec, op.window)
+    cell_rows, cell_columns = _cells(x.spec, window)
     grid = Struct((fast_div(cell_columns), fast_div(cell_rows)))
-    window = window_of(op.window, x.spec, dy.spec)
+    where = window_of(window, x.spec, dy.spec)
     pixels = np.int32(x.spec.size // x.spec.shape[3])
-    sum_args: tuple[Argument, ...] = (dy, idx, x, mean, rstd, *partials, sums.shape, grid, window)
+    sum_args: tuple[Argument, ...] = (dy, idx, x, mean, rstd, *partials, sums.shape, grid, where)
     write_args: tuple[Argument, ...] = (dy, idx, x, gamma, mean, rstd, *partials, *call.outputs)
-    write_args += (np.int32(sums.row_blocks), pixels, write.shape, grid, window)
+    write_args += (np.int32(sums.row_blocks), pixels, write.shape, grid, where)
     return [
-        _launch(ENTRIES[0], sums, idx.spec.dtype, op.window, sum_args),
-        _launch(ENTRIES[1], write, idx.spec.dtype, op.window, write_args),
+        _launch(_dgrad_kernel(entry, geometry.dtype, geometry.width, idx.spec.dtype, _cell(window)), geometry, args)
+        for entry, geometry, args in zip(DGRAD_ENTRIES, (sums, write), (sum_args, write_args), strict=True)
     ]
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that launches() may name."""
-    for entry in ENTRIES:
-        for dtype, width in (("f32", 4), ("bf16", 8), ("bf16", 4)):
+    """Every kernel that launches() may name, but for batch_norm_moments."""
+    for dtype, width in (("f32", 4), ("bf16", 8), ("bf16", 4)):
+        for kernel in SIDES:
+            yield _train_kernel(dtype, width, kernel)
+        for entry in DGRAD_ENTRIES:
             for cell in (SINGLE_PIXELS, WINDOWS_APART, WINDOWS_OVERLAP):
-                for index in PACKED if cell == SINGLE_PIXELS else ("u4",) if cell == WINDOWS_OVERLAP else PACKED:
-                    yield _kernel(entry, dtype, width, index, cell)
+                for index in ("u4",) if cell == WINDOWS_OVERLAP else PACKED:
+                    yield _dgrad_kernel(entry, dtype, width, index, cell)
 
 
-def _kernel(entry: str, dtype: str, width: int, index: str, cell: tuple[int, int]) -> Kernel:
+def _train_kernel(dtype: str, width: int, window: tuple[int, int]) -> Kernel:
+    bits = INDEX_BITS[PoolWindow(kernel=window).index_dtype(width)]
+    macros = (("ELEMENT", ELEMENTS[dtype]), ("VEC", width), ("BITS", bits), ("SIDE", window[0]))
+    return Kernel("batch_norm_pool_fprop.cu", "batch_norm_pool_train", macros)
+
+
+def _dgrad_kernel(entry: str, dtype: str, width: int, index: str, cell: tuple[int, int] | None) -> Kernel:
     macros: list[tuple[str, int | str]] = [("ELEMENT", ELEMENTS[dtype]), ("VEC", width), ("BITS", INDEX_BITS[index])]
-    macros += [("CELL", cell[0]), ("REACH", cell[1]), ("ENTRY", ENTRIES.index(entry))]
-    return Kernel("batch_norm_pool.cu", entry, tuple(macros))
+    side, reach = cell or SINGLE_PIXELS
+    macros += [("CELL", side), ("REACH", reach), ("ENTRY", DGRAD_ENTRIES.index(entry))]
+    return Kernel("batch_norm_pool_dgrad.cu", entry, tuple(macros))
 
 
-def _launch(entry: str, geometry: Geometry, index: str, window: PoolWindow, args: tuple[Argument, ...]) -> Launch:
-    cell = _cell(window)
-    if cell is None:
-        raise ValueError(window)
-    kernel = _kernel(entry, geometry.dtype, geometry.width, index, cell)
+def _launch(kernel: Kernel, geometry: Geometry, args: tuple[Argument, ...]) -> Launch:
     return Launch(kernel, (geometry.groups, geometry.row_blocks, 1), (geometry.threads, 1, 1), args)
 
 
@@ -112,19 +171,22 @@ def _cells(x: Spec, window: PoolWindow) -> tuple[int, int]:
     return -(-(x.shape[1] + window.pad[0]) // side), -(-(x.shape[2] + window.pad[1]) // side)
 
 
-def _geometry(x: Spec, window: PoolWindow, threads: int) -> Geometry:
-    """A pass over cells."""
+def _geometry(x: Spec, rows: tuple[int, ...], threads: int, unroll: int) -> Geometry:
+    """A pass over images of so many cells or outputs, of which a thread has `unroll` in a tile."""
     channels = x.shape[3]
     width = vector_width(channels, dtype=x.dtype)
     lanes_log2 = lanes_for(channels // width, LINE_BYTES // ITEM_BYTES[x.dtype] // width)
+    return Geometry(prod(rows), channels, x.dtype, width, lanes_log2, threads, unroll)
+
+
+def _over_cells(x: Spec, window: PoolWindow, threads: int) -> Geometry:
     side, _ = _cell(window) or SINGLE_PIXELS
-    rows, columns = _cells(x, window)
-    return Geometry(x.shape[0] * rows * columns, channels, x.dtype, width, lanes_log2, threads, PIXELS // side**2)
+    return _geometry(x, (x.shape[0], *_cells(x, window)), threads, PIXELS // side**2)
 
 
 def _sums(x: Spec, window: PoolWindow, device: Device) -> Geometry:
     """The pass that sums: blocks of fewer threads where they would leave multiprocessors idle."""
-    geometry = _geometry(x, window, SUM_THREADS)
+    geometry = _over_cells(x, window, SUM_THREADS)
     while geometry.threads > LEAST_SUM_THREADS and geometry.tiles * geometry.groups < device.sm_count:
         geometry = replace(geometry, threads=geometry.threads // 2)
     return _blocks(geometry, SUM_BLOCKS_PER_SM, device)
@@ -132,7 +194,7 @@ def _sums(x: Spec, window: PoolWindow, device: Device) -> Geometry:
 
 def _write(x: Spec, window: PoolWindow, device: Device) -> Geometry:
     """The pass that writes."""
-    return _blocks(_geometry(x, window, WRITE_THREADS), WRITE_BLOCKS_PER_SM, device)
+    return _blocks(_over_cells(x, window, WRITE_THREADS), WRITE_BLOCKS_PER_SM, device)
 
 
 def _blocks(geometry: Geometry, blocks_per_sm: Mapping[str, int], device: Device) -> Geometry:
