@@ -1,6 +1,9 @@
-"""Backward of batch normalisation from the error behind a maximum, held to the float64 executor, which spreads it first."""
+"""Batch normalisation in training with the maximum behind it, forward and backward, held to the float64 executor, which does
+one after the other."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -9,15 +12,18 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import batch_norm, batch_norm_pool
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
-from parcnn.ops.norm import BatchNormDgrad
+from parcnn.ops.norm import BatchNormDgrad, BatchNormTrain
 from parcnn.ops.pool import PoolFprop, PoolWindow
 from parcnn.ops.program import Executor
 from tests.cuda.bf16 import stored, values_of
 from tests.cuda.compare import check, executors, normal, on_cpu, random_fixture  # noqa: F401
-from tests.cuda.test_batch_norm_kernels import gradient_inputs
+from tests.cuda.test_batch_norm_kernels import data, gradient_inputs, parameters
 from tests.op_runner import run_op
 
-executor = executors(batch_norm_pool)
+# Where the convolution took no moments, the norm's own pass does.
+with_moments = ModuleType("batch_norm_pool")
+vars(with_moments).update(vars(batch_norm_pool), variants=lambda: (*batch_norm_pool.variants(), *batch_norm.variants()))
+executor = executors(with_moments)
 
 WINDOWS = {
     "2x2": PoolWindow(),
@@ -33,7 +39,54 @@ WINDOWS = {
 }
 windows = pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 dtypes = pytest.mark.parametrize("dtype", ["f32", "bf16"])
+FORWARD = {name: window for name, window in WINDOWS.items() if window.kernel in ((2, 2), (3, 3))}
 ULPS = 8  # as without a pool
+
+
+@dtypes
+@pytest.mark.parametrize("window", FORWARD.values(), ids=FORWARD)
+@pytest.mark.parametrize("channels", [4, 8, 12, 72])
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_train(
+    executor: Executor, random: np.random.Generator, window: PoolWindow, channels: int, act: str | None, dtype: str
+) -> None:
+    """The winners are those of float64, too: the largest before ReLU, of negative gammas the least x."""
+    x = data(random, (3, 9, 7, channels), dtype)
+    check(executor, BatchNormTrain(act=act, window=window), [x, *parameters(random, channels)])
+
+
+@dtypes
+@pytest.mark.parametrize("window", ["2x2", "3x3 stride 2 padded"])
+@pytest.mark.parametrize("shape", [(3, 61, 59, 32), (2, 47, 48, 140)], ids=str)
+def test_train_by_given_moments(
+    executor: Executor, random: np.random.Generator, window: str, shape: tuple[int, ...], dtype: str
+) -> None:
+    x = data(random, shape, dtype)
+    rows = values_of(x).astype(float).reshape(-1, shape[-1])
+    moments = np.array([rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)], np.float32)
+    op = BatchNormTrain(1e-5, 0.1, "relu", moments=True, window=WINDOWS[window])
+    check(executor, op, [x, *parameters(random, shape[-1]), moments])
+
+
+@dtypes
+@pytest.mark.parametrize("window", FORWARD.values(), ids=FORWARD)
+def test_the_first_of_equals_wins(
+    executor: Executor, random: np.random.Generator, window: PoolWindow, dtype: str
+) -> None:
+    """Few values, and a gamma of zero, which makes all equal."""
+    x = stored(np.round(normal(random, 2, 9, 7, 8)), dtype)
+    gamma, *rest = parameters(random, 8)
+    gamma[3] = 0
+    check(executor, BatchNormTrain(act="relu", window=window), [x, gamma, *rest])
+
+
+@dtypes
+def test_nan_stays_in_its_channel_forward(executor: Executor, random: np.random.Generator, dtype: str) -> None:
+    x = data(random, (4, 6, 6, 8), dtype)
+    x[1, 2, 0, 5] = stored(np.array(np.nan), dtype)
+    y, *_ = run_op(executor, BatchNormTrain(act="relu", window=PoolWindow()), [x, *parameters(random, 8)])
+    assert np.isnan(values_of(y)[..., 5]).all()
+    assert np.isfinite(np.delete(values_of(y), 5, axis=-1)).all()
 
 
 def inputs_of(random: np.random.Generator, shape: tuple[int, ...], window: PoolWindow, dtype: str) -> list[np.ndarray]:
@@ -111,6 +164,9 @@ def test_launches_fit_the_device_and_the_compiled_kernels(
     pooled, parameters = np.ones((n, *window.output_hw(h, w), channels)), [np.ones(channels, np.float32)] * 4
     inputs = [stored(pooled, dtype), stored(np.ones(shape), dtype), *parameters, np.zeros(pooled.shape, np.uint8)]
     run_op(null, BatchNormDgrad(window=window), inputs)
+    if window in FORWARD.values():
+        run_op(null, BatchNormTrain(window=window), inputs[1:6])
+        run_op(null, BatchNormTrain(window=window, moments=True), [*inputs[1:6], np.ones((2, channels), np.float32)])
 
 
 def _refusal(window: PoolWindow, channels: int = 8, act: str | None = None, statistics: str = "f32") -> str | None:
@@ -135,6 +191,17 @@ def test_refuses() -> None:
     inputs = (pooled, x, c, c, c, c, Spec(pooled.shape, "u2"))
     assert "pool" in (batch_norm.supports(BatchNormDgrad(window=PoolWindow()), inputs) or "")
     assert "pool" in (batch_norm_pool.supports(BatchNormDgrad(), (x, x, c, c, c, c)) or "")
+
+
+def test_refuses_forward() -> None:
+    x, c = Spec((2, 9, 9, 8), "bf16"), Spec((8,))
+    inputs = (x, c, c, c, c)
+    assert batch_norm_pool.supports(BatchNormTrain(act="relu", window=PoolWindow()), inputs) is None
+    assert "ReLU" in (batch_norm_pool.supports(BatchNormTrain(act="tanh", window=PoolWindow()), inputs) or "")
+    odd = BatchNormTrain(window=PoolWindow(kernel=(2, 1), stride=(2, 2)))
+    assert "2x2" in (batch_norm_pool.supports(odd, inputs) or "")
+    assert "pool" in (batch_norm_pool.supports(BatchNormTrain(), inputs) or "")
+    assert "pool" in (batch_norm.supports(BatchNormTrain(window=PoolWindow()), inputs) or "")
 
 
 def test_workspace_is_little() -> None:

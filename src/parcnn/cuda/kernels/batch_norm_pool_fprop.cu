@@ -63,7 +63,7 @@ batch_norm_pool_train(const Element *__restrict__ x, const float *__restrict__ g
     if (!at.live) return;
 
     while (true) {
-        Vector best = splat<VEC>(-INFINITY);
+        Vector best = splat<VEC>(__int_as_float(0xff800000));
         int position[VEC];
 #pragma unroll
         for (int e = 0; e < VEC; ++e) position[e] = __ffs(own.inside) - 1;  // wins where all are -inf
