@@ -26,9 +26,10 @@ WORD_BYTES = 16  # of an access, at most
 SUM_THREADS, LEAST_SUM_THREADS, WRITE_THREADS = 512, 256, 256
 SUM_BLOCKS_PER_SM = {"f32": 1, "bf16": 1}
 WRITE_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
-PIXELS = 4  # of a tile that a thread has
+CELLS = {1: 4, 2: 2}  # of a tile that a thread has, by their side
 
 SIDES = ((2, 2), (3, 3))  # of windows, forward
+OUTPUTS = {2: 2, 3: 1}  # of a tile that a thread has, by that side
 TRAIN_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
 # In the order of batch_norm_pool_dgrad.cu's macros.
 DGRAD_ENTRIES = ("batch_norm_pool_gradients", "batch_norm_pool_dgrad")
@@ -85,7 +86,7 @@ def _train(op: BatchNormTrain, window: PoolWindow, call: Call, device: Device) -
     x, gamma, beta, running_mean, running_var, *moments = call.inputs
     y, idx, mean, rstd = call.outputs
     pixels = x.spec.size // x.spec.shape[3]
-    write = _blocks(_geometry(y.spec, y.spec.shape[:3], WRITE_THREADS, 1), TRAIN_BLOCKS_PER_SM, device)
+    write = _blocks(_geometry(y.spec, y.spec.shape[:3], WRITE_THREADS, OUTPUTS[window.kernel[0]]), TRAIN_BLOCKS_PER_SM, device)
     partial: Slot | None
     if moments:  # as if one block had left the partial results
         first, partial = [], moments[0]
@@ -181,7 +182,7 @@ def _geometry(x: Spec, rows: tuple[int, ...], threads: int, unroll: int) -> Geom
 
 def _over_cells(x: Spec, window: PoolWindow, threads: int) -> Geometry:
     side, _ = _cell(window) or SINGLE_PIXELS
-    return _geometry(x, (x.shape[0], *_cells(x, window)), threads, PIXELS // side**2)
+    return _geometry(x, (x.shape[0], *_cells(x, window)), threads, CELLS[side])
 
 
 def _sums(x: Spec, window: PoolWindow, device: Device) -> Geometry:

@@ -28,7 +28,7 @@
 #endif
 #define WRITE_THREADS 256
 #ifndef UNROLL
-#define UNROLL (4 / PIXELS)  // cells of a tile that a thread has
+#define UNROLL (CELL == 1 ? 4 : 2)  // cells of a tile that a thread has
 #endif
 
 struct Cell {
@@ -127,7 +127,7 @@ __device__ __forceinline__ void add_cell(Vector (&sums)[2], const Cell &cell, co
 }
 
 // dgammas, dbetas: partial sums (gridDim.y, C).
-extern "C" __global__ void __launch_bounds__(SUM_THREADS)
+extern "C" __global__ void __launch_bounds__(SUM_THREADS, 1)
 batch_norm_pool_gradients(const Element *__restrict__ dy, const u8 *__restrict__ idx, const Element *__restrict__ x,
                           const float *__restrict__ mean, const float *__restrict__ rstd, float *__restrict__ dgammas,
                           float *__restrict__ dbetas, Shape shape, Grid grid, const __grid_constant__ Window window) {

@@ -2,7 +2,7 @@
 // (N,P,Q,C) are the maximum's, and what lies between is never in memory.
 //   z = (x - mean) * gamma*rstd + beta;  y = act(max over the window of z);  idx: where it was in the window, the first of equals
 //
-// A thread has VEC channels of an output and all pixels of its window under way at once. Before it, each block merges the
+// A thread has VEC channels of UNROLL outputs and all pixels of their windows under way at once. Before it, each block merges the
 //   partial results of its channels as batch_norm.cu's second pass does.
 // Bytes: x is read once (where windows overlap, again from cache), y and idx are written once.
 // Preconditions: those of batch_norm.cu; `shape` has outputs as its rows; VEC * BITS is at most 32.
@@ -14,6 +14,9 @@
 #define GROUP (128 / sizeof(Element))  // most channels of a block: a line
 #define WRITE_THREADS 256
 #define TAPS (SIDE * SIDE)
+#ifndef UNROLL
+#define UNROLL (SIDE == 2 ? 2 : 1)  // outputs of a tile that a thread has
+#endif
 
 struct Grid {
     FastDiv by_columns, by_rows;  // of outputs
@@ -27,10 +30,10 @@ struct Pixels {
     bool live;
 };
 
-__device__ __forceinline__ Pixels load_window(int tile, const Element *x, const Part &at, const Shape &shape, const Grid &grid,
+// Output i's.
+__device__ __forceinline__ Pixels load_window(u32 i, const Element *x, const Part &at, const Shape &shape, const Grid &grid,
                                               const Window &window) {
     Pixels pixels = {};
-    u32 i = ((u32)tile << at.step_log2) + at.row;
     pixels.live = at.live && i < (u32)shape.rows;
     if (!pixels.live) return pixels;
     pixels.at = i * shape.channels + at.c;
@@ -46,6 +49,39 @@ __device__ __forceinline__ Pixels load_window(int tile, const Element *x, const 
     return pixels;
 }
 
+// Write the maximum of a window and where it was.
+__device__ __forceinline__ void write_maximum(Element *y, u8 *idx, const Pixels &own, const Normal &normal, int act) {
+    if (!own.live) return;
+    Vector best = splat<VEC>(__int_as_float(0xff800000));
+    int position[VEC];
+#pragma unroll
+    for (int e = 0; e < VEC; ++e) position[e] = __ffs(own.inside) - 1;  // wins where all are -inf
+#pragma unroll
+    for (int t = 0; t < TAPS; ++t) {
+        if (!(own.inside >> t & 1)) continue;
+        const Vector v = widen(own.x[t]);
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) {
+            const float z = (v.v[e] - normal.mean.v[e]) * normal.scale.v[e] + normal.shift.v[e];
+            if (z <= best.v[e] || best.v[e] != best.v[e]) continue;
+            best.v[e] = z;  // greater, or the first NaN
+            position[e] = t;
+        }
+    }
+    if (act == ACT_RELU)
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) best.v[e] = activate<ACT_RELU>(best.v[e]);
+    store<VEC>(y + own.at, best);
+    store_index(idx, own.at, position);
+}
+
+__device__ __forceinline__ void load_tile(Pixels (&own)[UNROLL], int tile, const Element *x, const Part &at, const Shape &shape,
+                                          const Grid &grid, const Window &window) {
+#pragma unroll
+    for (int j = 0; j < UNROLL; ++j)
+        own[j] = load_window(((u32)(tile * UNROLL + j) << at.step_log2) + at.row, x, at, shape, grid, window);
+}
+
 // partial: as batch_norm_train has it; split: of the pass that left it. pixels: N*H*W.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_pool_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
@@ -55,7 +91,8 @@ batch_norm_pool_train(const Element *__restrict__ x, const float *__restrict__ g
     __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
     Part at = part_of(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
-    Pixels own = load_window(tile, x, at, shape, grid, window);  // on their way while the partial results are merged
+    Pixels own[UNROLL];
+    load_tile(own, tile, x, at, shape, grid, window);  // on their way while the partial results are merged
     Shape rows = shape;
     rows.rows = pixels;
     // No block has fewer tiles than the last.
@@ -63,31 +100,10 @@ batch_norm_pool_train(const Element *__restrict__ x, const float *__restrict__ g
     if (!at.live) return;
 
     while (true) {
-        Vector best = splat<VEC>(__int_as_float(0xff800000));
-        int position[VEC];
 #pragma unroll
-        for (int e = 0; e < VEC; ++e) position[e] = __ffs(own.inside) - 1;  // wins where all are -inf
-#pragma unroll
-        for (int t = 0; t < TAPS; ++t) {
-            if (!(own.inside >> t & 1)) continue;
-            const Vector v = widen(own.x[t]);
-#pragma unroll
-            for (int e = 0; e < VEC; ++e) {
-                const float z = (v.v[e] - normal.mean.v[e]) * normal.scale.v[e] + normal.shift.v[e];
-                if (z <= best.v[e] || best.v[e] != best.v[e]) continue;
-                best.v[e] = z;  // greater, or the first NaN
-                position[e] = t;
-            }
-        }
-        if (own.live) {
-            if (window.act == ACT_RELU)
-#pragma unroll
-                for (int e = 0; e < VEC; ++e) best.v[e] = activate<ACT_RELU>(best.v[e]);
-            store<VEC>(y + own.at, best);
-            store_index(idx, own.at, position);
-        }
+        for (int j = 0; j < UNROLL; ++j) write_maximum(y, idx, own[j], normal, window.act);
         tile -= gridDim.y;
         if (tile < 0) return;
-        own = load_window(tile, x, at, shape, grid, window);
+        load_tile(own, tile, x, at, shape, grid, window);
     }
 }
