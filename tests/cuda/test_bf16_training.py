@@ -21,8 +21,8 @@ from parcnn.train import Trainer
 
 
 def create(network: str) -> nn.Module:
-    if network in ("mixed", "pools"):
-        return {"mixed": mixed, "pools": pools}[network]()
+    if network in ("mixed", "pools", "norms"):
+        return {"mixed": mixed, "pools": pools, "norms": norms}[network]()
     return models.create(network, in_channels=3 if network == "cifarnet" else 1)
 
 
@@ -85,6 +85,16 @@ def pools() -> nn.Module:
     return Net()
 
 
+def norms() -> nn.Module:
+    """Batch norms with a maximum behind them, of windows that overlap, that do not, and that leave gaps."""
+
+    def block(inputs: int, outputs: int, pool: nn.Module) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), pool]
+
+    layers = [*block(3, 64, nn.MaxPool2d(3, 2, 1)), *block(64, 36, nn.MaxPool2d(2)), *block(36, 72, nn.MaxPool2d(2, 3))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(72 * 9, 10))
+
+
 @pytest.mark.parametrize(("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32))])
 def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
     some = noise(32 * 2 + 7, shape)  # and a tail
@@ -95,7 +105,7 @@ def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape:
     run.session.pull()
 
 
-@pytest.mark.parametrize("network", [mixed, pools])
+@pytest.mark.parametrize("network", [mixed, pools, norms])
 def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callable[[], nn.Module]) -> None:
     run = Trainer(network(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
     run.fit(noise(40, (3, 32, 32)), 1)
@@ -123,7 +133,13 @@ def test_it_learns_as_fp32_does(cuda: CudaExecutor) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32)), ("mixed", (3, 32, 32)), ("pools", (3, 32, 32))],
+    [
+        ("lenet5", (1, 28, 28)),
+        ("cifarnet", (3, 32, 32)),
+        ("mixed", (3, 32, 32)),
+        ("pools", (3, 32, 32)),
+        ("norms", (3, 32, 32)),
+    ],
 )
 def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
     losses = {}

@@ -135,6 +135,26 @@ class Net(nn.Module):
         return self.last(x.mean((2, 3)))
 """
 
+NORMED = """
+import torch.nn as nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        )
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(12, 16, 3, padding=2), nn.BatchNorm2d(16), nn.MaxPool2d(3), nn.ReLU(),
+        )
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        return self.last(self.body(self.stem(x)).mean((2, 3)))
+"""
+
 # name: (source for torch, class, shape of an image)
 MODELS: dict[str, tuple[str, str, tuple[int, int, int]]] = {
     "lenet5": (inspect.getsource(lenet5), "LeNet5", (1, 28, 28)),
@@ -142,6 +162,7 @@ MODELS: dict[str, tuple[str, str, tuple[int, int, int]]] = {
     "residual": (RESIDUAL, "Net", (3, 33, 31)),
     "plain": (PLAIN, "Net", (3, 19, 23)),
     "grouped": (GROUPED, "Net", (3, 33, 31)),
+    "normed": (NORMED, "Net", (3, 37, 43)),  # maxima behind batch norms
 }
 TO_TORCH = {"from parcnn.plan.trace import Tensor": "from torch import Tensor", "parcnn": "torch"}
 TO_PARCNN = {
