@@ -3,7 +3,7 @@ it, and its backward from the error and winners of that maximum."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 
@@ -22,15 +22,16 @@ from parcnn.ops.program import Call, Slot
 OPS = (BatchNormTrain, BatchNormDgrad)
 
 LINE_BYTES = 128  # of a block's channels, at most
-WORD_BYTES = 16  # of an access, at most
 SUM_THREADS, LEAST_SUM_THREADS, WRITE_THREADS = 512, 256, 256
-SUM_BLOCKS_PER_SM = {"f32": 1, "bf16": 1}
-WRITE_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
-CELLS = {1: 4, 2: 2}  # of a tile that a thread has, by their side
-
+TRAIN_BLOCKS_PER_SM, SUM_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = 2, 1, 3
+# Channels of an access, at most, of the pass that writes dx: with fewer registers more blocks are resident, which that pass
+# needs more than long accesses (256x112x112x64, bf16, H200: 257 us, of eight 280; the sums 165 and 136).
+DGRAD_WIDEST = 4
 SIDES = ((2, 2), (3, 3))  # of windows, forward
 OUTPUTS = {2: 2, 3: 1}  # of a tile that a thread has, by that side
-TRAIN_BLOCKS_PER_SM = {"f32": 2, "bf16": 2}
+# Cells of a tile that a thread has, by their side.
+SUM_CELLS = {1: 4, 2: 2}
+DGRAD_CELLS = {"f32": {1: 2, 2: 1}, "bf16": {1: 4, 2: 2}}
 # In the order of batch_norm_pool_dgrad.cu's macros.
 DGRAD_ENTRIES = ("batch_norm_pool_gradients", "batch_norm_pool_dgrad")
 # CELL and REACH: sides of a thread's cell, and windows along a side that cover it.
@@ -86,7 +87,9 @@ def _train(op: BatchNormTrain, window: PoolWindow, call: Call, device: Device) -
     x, gamma, beta, running_mean, running_var, *moments = call.inputs
     y, idx, mean, rstd = call.outputs
     pixels = x.spec.size // x.spec.shape[3]
-    write = _blocks(_geometry(y.spec, y.spec.shape[:3], WRITE_THREADS, OUTPUTS[window.kernel[0]]), TRAIN_BLOCKS_PER_SM, device)
+    write = _blocks(
+        _geometry(y.spec, y.spec.shape[:3], WRITE_THREADS, OUTPUTS[window.kernel[0]]), TRAIN_BLOCKS_PER_SM, device
+    )
     partial: Slot | None
     if moments:  # as if one block had left the partial results
         first, partial = [], moments[0]
@@ -136,7 +139,7 @@ def variants() -> Iterable[Kernel]:
     for dtype, width in (("f32", 4), ("bf16", 8), ("bf16", 4)):
         for kernel in SIDES:
             yield _train_kernel(dtype, width, kernel)
-        for entry in DGRAD_ENTRIES:
+        for entry in DGRAD_ENTRIES[: 1 if width > DGRAD_WIDEST else 2]:
             for cell in (SINGLE_PIXELS, WINDOWS_APART, WINDOWS_OVERLAP):
                 for index in ("u4",) if cell == WINDOWS_OVERLAP else PACKED:
                     yield _dgrad_kernel(entry, dtype, width, index, cell)
@@ -166,38 +169,39 @@ def _cell(window: PoolWindow) -> tuple[int, int] | None:
     return WINDOWS_OVERLAP if window.kernel == (3, 3) and window.stride == (2, 2) else None
 
 
+def _side(window: PoolWindow) -> int:
+    return (_cell(window) or SINGLE_PIXELS)[0]
+
+
 def _cells(x: Spec, window: PoolWindow) -> tuple[int, int]:
     """Rows and columns of an image's cells, from where the padding starts."""
-    side, _ = _cell(window) or SINGLE_PIXELS
+    side = _side(window)
     return -(-(x.shape[1] + window.pad[0]) // side), -(-(x.shape[2] + window.pad[1]) // side)
 
 
-def _geometry(x: Spec, rows: tuple[int, ...], threads: int, unroll: int) -> Geometry:
+def _geometry(x: Spec, rows: tuple[int, ...], threads: int, unroll: int, widest: int = 8) -> Geometry:
     """A pass over images of so many cells or outputs, of which a thread has `unroll` in a tile."""
     channels = x.shape[3]
-    width = vector_width(channels, dtype=x.dtype)
+    width = min(widest, vector_width(channels, dtype=x.dtype))
     lanes_log2 = lanes_for(channels // width, LINE_BYTES // ITEM_BYTES[x.dtype] // width)
     return Geometry(prod(rows), channels, x.dtype, width, lanes_log2, threads, unroll)
 
 
-def _over_cells(x: Spec, window: PoolWindow, threads: int) -> Geometry:
-    side, _ = _cell(window) or SINGLE_PIXELS
-    return _geometry(x, (x.shape[0], *_cells(x, window)), threads, CELLS[side])
-
-
 def _sums(x: Spec, window: PoolWindow, device: Device) -> Geometry:
     """The pass that sums: blocks of fewer threads where they would leave multiprocessors idle."""
-    geometry = _over_cells(x, window, SUM_THREADS)
+    cells = x.shape[0], *_cells(x, window)
+    geometry = _geometry(x, cells, SUM_THREADS, SUM_CELLS[_side(window)])
     while geometry.threads > LEAST_SUM_THREADS and geometry.tiles * geometry.groups < device.sm_count:
         geometry = replace(geometry, threads=geometry.threads // 2)
     return _blocks(geometry, SUM_BLOCKS_PER_SM, device)
 
 
 def _write(x: Spec, window: PoolWindow, device: Device) -> Geometry:
-    """The pass that writes."""
-    return _blocks(_over_cells(x, window, WRITE_THREADS), WRITE_BLOCKS_PER_SM, device)
+    """The pass that writes dx."""
+    cells, unroll = (x.shape[0], *_cells(x, window)), DGRAD_CELLS[x.dtype][_side(window)]
+    return _blocks(_geometry(x, cells, WRITE_THREADS, unroll, DGRAD_WIDEST), DGRAD_BLOCKS_PER_SM, device)
 
 
-def _blocks(geometry: Geometry, blocks_per_sm: Mapping[str, int], device: Device) -> Geometry:
-    blocks = max(1, blocks_per_sm[geometry.dtype] * device.sm_count // geometry.groups)
+def _blocks(geometry: Geometry, blocks_per_sm: int, device: Device) -> Geometry:
+    blocks = max(1, blocks_per_sm * device.sm_count // geometry.groups)
     return replace(geometry, row_blocks=min(geometry.tiles, blocks, batch_norm.MAX_GRID_Y))

@@ -23,12 +23,13 @@
 #define PIXELS (CELL * CELL)
 #define WINDOWS (REACH * REACH)
 #define GROUP (128 / sizeof(Element))  // most channels of a block: a line
-#ifndef SUM_THREADS
 #define SUM_THREADS 512
-#endif
 #define WRITE_THREADS 256
-#ifndef UNROLL
-#define UNROLL (CELL == 1 ? 4 : 2)  // cells of a tile that a thread has
+// Cells of a tile that a thread has.
+#if ENTRY == GRADIENTS
+#define UNROLL (CELL == 1 ? 4 : 2)
+#else
+#define UNROLL ((CELL == 1 ? 8 : 4) / sizeof(Element))
 #endif
 
 struct Cell {
@@ -151,7 +152,7 @@ batch_norm_pool_gradients(const Element *__restrict__ dy, const u8 *__restrict__
 
 #if ENTRY == DGRAD
 // dgammas, dbetas: `partials` sums of each channel that the first pass left. pixels: N*H*W.
-extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS, 3)
 batch_norm_pool_dgrad(const Element *__restrict__ dy, const u8 *__restrict__ idx, const Element *x,
                       const float *__restrict__ gamma, const float *__restrict__ mean, const float *__restrict__ rstd,
                       const float *__restrict__ dgammas, const float *__restrict__ dbetas, Element *dx,

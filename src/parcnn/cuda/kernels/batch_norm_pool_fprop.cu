@@ -83,7 +83,7 @@ __device__ __forceinline__ void load_tile(Pixels (&own)[UNROLL], int tile, const
 }
 
 // partial: as batch_norm_train has it; split: of the pass that left it. pixels: N*H*W.
-extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
+extern "C" __global__ void __launch_bounds__(WRITE_THREADS, 2)
 batch_norm_pool_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
                       const float *__restrict__ partial, Element *__restrict__ y, u8 *__restrict__ idx, Statistics s, Split split,
                       int pixels, Shape shape, Grid grid, const __grid_constant__ Window window) {
