@@ -14,9 +14,7 @@
 #define GROUP (128 / sizeof(Element))  // most channels of a block: a line
 #define WRITE_THREADS 256
 #define TAPS (SIDE * SIDE)
-#ifndef UNROLL
 #define UNROLL (SIDE == 2 ? 2 : 1)  // outputs of a tile that a thread has
-#endif
 
 struct Grid {
     FastDiv by_columns, by_rows;  // of outputs
