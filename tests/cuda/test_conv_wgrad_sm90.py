@@ -324,6 +324,25 @@ def test_not_a_number_and_infinity_show(cuda: CudaExecutor, monkeypatch: pytest.
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["bare", "bias"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form.sharers > 1], ids=str)
+def test_more_clusters_than_run_at_once(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, form: Form, kind: str
+) -> None:
+    """Forty times, in the same memory: blocks that share find each other, and let each other go."""
+    problem = Problem(64, 7, 7, 520, 2048, 1, 1, (0, 0, 0, 0))
+    op, operands = op_of(problem, kind), operands_of(problem, kind, random_of(kind), integers=True)
+    conv = Conv.of(op, Spec((64, 7, 7, 520), "bf16"), Spec((2048, 1, 1, 520)))
+    even = conv_wgrad_sm90.fit(conv, op.bias, form, (1, 1, 64), cuda.device)
+    assert even
+    variant = replace(even, share=17, aligned=True)
+    assert conv_wgrad_sm90._line(conv, op.bias, variant).blocks * form.sharers > cuda.device.sm_count
+    got = run_op(forced(cuda, variant, monkeypatch), op, bits_of(operands), steps=40)
+    for result, wanted in zip(got, on_cpu(op, operands), strict=False):
+        np.testing.assert_array_equal(result, wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "problem",
     [
