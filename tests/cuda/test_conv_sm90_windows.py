@@ -15,6 +15,7 @@ from parcnn.cuda.launch import Kernel
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.pool import PoolWindow
+from parcnn.ops.program import Call, Slot
 from tests.cuda.test_conv_sm90 import H200, Problem, bits_of, call_of, check_exact, forced, random_of, sizes_of
 from tests.op_runner import run_op
 
@@ -160,3 +161,25 @@ def test_images_too_wide_for_any_tile(null: CudaExecutor, side: int, width: int)
     assert "no tile" in (conv_sm90.supports(op, specs) or "")
     narrow = (Spec((1, 64, width // 2, 64), "bf16"), specs[1])
     assert null.can_fuse(op, narrow)
+
+
+@pytest.mark.parametrize(
+    ("image", "filters", "window", "fits"),
+    [
+        ((500, 7), (11, 11), PoolWindow("max", (3, 1), (1, 1)), True),  # one column of outputs: tiles of fewer rows
+        ((3000, 9), (3, 3), PoolWindow("max", (3, 1), (2, 1)), True),
+        # A sixteenth of a row: 95 outputs, 285 pixels.
+        ((9, 4500), (3, 3), PoolWindow("max", (1, 3), (1, 2)), False),
+    ],
+    ids=str,
+)
+def test_tiles_are_no_larger_than_a_copy_with_a_stride(
+    image: tuple[int, int], filters: tuple[int, int], window: PoolWindow, fits: bool
+) -> None:
+    """TMA brings boxes of 256 pixels along an axis, also those that a stride leaves out."""
+    op = ConvFprop(stride=(6, 3) if image[0] == 500 else (3, 3), pad=(3, 3, 3, 3), pool="max", window=window)
+    inputs = (Spec((3, *image, 64), "bf16"), Spec((40, *filters, 64), "bf16"))
+    assert (conv_sm90.supports(op, inputs) is None) == fits
+    if fits:
+        call = Call(op, *(tuple(Slot(spec, "arena") for spec in specs) for specs in (inputs, op.infer(*inputs))))
+        assert all(conv_sm90.launches(call, H200, variant) for variant in (None, *conv_sm90.candidates(call, H200)))

@@ -98,7 +98,7 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
         return f"a pool of its own is faster where outputs lie in more than {MOST_OVERLAP:g} windows"
     if (computed := tiles.computed(window, *op.output_hw(*x[1:3], *w[1:3]))) > MOST_COMPUTED:
         return f"a pool of its own is faster than {computed - 1:.0%} more outputs"
-    if not tiles.has_window_tiles(window, op.infer(*inputs)[0].shape[2]):
+    if not tiles.has_window_tiles(window, op.infer(*inputs)[0].shape[2], op.stride):
         return "no tile is as wide as a sixteenth of a row of windows"
     return None
 

@@ -498,10 +498,12 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                         yield Shape("tap", tile, channels, shared=True)
 
 
-def has_window_tiles(window: PoolWindow, columns: int) -> bool:
-    """Whether a row of the narrowest tile's windows, of an image with `columns` of them, fits in a tile."""
+def has_window_tiles(window: PoolWindow, columns: int, stride: tuple[int, int]) -> bool:
+    """Whether a row of the narrowest tile's windows, of an image with `columns` of them, fits in a tile, and what a
+    convolution of that stride reads for it in a copy."""
     w = (ceil(columns / MOST_PARTS) - 1) * window.stride[1] + window.kernel[1]
-    return w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS.values())
+    fits = max(w * stride[1], window.kernel[0] * stride[0]) <= MAX_BOX
+    return fits and w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS.values())
 
 
 def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
@@ -513,7 +515,7 @@ def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
         for pixels in compiled:
             for across in {ceil(columns / parts) for parts in range(1, min(columns, MOST_PARTS) + 1)}:
                 w = (across - 1) * window.stride[1] + window.kernel[1]
-                down = min(rows, pooled_by(window, pixels // w, 0))
+                down = min(rows, pooled_by(window, min(pixels // w, MAX_BOX // sizes.stride[0]), 0))
                 if down < 1:
                     continue
                 h = (ceil(rows / ceil(rows / down)) - 1) * window.stride[0] + window.kernel[0]
