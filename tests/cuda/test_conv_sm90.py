@@ -128,6 +128,10 @@ PROBLEMS = {
     "strides 3 and 1": Problem(4, 16, 9, 24, 72, 5, 3, (2, 1, 2, 1), (3, 1)),
     "stride beyond the filter": Problem(3, 17, 14, 64, 128, 2, 3, (1, 0, 0, 2), (3, 4)),
     "stride and dilation": Problem(3, 19, 15, 64, 72, 3, 3, (2, 3, 4, 3), (2, 3), (2, 2)),
+    "4x4 stride 2": Problem(5, 13, 11, 64, 72, 4, 4, (1, 1, 1, 1), (2, 2)),
+    "6x4 stride 2": Problem(3, 26, 18, 24, 136, 6, 4, (2, 1, 3, 2), (2, 2)),
+    "6x6 stride 3": Problem(3, 19, 21, 64, 64, 6, 6, (2, 2, 2, 2), (3, 3)),
+    "stride is the dilation": Problem(3, 18, 17, 32, 64, 3, 3, (2, 2, 2, 2), (2, 2), (2, 2)),
     "stride is the image": Problem(20, 4, 4, 64, 128, 4, 4, (0, 0, 0, 0), (4, 4)),
     "pixels apart": Problem(3, 13, 11, 64, 72, 1, 1, (2, 3, 1, 0), (2, 3)),
     "columns apart": Problem(3, 15, 17, 24, 136, 3, 1, (1, 0, 1, 2), (2, 3)),
@@ -311,6 +315,28 @@ def test_few_tiles_and_a_long_reduction_are_split(kind: str) -> None:
         assert (variant.splits - 1) * tiles.steps(sizes, variant) < 11 <= variant.splits * tiles.steps(sizes, variant)
         work = Work.of(sizes, variant, H200)
         assert work.slots * work.k_groups * variant.splits <= H200.sm_count
+
+
+def test_classes_of_few_channels_share_stages_where_all_have_as_many_taps() -> None:
+    for problem, shares in (
+        (Problem(9, 40, 40, 16, 72, 4, 4, (1, 1, 1, 1), (2, 2)), True),
+        (Problem(9, 40, 40, 16, 72, 3, 3, stride=(2, 2)), False),
+        (Problem(9, 40, 40, 72, 72, 4, 4, (1, 1, 1, 1), (2, 2)), False),
+    ):
+        sizes = sizes_of(problem.op("dgrad"), problem.integers("dgrad", random_of()))
+        assert len(sizes.classes) == 4
+        assert any(v.serves != "tap" for v in tiles.candidates(sizes, H200)) == shares
+
+
+def test_the_producer_runs_far_ahead_where_a_stage_serves_many_taps() -> None:
+    """Of 49 taps a stage, weights have what room there is, and pixels the two stages that are needed."""
+    problem = Problem(3, 46, 46, 608, 688, 7, 7, (3, 3, 3, 3))
+    x, w = Spec((problem.n, problem.h, problem.w, problem.c), "bf16"), Spec((problem.k, 7, 7, problem.c), "bf16")
+    op = problem.op("fprop")
+    sizes = conv_sm90._sizes(Call(op, tuple(Slot(s, "arena") for s in (x, w)), (Slot(op.infer(x, w)[0], "arena"),)))
+    variant = tiles.fit(sizes, Shape("window", (8, 23, 1), 64), H200)
+    assert variant is not None
+    assert (variant.x_stages, variant.w_stages) == (2, tiles.MAX_W_STAGES)
 
 
 def test_many_tiles_and_pools_are_not_split() -> None:

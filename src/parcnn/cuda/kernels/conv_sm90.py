@@ -463,8 +463,8 @@ def _problem(
     ordered = ORDERED if order is not None else TURNED if is_uneven and variant.splits == 1 else 0
     load_rows, load_columns, loads, row_step, column_step = {
         "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
-        "column": (sizes.r, 1, 0 if is_uneven else blocks * sizes.s, tile.pitch * n * row_bytes, 0),
-        "window": (sizes.r, sizes.s, blocks, tile.pitch * row_bytes, row_bytes),
+        "column": (sizes.taps[0], 1, 0 if is_uneven else blocks * sizes.taps[1], tile.pitch * n * row_bytes, 0),
+        "window": (*sizes.taps, blocks, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
     p, q = sizes.pooled
     pooled_w, pooled_h, windows = max(1, w // 2), max(1, h // 2), (0,) * 8

@@ -33,6 +33,10 @@ TAP_PIXELS = {
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
+_HALF_SECTOR_CYCLES = 22  # of a pixel of eight channels, beside another class's: L2 writes 32 bytes
+AHEAD_CYCLES = (
+    2500  # that copies should be asked for before their product: L2's latency, which grows with what it has to do
+)
 MOST_PARTS = 16  # of a row of such windows, in which tiles may take it
 
 
@@ -84,8 +88,22 @@ class Sizes:
 
     @property
     def plain(self) -> bool:
-        """Whether taps are neighbouring pixels, so that they can share a stage."""
-        return self.stride == self.dilation == self.spread == (1, 1) and self.r * self.s > 1
+        """Whether taps are neighbouring pixels, so that they can share a stage; those of classes, where all have as many.
+
+        Of more than 64 channels put out, tiles of 128 share what a tap loads, and are no slower than classes' columns.
+        """
+        classes = self.spread == (1, 1) or (self.k <= 64 and len({kind.taps for kind in self.classes}) == 1)
+        return self.stride == self.dilation == (1, 1) and classes and self.taps[0] * self.taps[1] > 1
+
+    @property
+    def taps(self) -> tuple[int, int]:
+        """Rows and columns of the class with the most."""
+        return self.classes[0].taps
+
+    @property
+    def is_3x3(self) -> bool:
+        """Whether there is one class, of a 3x3 filter's taps, for which there are kernels where a stage serves several."""
+        return self.r == self.s == 3 == self.taps[0] == self.taps[1]
 
     @property
     def class_outputs(self) -> tuple[int, int]:
@@ -157,7 +175,7 @@ class Footprint:
         cb = 32 if sizes.c <= 32 and channels == 64 else 64
         in_registers = pools_in_registers(sizes, w, channels)
         halo = serves != "tap"
-        pitch = w + sizes.s - 1 if serves == "window" else w
+        pitch = w + sizes.taps[1] - 1 if serves == "window" else w
         row = pitch if is_flat(serves, w) else w
         least = row * (h + (channels == PAIRED)) * n - (row - w)
         if channels == PAIRED and not can_pair(sizes, serves, w):
@@ -166,7 +184,7 @@ class Footprint:
         if sizes.moments:
             compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
-        rows = h + sizes.r - 1 if halo else h
+        rows = h + sizes.taps[0] - 1 if halo else h
         boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
@@ -174,7 +192,7 @@ class Footprint:
             fits = fits and (serves == "column" or channels <= 64)
             fits = fits and (row == w or (w >= sizes.q and cb == 64 and not sizes.pool))
         if sizes.window:
-            fits = fits and (serves == "tap" or (serves == "column" and sizes.r == sizes.s == 3))
+            fits = fits and (serves == "tap" or (serves == "column" and sizes.is_3x3))
             fits = fits and min(pooled_by(sizes.window, w, 1), pooled_by(sizes.window, h, 0)) > 0
         elif sizes.pool:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
@@ -200,7 +218,7 @@ def has_moments(pixels: int, channels: int, constants: tuple[int, int]) -> bool:
 
 def can_pair(sizes: Sizes, serves: str, width: int) -> bool:
     """Whether tiles may have 32 channels."""
-    few = sizes.k <= PAIRED and sizes.r == sizes.s == 3
+    few = sizes.k <= PAIRED and sizes.is_3x3
     return few and serves == "window" and width == 8 and not sizes.pool and not sizes.moments
 
 
@@ -219,7 +237,7 @@ def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
     where a stage serves one tap."""
     if sizes.r == sizes.s == len(sizes.classes) == 1 and not sizes.window:
         return 1, 1
-    if sizes.r == sizes.s == 3 and serves != "tap":
+    if sizes.is_3x3 and serves != "tap":
         return 3, {"column": 1, "window": 3}[serves]
     return 0, int(serves == "tap")
 
@@ -267,7 +285,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
 
     Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
     where tiles have too few loads to borrow from, or few bytes for it to hurt, or where two consumers share tiles, who must
-    wait for each other when they borrow.
+    wait for each other when they borrow. Blocks of a single tile whose stages serve several taps stream their weights.
     """
     serves, tile, channels, x_stages, shared, splits = shape
     takes = Footprint.of(sizes, serves, tile, channels)
@@ -284,11 +302,12 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = min(min(live_taps(sizes, c, 0, tile[1])) * min(live_taps(sizes, c, 1, tile[0])) for c in sizes.classes)
         least = 1 if sizes.window else least
     elif serves == "column":
-        skipped = sizes.r == sizes.s == 3 and not sizes.window and not sizes.moments
-        least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else sizes.s
+        skipped = sizes.is_3x3 and not sizes.window and not sizes.moments
+        least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else sizes.taps[1]
     else:
         least = 1
     scarce = blocks * least < (1 if channels <= 64 else 2)
+    once = serves != "tap" and splits == 1 and items(sizes, tile) * ceil(sizes.k / channels) <= device.sm_count
     if splits > 1:
         choices: tuple[int, ...] = (0,)
     elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
@@ -301,16 +320,30 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         stage = takes.x_stage_bytes(own_staging > 0 or splits > 1)
         left = device.shared_bytes_per_block - fixed_bytes(sizes) - 2 * own_staging * takes.staging_bytes
         resident_stages = min(MAX_X_STAGES, (left - weights) // stage)
-        if resident_stages >= max(enough, x_stages):
+        if resident_stages >= max(enough, x_stages) and (not once or channels == PAIRED):
             return Variant(serves, tile, channels, True, own_staging, x_stages or resident_stages, 1, shared, splits)
         if channels == PAIRED:
             continue
         may_borrow = choices == (1, 0) and own_staging == 1
         x = x_stages or min(MAX_X_STAGES, left // (stage + takes.w_stage_bytes))
         w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages or may_borrow else x
+        product = takes.cb / 16 * takes.pixels / 2 * ceil(channels / 64)
+        if serves != "tap" and not (x_stages or may_borrow) and x * product < AHEAD_CYCLES:
+            x, w = _rings(left, stage, takes.w_stage_bytes, x, _taps_per_load(sizes, serves))
         if not shared and min(x_stages or x, w) >= (4 if own_staging == 2 else 3 if may_borrow and not x_stages else 2):
             return Variant(serves, tile, channels, False, own_staging, x, w, splits=splits)
     return None
+
+
+def _rings(left: int, x_bytes: int, w_bytes: int, most: int, per_load: int) -> tuple[int, int]:
+    """Stages of pixels (at most so many) and of weights that let the producer run the most products ahead, where a stage of
+    pixels serves `per_load` of them: it asks for the next one only after the weights of all of these."""
+
+    def w_stages(x: int) -> int:
+        return min(MAX_W_STAGES, (left - x * x_bytes) // w_bytes)
+
+    x = max(range(2, most + 1), key=lambda x: (min(w_stages(x), (x - 1) * per_load), x), default=most)
+    return x, w_stages(x)
 
 
 @lru_cache(maxsize=4096)
@@ -331,7 +364,7 @@ def live_taps(sizes: Sizes, kind: Class, axis: int, extent: int) -> tuple[int, .
 
 def skips(sizes: Sizes, variant: Variant) -> bool:
     """Whether tiles leave out taps that lie wholly in the padding: where a stage serves one, or a column of a 3x3 filter."""
-    columns = variant.serves == "column" and sizes.r == sizes.s == 3 and not sizes.moments
+    columns = variant.serves == "column" and sizes.is_3x3 and not sizes.moments
     return not sizes.window and (variant.serves == "tap" or columns)
 
 
@@ -385,7 +418,7 @@ class Work:
         product *= products(sizes, variant.channels) / (sizes.r * sizes.s)
         groups = ceil(sizes.k / variant.channels)
         k_rounds = groups if variant.shared else 1
-        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant) / k_rounds
+        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant.serves) / k_rounds
         traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
         tap = 20 + _overlapped(product, traffic)
         pooled = sizes.pool and (sizes.indices or sizes.window is not None)
@@ -393,6 +426,8 @@ class Work:
         if variant.channels <= 64:
             main = tap * sizes.r * sizes.s * steps(sizes, variant) / len(sizes.classes)
             epilogue = max(0, epilogue - main) / 2
+        if sizes.k == 8 and sizes.spread[1] > 1:
+            epilogue += _HALF_SECTOR_CYCLES * tile.pixels
         k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
         slots = min(max(1, device.sm_count // (k_groups * variant.splits)), items(sizes, variant.tile) * k_inner)
         return cls(k_rounds * tap, k_rounds * epilogue, slots, k_groups, k_inner, k_rounds)
@@ -409,7 +444,7 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
         taps, most = sum(each) / len(each), max(each)
         uneven = min(each) < most
     else:
-        taps, most, uneven = sizes.r * sizes.s, sizes.r * sizes.s, False
+        taps, most, uneven = sizes.taps[0] * sizes.taps[1], sizes.taps[0] * sizes.taps[1], False
     mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
     busiest = count / work.slots * mean + 0.3 * largest if uneven else ceil(count / work.slots) * mean
     waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
@@ -439,7 +474,7 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
     loads = rounds * steps(sizes, variant) * taps
     result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * loads * work.k_rounds
     if sizes.c < 64:
-        pixels = loads / _taps_per_load(sizes, variant) * tile.pitch * tile.rows * variant.tile[2]
+        pixels = loads / _taps_per_load(sizes, variant.serves) * tile.pitch * tile.rows * variant.tile[2]
         filters = steps(sizes, variant) * sizes.r * sizes.s if variant.resident else loads
         filter_rows = (tile.cb if sizes.flipped else variant.channels) * filters * work.k_rounds
         skipped = sizes.stride[0] * sizes.stride[1] - 1
@@ -487,7 +522,7 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                 h = _round_up(ceil(p / ceil(p / highest)), even)
                 for serves in ("column", "window"):
                     yield Shape(serves, (w, h, 1), channels)
-                if w == q and w != 8 and (rows := (pixels + sizes.s - 1) // (w + sizes.s - 1)):
+                if w == q and w != 8 and (rows := (pixels + sizes.taps[1] - 1) // (w + sizes.taps[1] - 1)):
                     yield Shape("window", (w, ceil(p / ceil(p / rows)), 1), channels)
                 if (w, h) == (q, p) and not sizes.pool:
                     yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
@@ -586,8 +621,9 @@ def footprint(sizes: Sizes, variant: Variant) -> Footprint:
     return found
 
 
-def _taps_per_load(sizes: Sizes, variant: Variant) -> int:
-    return {"tap": 1, "column": sizes.r, "window": sizes.r * sizes.s}[variant.serves]
+def _taps_per_load(sizes: Sizes, serves: str) -> int:
+    rows, columns = sizes.taps
+    return {"tap": 1, "column": rows, "window": rows * columns}[serves]
 
 
 def _round_up(value: int, multiple: int = 1024) -> int:
