@@ -188,6 +188,15 @@ def test_derivatives(make: MakeExecutor, name: str, act: str) -> None:
         check_close(make([conv_mma_dgrad]), op, problem.operands(op, normal(random), random))
 
 
+@pytest.mark.parametrize("name", ["stride 2 pointwise", "stride larger than the filter"])
+def test_pixels_that_no_output_meets_are_zeros(make: MakeExecutor, name: str) -> None:
+    """Without an addend they are written at once."""
+    problem, random = PROBLEMS[name], random_of(name)
+    op = problem.op("dgrad")
+    operands = problem.operands(op, ternary(random), random)
+    check_exact(make([conv_mma_dgrad]), op, operands, on_cpu(op, operands))
+
+
 def check_close(executor: Executor, op: Any, operands: Arrays) -> None:
     conv_problems.check_close(executor, op, operands, "bf16")
 

@@ -89,6 +89,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     const int filter_size = g.r * g.s * g.group_c;
     const u32 sides = displacement(g.p, g.q);
 
+    // Where row m of the class lies in dx; negative beyond the image.
+    const int c0 = group * g.group_c + n0;
+    auto place = [&](int m) {
+        if (g.by_classes.d == 1) return m < g.rows ? m * g.c + c0 : -1;
+        int h, left;
+        int n = divide(divide(m < g.rows ? m : 0, g.by_class_w, left), g.by_class_h, h);
+        h = h * g.stride_h + phase_h, left = left * g.stride_w + phase_w;
+        return m < g.rows && h < g.h && left < g.w ? ((n * g.h + h) * g.w + left) * g.c + c0 : -1;
+    };
+    const int chunk_b = threadIdx.x % CHUNKS_B, first_b = threadIdx.x / CHUNKS_B;
+#if VEC_B == 8
+    if (taps_r * taps_s == 0 && !saved && !addend) {  // no output meets the class: of a stride beyond the filter it is zeros
+        await_predecessors();
+#pragma unroll 4
+        for (int row = first_b; row < BM; row += STEP_B) {
+            const int to = place(m0 + row);
+            if (to >= 0 && chunk_b * 8 < columns) *reinterpret_cast<uint4 *>(dx + to + chunk_b * 8) = make_uint4(0, 0, 0, 0);
+        }
+        return;
+    }
+#endif
+
     // The rows that this thread copies: the output that their first live tap meets.
     const int chunk_a = threadIdx.x % CHUNKS_A, first_a = threadIdx.x / CHUNKS_A;
     int row_offset[LOADS_A];  // with routing, of the image's outputs
@@ -101,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         row_offset[i] = ROUTED ? n * (g.p / 2) : ((n * g.p + p) * g.q + q) * g.k + group * g.group_k;
         row_place[i] = m < g.rows ? place_of(p, q) : no_place();
     }
-    const int chunk_b = threadIdx.x % CHUNKS_B, first_b = threadIdx.x / CHUNKS_B;
     const int filter0 = group * g.group_k * filter_size + n0 + chunk_b * 8;
 
     auto weights_of = [&](const Tap &t) {
@@ -276,15 +297,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         },
         [](u32) {});
 
-    // Where row m of the class lies in dx; negative beyond the image.
-    const int c0 = group * g.group_c + n0;
-    auto place = [&](int m) {
-        if (g.by_classes.d == 1) return m < g.rows ? m * g.c + c0 : -1;
-        int h, left;
-        int n = divide(divide(m < g.rows ? m : 0, g.by_class_w, left), g.by_class_h, h);
-        h = h * g.stride_h + phase_h, left = left * g.stride_w + phase_w;
-        return m < g.rows && h < g.h && left < g.w ? ((n * g.h + h) * g.w + left) * g.c + c0 : -1;
-    };
     if (saved || addend) {
         const bool pairs = g.c % 2 == 0 && g.group_c % 2 == 0;
         auto load_two = [&](const u16 *from, int left) {  // two columns, of which the second need not exist
