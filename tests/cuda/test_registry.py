@@ -112,4 +112,4 @@ def test_the_executor_names_what_is_taken(null: CudaExecutor) -> None:
     op = ConvFprop(pad=(2, 2, 2, 2))
     assert "conv_mma_fprop" in null.kernel_name(op, (x, w), op.infer(x, w))
     choices = null.choices(op, (x, w), op.infer(x, w))
-    assert list(dict.fromkeys(choice.family for choice in choices)) == ["conv_mma_fprop", "conv_sm90"]
+    assert list(dict.fromkeys(choice.family for choice in choices)) == ["conv_mma_fprop", "conv_sm90", "conv_mma_lines"]

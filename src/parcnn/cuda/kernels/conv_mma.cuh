@@ -150,25 +150,32 @@ template <int Rows, int Columns, int Depth, int WarpsM, int WarpsN, bool ColumnW
             load_matrices(a, stage + (a_at ^ (step << 5)) + i * 16 * ChunksA * 16);
     }
 
+    // The j-th and the next 8 columns of B.
+    __device__ __forceinline__ void load_b(Fragments &f, u32 stage, int step, int j) const {
+        u32 v[4];
+        if (ColumnWiseB)
+            load_transposed_matrices(v, stage + BytesA + (b_at ^ (j << 4)) + step * 16 * ChunksB * 16);
+        else
+            load_matrices(v, stage + BytesA + (b_at ^ (step << 5)) + j * 8 * ChunksB * 16);
+        f.b[j][0] = v[0], f.b[j][1] = v[1], f.b[j + 1][0] = v[2], f.b[j + 1][1] = v[3];
+    }
+
     __device__ __forceinline__ void load(Fragments &f, u32 stage, int step) const {
 #pragma unroll
         for (int i = 0; i < TilesM; ++i) load_a(f.a[i], stage, step, i);
 #pragma unroll
-        for (int j = 0; j < TilesN; j += 2) {
-            u32 v[4];
-            if (ColumnWiseB)
-                load_transposed_matrices(v, stage + BytesA + (b_at ^ (j << 4)) + step * 16 * ChunksB * 16);
-            else
-                load_matrices(v, stage + BytesA + (b_at ^ (step << 5)) + j * 8 * ChunksB * 16);
-            f.b[j][0] = v[0], f.b[j][1] = v[1], f.b[j + 1][0] = v[2], f.b[j + 1][1] = v[3];
-        }
+        for (int j = 0; j < TilesN; j += 2) load_b(f, stage, step, j);
+    }
+
+    // The i-th 16 rows.
+    __device__ __forceinline__ static void multiply(Sums &sums, const Fragments &f, int i) {
+#pragma unroll
+        for (int j = 0; j < TilesN; ++j) multiply_add(&sum(sums, i, j, 0), f.a[i], f.b[j][0], f.b[j][1]);
     }
 
     __device__ __forceinline__ static void multiply(Sums &sums, const Fragments &f) {
 #pragma unroll
-        for (int i = 0; i < TilesM; ++i)
-#pragma unroll
-            for (int j = 0; j < TilesN; ++j) multiply_add(&sum(sums, i, j, 0), f.a[i], f.b[j][0], f.b[j][1]);
+        for (int i = 0; i < TilesM; ++i) multiply(sums, f, i);
     }
 };
 
@@ -265,6 +272,38 @@ __device__ __forceinline__ u32 winners_of(const u8 *indices, int k, int count) {
 }
 
 // ---- Epilogue -----------------------------------------------------------------------------------------------------------
+
+// sums += bias, of the columns that exist; null: none.
+template <class Tile>
+__device__ __forceinline__ void add_bias(const Tile &tile, typename Tile::Sums &sums, const float *bias, int columns) {
+    if (!bias) return;
+#pragma unroll
+    for (int j = 0; j < Tile::TilesN; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int n = tile.column(j) + e;
+            const float b = n < columns ? bias[n] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < Tile::TilesM; ++i) Tile::sum(sums, i, j, e) += b, Tile::sum(sums, i, j, e + 2) += b;
+        }
+}
+
+// use(word, sum, sum) of each two of a thread's sums, neighbours of a row, and of the word of shared memory that is their place.
+template <int Columns, class Tile, class Use> __device__ __forceinline__ void each_word(const Tile &tile, typename Tile::Sums &sums, char *shared, Use use) {
+#pragma unroll
+    for (int i = 0; i < Tile::TilesM; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::TilesN; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2)
+                use(*reinterpret_cast<u32 *>(shared + chunk_offset<Columns / 8>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2),
+                    Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
+}
+
+// Round a tile of sums to shared memory, for write_rows.
+template <int Columns, class Tile> __device__ __forceinline__ void put_tile(const Tile &tile, typename Tile::Sums &sums, char *shared) {
+    each_word<Columns>(tile, sums, shared, [](u32 &two, float &v, float &u) { two = round_pair(v, u); });
+}
 
 // Write a tile of Rows x Columns bf16 from shared memory by words: row r to place(r), negative where there is none, as many of
 // its columns as `columns`. Neighbouring lanes write neighbouring words.

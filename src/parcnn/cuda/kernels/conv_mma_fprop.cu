@@ -172,17 +172,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     await_predecessors();
     reduce<STAGES>(tile, sums, ring, g.stages, copy, settle, [](u32) {});
 
-    if (bias) {
-#pragma unroll
-        for (int j = 0; j < Tile::TilesN; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                int n = tile.column(j) + e;
-                float b = n < columns ? bias[group * g.group_k + n0 + n] : 0.0f;
-#pragma unroll
-                for (int i = 0; i < Tile::TilesM; ++i) Tile::sum(sums, i, j, e) += b, Tile::sum(sums, i, j, e + 2) += b;
-            }
-    }
+    add_bias(tile, sums, bias ? bias + group * g.group_k + n0 : nullptr, columns);
     activate_all(sums, g.act);
 
     // The ring becomes the tile that is written.
@@ -236,14 +226,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         }
     }
 #else
-#pragma unroll
-    for (int i = 0; i < Tile::TilesM; ++i)
-#pragma unroll
-        for (int j = 0; j < Tile::TilesN; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2)
-                *reinterpret_cast<u32 *>(shared + chunk_offset<OUT_CHUNKS>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2) =
-                    round_pair(Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
+    put_tile<BN>(tile, sums, shared);
     __syncthreads();
     write_rows<BM, BN, Tile::Threads>(shared, y, columns, g.k, g.group_k,
                                       [&](int row) { return m0 + row < g.rows ? (m0 + row) * g.k + k0 : -1; });
