@@ -40,6 +40,11 @@ PROBLEMS = {
     "many images of one row": Problem(70, 1, 9, 32, 3, pad=ONES),
     "several slices of channels": Problem(3, 4, 5, 520, 3, pad=ONES),
     "several pieces of columns": Problem(2, 3, 300, 16, 3, pad=ONES),
+    "rows of 7": Problem(3, 9, 7, 24, 3, pad=ONES),
+    "rows of 7, most padding below": Problem(40, 3, 7, 8, 3, pad=(0, 1, 2, 1)),
+    "rows of 7, most padding above": Problem(40, 1, 7, 8, 3, pad=(2, 1, 1, 1)),
+    "rows of 7, without padding above and below": Problem(5, 4, 7, 8, 3, pad=(0, 1, 0, 1)),
+    "rows of 7 of other 7": Problem(3, 5, 7, 8, 3, pad=(1, 0, 1, 2)),
 }
 LARGE = {
     "many images": Problem(400, 5, 3, 8, 3, pad=ONES),
@@ -173,7 +178,7 @@ def test_every_form(make: MakeExecutor, random: np.random.Generator, name: str, 
 @pytest.mark.parametrize("stages", [2, 3, 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rings_of_any_length(make: MakeExecutor, random: np.random.Generator, kind: str, stages: int) -> None:
-    for name in ("odd sides", "many images of one row"):
+    for name in ("odd sides", "many images of one row", "rows of 7, most padding below"):
         problem = PROBLEMS[name]
         op, arrays = problem.call(kind, problem.arrays(random))
         variant = replace(conv_depthwise_sm90.candidates(call_of(op, arrays), H200)[0], stages=stages)

@@ -60,12 +60,16 @@ struct Feed {
     Ring to;
 
     __device__ __forceinline__ Feed(const Share &share, const Rows &g) : walk(share, g) {}
-    // Have the row of x brought that the next turn sees; what lies outside of the image is zeros.
+    // Have the row of x brought that the next turn sees; what lies outside of the image is zeros, and with WHOLE_ROWS not brought below.
     __device__ __forceinline__ void bring(const TensorMap &x, const Share &share, const Stages &stages, const Rows &g) {
         const u32 full = stages.full + 8 * to.stage;
-        barrier_expect(full, g.x_bytes);
-        load_tile(stages.memory + to.stage * g.stage_bytes, x, full, share.channel, share.column - g.left,
-                  walk.strip.first + walk.strip.turn - g.top, walk.strip.image);
+        const int row = walk.strip.first + walk.strip.turn - g.top;
+        if (WHOLE_ROWS && row >= g.h) {
+            barrier_arrive(full);
+        } else {
+            barrier_expect(full, g.x_bytes);
+            load_tile(stages.memory + to.stage * g.stage_bytes, x, full, share.channel, share.column - g.left + BESIDE, row, walk.strip.image);
+        }
         to.next(g.stages), walk.next(g);
     }
 };
@@ -80,11 +84,11 @@ struct Worker {
 };
 
 // Add what a row of pixels gives to three rows of outputs, of which the newest, the last one, begins here at `start`.
-__device__ __forceinline__ void correlate(float (&sums)[FILTER][COLUMNS][VEC], const Floats<VEC> &start, const Pixels<SEEN> &pixels,
+__device__ __forceinline__ void correlate(float (&sums)[FILTER][COLUMNS][VEC], const Floats<VEC> &start, const Pixels<SEEN - 2 * BESIDE> &pixels,
                                           const float (&tap)[TAPS][VEC]) {
 #pragma unroll
-    for (int at = 0; at < SEEN; ++at) {
-        const Floats<VEC> v = widen(pixels.at[at]);
+    for (int at = BESIDE; at < SEEN - BESIDE; ++at) {
+        const Floats<VEC> v = widen(pixels.at[at - BESIDE]);
 #pragma unroll
         for (int i = 0; i < FILTER; ++i)
 #pragma unroll
@@ -92,7 +96,7 @@ __device__ __forceinline__ void correlate(float (&sums)[FILTER][COLUMNS][VEC], c
                 const int t = (FILTER - 1 - i) * FILTER + at - q;
                 if (at < q || at - q >= FILTER) continue;
 #pragma unroll
-                for (int e = 0; e < VEC; ++e) sums[i][q][e] = (t == 0 ? start.v[e] : sums[i][q][e]) + v.v[e] * tap[t][e];
+                for (int e = 0; e < VEC; ++e) sums[i][q][e] = (t == max(BESIDE - q, 0) ? start.v[e] : sums[i][q][e]) + v.v[e] * tap[t][e];
             }
     }
 }
@@ -166,7 +170,7 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
     const Worker own(g);
     const bool is_leader = thread % WARP == 0, is_busy = own.image < g.images;
     const int channel = share.channel + own.lane * VEC, pitch = g.lanes * VEC, piece = is_busy ? own.image * g.pieces + own.piece : 0;
-    const int halo = is_busy ? own.image * (FILTER - 1) : 0;
+    const int halo = is_busy ? own.image * (FILTER - 1 - 2 * BESIDE) : 0;
     const ELEMENT *own_x = reinterpret_cast<const ELEMENT *>(ring_memory) + (piece * COLUMNS + halo) * pitch + own.lane * VEC;
     const u32 own_y = stages.memory + g.y_at + (piece * COLUMNS * pitch + own.lane * VEC) * sizeof(ELEMENT);
     await_predecessors();
@@ -182,10 +186,8 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
         const int next = at + strip.end - strip.first;
         float sums[FILTER][COLUMNS][VEC];
         fill(sums[0], start), fill(sums[1], start);
-        in_turn(at - (FILTER - 1) + strip.turn, next, [&](int row) {  // the row that the turn ends
-            const int stage = now.stage * g.stage_bytes;
-            stages.wait_full(now);
-            correlate(sums, start, fetch_shared<SEEN>(own_x + stage / (int)sizeof(ELEMENT), pitch), tap);
+        const int first = at - (FILTER - 1), below = WHOLE_ROWS ? min(next, first + g.h + g.top - strip.first) : next;
+        const auto end_turn = [&](int row, int stage) {
             if (row >= at) {
                 if (is_busy) write(own_y + stage, pitch * sizeof(ELEMENT), sums[0], floor);
                 fence_async();
@@ -194,7 +196,21 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
             if (is_leader) barrier_arrive(stages.empty + 8 * now.stage);
             now.next(g.stages);
             move_up(sums);
+        };
+        in_turn(first + strip.turn, below, [&](int row) {  // the row that the turn ends
+            const int stage = now.stage * g.stage_bytes;
+            stages.wait_full(now);
+            correlate(sums, start, fetch_shared<SEEN - 2 * BESIDE>(own_x + stage / (int)sizeof(ELEMENT), pitch), tap);
+            end_turn(row, stage);
         });
+#if WHOLE_ROWS
+#pragma unroll 1
+        for (int row = below; row < next; ++row) {  // nothing is added any more
+            stages.wait_full(now);
+            end_turn(row, now.stage * g.stage_bytes);
+            fill(sums[1], start);
+        }
+#endif
         at = next;
     }
 }

@@ -3,7 +3,8 @@
 // Rows of all images lie one after the other (of `images` neighbouring images side by side); every block does an equal share of
 // them, for its slice of the channels and its columns. The copy engine (TMA) brings the rows into a ring in shared memory, as one
 // thread tells it. Most of the others own VEC channels of a piece of COLUMNS columns of an image, and walk down the rows.
-// Macros: those of conv_depthwise.cuh, with FILTER 3 and STRIDE 1; THREADS, on a multiprocessor in all.
+// Macros: those of conv_depthwise.cuh, with FILTER 3 and STRIDE 1; THREADS, on a multiprocessor in all; WHOLE_ROWS: a piece is a row
+// of the image and of the outputs, with padding of one column on either side, which is left out.
 #pragma once
 
 #include "conv_depthwise.cuh"
@@ -11,6 +12,7 @@
 
 #define MOST_STAGES 16
 #define SEEN (COLUMNS + FILTER - 1)
+#define BESIDE (WHOLE_ROWS ? 1 : 0)  // of the columns seen, those of padding that are left out on either side
 #define WARP 32
 
 // Names the ring in the block's dynamic shared memory: a tensor copy wants 128 bytes of alignment.

@@ -31,18 +31,26 @@ STATIC_BYTES = 2048  # of a block: barriers, what thread 0 fetches, what the sys
 
 
 class Form(NamedTuple):
-    """What a thread owns (channels, columns), and threads on a multiprocessor; forward with those that copy."""
+    """What a thread owns (channels, columns), and threads on a multiprocessor; forward with those that copy.
+
+    whole_rows: the columns are a row of the image, and of outputs with padding of one: nothing is multiplied with padding.
+    """
 
     vec: int
     columns: int
     threads: int
+    whole_rows: bool = False
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
-        return (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
+        numbers = (("VEC", self.vec), ("COLUMNS", self.columns), ("THREADS", self.threads))
+        return (*numbers, ("WHOLE_ROWS", int(self.whole_rows)))
+
+    def fits(self, walk: Walk) -> bool:
+        return not self.whole_rows or (walk.left == 1 and walk.w == walk.q == self.columns)
 
 
-FORMS = (Form(4, 4, 512), Form(2, 7, 640), Form(4, 7, 384))
+FORMS = (Form(4, 4, 512), Form(2, 7, 640), Form(4, 7, 384), Form(2, 7, 640, whole_rows=True))
 WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
 # Forward and input gradients of fewer pixels an image are left to `conv_depthwise`. On an H200 256 images take 5.8 us here,
 # not 9.9 (3x3x1024), 7.5, not 11.8 (4x4x1024), 7.4, not 9.8 (6x6x512); smaller ones were not measured.
@@ -81,6 +89,16 @@ class Variant:
     resident: int
 
     @property
+    def width(self) -> int:
+        """Columns of outputs."""
+        return self.pieces * self.form.columns
+
+    @property
+    def seen(self) -> int:
+        """Columns of the image that are brought for them."""
+        return self.width if self.form.whole_rows else self.width + SIDE - 1
+
+    @property
     def busy(self) -> int:
         """Threads of a block that multiply."""
         return self.lanes * self.pieces * self.images
@@ -91,9 +109,9 @@ class Variant:
         return ceil(self.busy / WARP) * WARP
 
     def __str__(self) -> str:
-        vec, columns, threads = self.form
-        tile = f"{self.lanes * vec}x{self.pieces * columns}x{self.images}"
-        return f"{tile} by {vec}x{columns} of {threads}, {self.stages} stages x{self.resident}"
+        vec, columns, threads, whole_rows = self.form
+        form = f"{vec}x{columns} of {threads}{' in whole rows' if whole_rows else ''}"
+        return f"{self.lanes * vec}x{self.width}x{self.images} by {form}, {self.stages} stages x{self.resident}"
 
 
 # What was the fastest on an H200, by rows, columns and channels of the outputs, and whether it is a filter gradient.
@@ -102,7 +120,7 @@ MEASURED = {
     (56, 56, 96, False): Variant(FORMS[1], 48, 4, 1, 5, 2),
     (28, 28, 144, False): Variant(FORMS[1], 72, 4, 1, 4, 2),
     (14, 14, 384, False): Variant(FORMS[1], 64, 2, 1, 5, 4),
-    (7, 7, 512, False): Variant(FORMS[1], 64, 1, 2, 6, 4),
+    (7, 7, 512, False): Variant(FORMS[3], 64, 1, 2, 6, 4),
     (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 5, 2),
@@ -183,8 +201,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     op, walk = call.op, _walk(call.op, call.input_specs, call.output_specs)
     chosen = variant or _ranked(walk, device)[0]
     own = cut(walk, chosen, device)
-    width = chosen.pieces * chosen.form.columns
-    image = _map(call.inputs[0], chosen, width + SIDE - 1)
+    image = _map(call.inputs[0], chosen, chosen.seen)
     act = act_code(op.act if isinstance(op, ConvFprop) else None)
     numbers = (
         walk.h, walk.c, walk.n, walk.p, walk.q, chosen.lanes, chosen.pieces, chosen.images, walk.top, walk.left,
@@ -197,15 +214,15 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     shared_bytes = _shared_bytes(walk, chosen, own)
     args: tuple[Argument, ...]
     if isinstance(op, ConvFprop):
-        outputs, bias = _map(call.outputs[0], chosen, width), call.inputs[2] if op.bias else None
+        outputs, bias = _map(call.outputs[0], chosen, chosen.width), call.inputs[2] if op.bias else None
         args = (image, outputs, call.inputs[1], bias, argument)
         return [Launch(_kernel("conv_depthwise_sm90_fprop", chosen.form), grid, block, args, shared_bytes)]
     if isinstance(op, ConvDgrad):
-        args = (image, _map(call.outputs[0], chosen, width), call.inputs[1], argument)
+        args = (image, _map(call.outputs[0], chosen, chosen.width), call.inputs[1], argument)
         return [Launch(_kernel("conv_depthwise_sm90_dgrad", chosen.form), grid, block, args, shared_bytes)]
     dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
     partial = call.workspace if own.runs > 1 else None
-    args = (image, _map(call.inputs[1], chosen, width), dw, db, partial, argument)
+    args = (image, _map(call.inputs[1], chosen, chosen.width), dw, db, partial, argument)
     result = [Launch(_kernel("conv_depthwise_sm90_wgrad", chosen.form), grid, block, args, shared_bytes)]
     if own.runs > 1:
         result.append(sum_launch(call, own.runs))
@@ -223,9 +240,9 @@ def variants() -> Iterable[Kernel]:
 
 def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
     """How the walk is shared among blocks."""
-    form, width = variant.form, variant.pieces * variant.form.columns
+    form = variant.form
     slices = ceil(walk.c // form.vec / variant.lanes)
-    units = slices * ceil(walk.q / width)
+    units = slices * ceil(walk.q / variant.width)
     groups = ceil(walk.n / variant.images)
     count = groups * walk.p
     parts = max(1, min(count, variant.resident * device.sm_count // units))
@@ -233,7 +250,7 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
     if groups % each == 0 and each * walk.p < count / parts + SIDE - 1:  # whole images, whose borders are read once
         parts = groups // each
     pixel_bytes = 2 * variant.lanes * form.vec * variant.images
-    x_bytes, y_bytes = pixel_bytes * (width + SIDE - 1), pixel_bytes * width
+    x_bytes, y_bytes = pixel_bytes * variant.seen, pixel_bytes * variant.width
     y_at = ceil(x_bytes / 128) * 128
     return Cut(slices, units, count, parts, x_bytes, y_at, y_bytes, y_at + ceil(y_bytes / 128) * 128)
 
@@ -241,13 +258,13 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
 def _ranked(walk: Walk, device: Device) -> list[Variant]:
     """What was measured, if it fits, then by estimated cost."""
     known = MEASURED.get((walk.p, walk.q, walk.c, walk.wgrad))
-    first = [known] if known and known.images <= walk.n else []
+    first = [known] if known and known.images <= walk.n and known.form.fits(walk) else []
     found = sorted(_all(walk, device), key=lambda variant: _cost(walk, variant, device))
     return [*first, *(variant for variant in found if variant not in first)][:MOST_CANDIDATES]
 
 
 def _all(walk: Walk, device: Device) -> Iterator[Variant]:
-    for form in WGRAD_FORMS if walk.wgrad else FORMS:
+    for form in WGRAD_FORMS if walk.wgrad else (form for form in FORMS if form.fits(walk)):
         vectors, pieces = walk.c // form.vec, ceil(walk.q / form.columns)
         for slices in range(1, vectors + 1):
             lanes = ceil(vectors / slices)
