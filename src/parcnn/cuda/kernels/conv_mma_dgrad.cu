@@ -22,7 +22,7 @@
 //
 // Macros: BM, BN, BK, WARPS_M, WARPS_N, STAGES, FLAT, ROUTED, VEC_A, VEC_B. VEC_A < 8 needs FLAT = 1.
 
-#include "conv_mma.cuh"
+#include "conv_mma_read.cuh"
 
 // Twin of the struct that conv_mma_dgrad.py builds.
 struct Problem {
@@ -297,43 +297,22 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         },
         [](u32) {});
 
-    if (saved || addend) {
-        const bool pairs = g.c % 2 == 0 && g.group_c % 2 == 0;
-        auto load_two = [&](const u16 *from, int left) {  // two columns, of which the second need not exist
-            return pairs ? *reinterpret_cast<const u32 *>(from) : from[0] | (left > 1 ? (u32)from[1] << 16 : 0u);
-        };
-#pragma unroll
-        for (int i = 0; i < Tile::TilesM; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2) {
-                int at = place(m0 + tile.row(i, e));
-                if (at < 0) continue;
-#pragma unroll
-                for (int j = 0; j < Tile::TilesN; ++j) {
-                    const int left = columns - tile.column(j);
-                    if (left <= 0) continue;
-                    float &v = Tile::sum(sums, i, j, e), &u = Tile::sum(sums, i, j, e + 1);
-                    if (addend) {
-                        u32 two = load_two(addend + at + tile.column(j), left);
-                        v += low_of(two), u += high_of(two);
-                    }
-                    if (saved) {
-                        u32 two = load_two(saved + at + tile.column(j), left);
-                        v = activation_dgrad_of(v, low_of(two), g.act), u = activation_dgrad_of(u, high_of(two), g.act);
-                    }
-                }
-            }
+    // The ring becomes the tile that is written, and before that of what the epilogue reads, whose words each thread finds
+    // where its results will lie. What lies beyond the image or the group is not there and not written.
+    auto row_place_of = [&](int row) { return place(m0 + row); };
+    if (addend) {
+        read_rows<BM, BN, Tile::Threads>(shared, addend, columns, g.c, g.group_c, row_place_of);
+        each_word<BN>(tile, sums, shared, [](u32 &two, float &v, float &u) { v += low_of(two), u += high_of(two); });
+        if (saved) __syncthreads();  // the tile is written again
     }
-
-    // The ring becomes the tile that is written.
-#pragma unroll
-    for (int i = 0; i < Tile::TilesM; ++i)
-#pragma unroll
-        for (int j = 0; j < Tile::TilesN; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; e += 2)
-                *reinterpret_cast<u32 *>(shared + chunk_offset<CHUNKS_B>(tile.row(i, e), tile.column(j) / 8) + tile.column(j) % 8 * 2) =
-                    round_pair(Tile::sum(sums, i, j, e), Tile::sum(sums, i, j, e + 1));
+    if (saved) {
+        read_rows<BM, BN, Tile::Threads>(shared, saved, columns, g.c, g.group_c, row_place_of);
+        each_word<BN>(tile, sums, shared, [&](u32 &two, float &v, float &u) {
+            asm volatile("" ::: "memory");  // or words are read far ahead, into registers that there are not
+            v = activation_dgrad_of(v, low_of(two), g.act), u = activation_dgrad_of(u, high_of(two), g.act);
+        });
+    }
+    put_tile<BN>(tile, sums, shared);
     __syncthreads();
-    write_rows<BM, BN, Tile::Threads>(shared, dx, columns, g.c, g.group_c, [&](int row) { return place(m0 + row); });
+    write_rows<BM, BN, Tile::Threads>(shared, dx, columns, g.c, g.group_c, row_place_of);
 }
