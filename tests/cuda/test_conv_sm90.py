@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_fprop, conv_sm90, conv_unpool
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_lines, conv_sm90, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
@@ -194,7 +194,7 @@ def test_the_registry_of_hopper_finds_it(null: CudaExecutor) -> None:
     specs = call_of(op, operands).input_specs
     assert null.registry.find(op, specs, H200) is conv_sm90
     assert "conv_sm90" in null.kernel_name(op, specs, op.infer(*specs))
-    assert CudaExecutor.null("sm_89").registry.find(op, specs, H200) is conv_mma_fprop
+    assert CudaExecutor.null("sm_89").registry.find(op, specs, H200) is conv_mma_lines
 
 
 def test_every_variant_is_listed() -> None:
