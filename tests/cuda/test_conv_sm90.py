@@ -6,7 +6,7 @@ Where the operands are small integers every sum is exact, so the device must giv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil, gcd
 
@@ -17,7 +17,7 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_lines, conv_sm90, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
-from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Shape, Sizes, Variant, Work
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -116,6 +116,8 @@ PROBLEMS = {
     "3x3 image of 1x1 tiles": Problem(70, 3, 3, 64, 256),
     "no padding": Problem(5, 13, 11, 64, 128, pad=(0, 0, 0, 0)),
     "asymmetric": Problem(3, 12, 9, 64, 64, 2, 4, (0, 3, 2, 1)),
+    "many small images": Problem(37, 7, 7, 64, 136),
+    "images of 3x3": Problem(70, 3, 3, 128, 256),
     "pointwise": Problem(5, 13, 11, 64, 128, 1, 1, (0, 0, 0, 0)),
     "pointwise, padded": Problem(3, 6, 7, 16, 24, 1, 1, (2, 2, 2, 2)),
     "linear": Problem(300, 1, 1, 256, 72, 1, 1, (0, 0, 0, 0)),
@@ -339,6 +341,67 @@ def test_the_producer_runs_far_ahead_where_a_stage_serves_many_taps() -> None:
     assert (variant.x_stages, variant.w_stages) == (2, tiles.MAX_W_STAGES)
 
 
+@pytest.mark.parametrize("kind", ["pooled", "maxima"])
+def test_columns_of_several_images_are_pooled_where_threads_have_whole_windows(kind: str) -> None:
+    """Of 3x3 filters, 128 channels a tile; an eighth of their sums are staged, indices apart, so they need not borrow a stage."""
+    problem = Problem(256, 7, 7, 512, 512)
+    sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
+    for (images, width), compiled in tiles.IMAGE_PIXELS.items():
+        for pixels in compiled:
+            tile = (width, pixels // width // images, images)
+            assert tile[1] % 2 == 0
+            takes = Footprint.of(sizes, "column", tile, 128)
+            assert takes is not None
+            assert takes.pixels == pixels
+            assert takes.staging_bytes == 1024 * ceil(pixels / 32) * (1 + sizes.indices)
+            variant = tiles.fit(sizes, Shape("column", tile, 128), H200)
+            assert variant is not None
+            assert not variant.borrows
+            for serves, other, channels in (
+                ("column", tile, 64),
+                ("column", (width, tile[1] - 1, images), 128),
+                ("column", (width, tile[1], images + 1), 128),
+                ("column", (width + 2, 2, images), 128),
+                ("window", tile, 128),
+            ):
+                assert Footprint.of(sizes, serves, other, channels) is None, (serves, other, channels)
+    for others in (
+        Problem(256, 7, 7, 512, 512, 5, 5, (2, 2, 2, 2)),
+        Problem(256, 7, 7, 32, 512),
+        Problem(256, 15, 15, 512, 512, stride=(2, 2)),
+        Problem(256, 7, 7, 512, 512, dilation=(2, 2)),
+    ):
+        sizes = sizes_of(others.op(kind), others.integers(kind, random_of()))
+        assert Footprint.of(sizes, "column", (6, 6, 4), 128) is None, others
+    sizes = sizes_of(problem.op("mean"), problem.integers("mean", random_of()))
+    assert Footprint.of(sizes, "column", (6, 6, 4), 128) is None
+
+
+@pytest.mark.parametrize(
+    ("problem", "tile"),
+    [
+        (Problem(256, 7, 7, 512, 512), (6, 6, 4)),
+        (Problem(256, 28, 28, 128, 128), (2, 14, 8)),
+        (Problem(512, 16, 16, 128, 128), (2, 16, 8)),
+        (Problem(500, 7, 7, 256, 256), (2, 6, 16)),
+        (Problem(512, 8, 8, 256, 256), (2, 8, 16)),
+        (Problem(1000, 3, 3, 256, 256), (2, 2, 32)),
+        (Problem(1000, 4, 4, 512, 512), (2, 4, 32)),
+    ],
+    ids=str,
+)
+def test_small_images_are_pooled_in_columns_of_several(problem: Problem, tile: tuple[int, int, int]) -> None:
+    for kind in ("pooled", "maxima"):
+        inputs = (
+            Spec((problem.n, problem.h, problem.w, problem.c), "bf16"),
+            Spec((problem.k, 3, 3, problem.c), "bf16"),
+            Spec((problem.k,)),
+        )
+        op = problem.op(kind)
+        call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
+        assert ("column", tile, 128) in [(v.serves, v.tile, v.channels) for v in conv_sm90.candidates(call, H200)]
+
+
 def test_many_tiles_and_pools_are_not_split() -> None:
     for problem, kind in ((Problem(256, 14, 14, 256, 256), "fprop"), (Problem(2, 14, 14, 512, 64), "pooled")):
         sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
@@ -368,7 +431,7 @@ def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.Monkey
 
 SERVES = {
     "tap": [(11, 5, 3), (5, 2, 6), (1, 1, 64), (11, 13, 1), (8, 4, 2)],
-    "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1), (4, 6, 3), (1, 13, 5), (5, 3, 8)],
+    "column": [(11, 13, 1), (8, 13, 1), (11, 6, 1), (4, 3, 1), (4, 6, 3), (1, 13, 5), (5, 3, 8), (2, 6, 8), (6, 6, 4)],
     "window": [(8, 13, 1), (8, 4, 1), (8, 31, 1), (11, 13, 1), (12, 4, 1)],
 }
 
@@ -413,6 +476,43 @@ def test_columns_of_many_images(
         dealt.add(conv_sm90._order(sizes, variant, cuda.device) is not None)
         check_exact(forced(cuda, variant, monkeypatch), op, operands, variant, true)
     assert dealt == {True, False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["pooled", "plain pooled", "maxima", "plain maxima", "tanh pooled"])
+@pytest.mark.parametrize(("images", "width"), tiles.IMAGE_PIXELS)
+def test_pools_within_columns_of_images(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, images: int, width: int
+) -> None:
+    """Every kernel: images, rows and columns beyond the last tile, outputs that the floor drops, channels beyond the last; of
+    several steps of channels and of one; own staging and a borrowed stage; with what is not finite."""
+    kernels = set()
+    for pixels in tiles.IMAGE_PIXELS[images, width]:
+        high = pixels // (images * width)
+        for h, w, c, k, tall in (
+            (high + 1, width + 1, 64, 72, high),
+            (2 * high + 3, 2 * width + 3, 72, 136, high),
+            (high + 2, 3 * width - 2, 136, 264, max(2, high - 2)),
+        ):
+            problem = Problem(2 * images + 3, h, w, c, k)
+            op, operands = problem.op(kind), problem.integers(kind, random_of(kind, images, h))
+            if kind == "tanh pooled":  # nothing but zeros, ones and minus ones may come out
+                operands[0][operands[0] != 0] *= 64
+                operands[2][...] = 64 * np.sign(operands[2]) + 0.0
+            else:
+                x, operands[1][operands[1] == 0] = operands[0], 1
+                x[0, 0, 0, 5], x[1, h - 1, 0, 0], x[images, 0, w - 1, 3] = np.nan, np.inf, -np.inf
+                x[2 * images + 2, 1, 1, 3] = np.nan
+            sizes, true = sizes_of(op, operands), on_cpu(op, operands)
+            for x_stages in (0, 2):
+                variant = tiles.fit(sizes, Shape("column", (width, tall, images), 128, x_stages), cuda.device)
+                assert variant is not None
+                for chosen in (variant, replace(variant, own_staging=0)):
+                    check_exact(forced(cuda, chosen, monkeypatch), op, operands, chosen, true)
+                kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)}
+    macros = {"POOL": tiles.WITHIN_IMAGES, "IMAGES": images, "WIDTH": width}
+    listed = {k for k in conv_sm90.variants() if macros.items() <= dict(k.defines).items()}
+    assert listed == kernels
 
 
 @pytest.mark.gpu

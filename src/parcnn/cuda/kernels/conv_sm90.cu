@@ -37,7 +37,7 @@
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
 // Macros: PIXELS, CB (32 or 64), CHANNELS (32: of windows alone, without a pool or moments), POOL (0; 1 through shared memory;
-// 2 in registers, tile_w = 8; 3 other windows), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share
+// 2 in registers, tile_w = 8; 3 other windows; 4 in registers, of WIDTH columns of IMAGES images, CHANNELS 128), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share
 // stages; 0 any), and COLUMNS that a stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y
 // for a batch norm, where there is no pool (conv_sm90_moments.cuh).
 
@@ -53,6 +53,7 @@ constexpr int ROW_BYTES = CB * 2;
 constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = (CHANNELS + 63) / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
+constexpr bool POOLS_IN_REGISTERS = POOL == 2 || POOL == 4;
 
 // Weights: rows of CB reduction channels for each output channel, or (FLIPPED) rows of 64 output channels.
 constexpr int W_STEP = FLIPPED ? 16 * 128 >> 4 : 32 >> 4;  // 16 reduction channels further, as a descriptor counts
@@ -239,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         prefetch(w);
 #endif
     }
-#if POOL == 1 || POOL == 2
+#if POOL && POOL != 3
     Pooled *const pooled = reinterpret_cast<Pooled *>(shared + g.barrier_offset + BARRIER_BYTES);
     list_pooled<PIXELS>(g, pooled);
 #endif
@@ -325,8 +326,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
         int lead = ALTERNATE || borrows ? 0 : 2;
         if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
-#if POOL == 1 || POOL == 2
-        PooledPixels<PIXELS, POOL == 2> pixels(g, pooled, thread);
+#if POOL && POOL != 3
+        PooledPixels<PIXELS, POOLS_IN_REGISTERS> pixels(g, pooled, thread);
 #endif
         for (bool lives = find_next(); lives; ++tile) {
             const Tile t = next;
@@ -478,13 +479,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             write_windows(g, t, k, staging, thread, y, idx);
 #else
             if (idx && !g.act && !g.floor)
-                write_pooled<PIXELS, POOL == 2, POSITIVE_WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, POSITIVE_WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
             else if (idx)
-                write_pooled<PIXELS, POOL == 2, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
             else if (POOL == 2 && g.mean)
-                write_pooled<PIXELS, POOL == 2, MEANS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, MEANS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
             else
-                write_pooled<PIXELS, POOL == 2, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
 #endif
             if (!g.own_staging) {
                 fence_async();

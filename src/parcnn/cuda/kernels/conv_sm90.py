@@ -29,7 +29,6 @@ PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, CLASSES, ORDERED, TURNED = 1280, 0xFFFF, 4, 1, 2
-WINDOWS = 3  # POOL: by other windows than 2x2
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
@@ -177,12 +176,14 @@ def variants() -> Iterable[Kernel]:
                     yield _kernel(count, cb, channels, 0, False, constants, moments=True)
                 yield _kernel(count, cb, channels, 0, True, constants)
                 if constants != (3, 3):  # windows are eight pixels wide
-                    yield _kernel(count, cb, channels, 1, False, constants)
+                    yield _kernel(count, cb, channels, tiles.STAGED, False, constants)
                 if channels == 64 and count % 16 == 0:
-                    yield _kernel(count, cb, channels, 2, False, constants)
+                    yield _kernel(count, cb, channels, tiles.WITHIN_ROWS, False, constants)
     for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
         for count in pixels:
-            yield from (_kernel(count, cb, channels, WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
+            yield from (_kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
+    for (images, width), pixels in tiles.IMAGE_PIXELS.items():
+        yield from (_kernel_of_images(count, images, width) for count in pixels)
     yield UNREACHED
     yield SUM
     yield MERGE_MOMENTS
@@ -199,6 +200,12 @@ def _kernel(
     names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED", "FILTER", "COLUMNS", "MOMENTS")
     values = (pixels, cb, channels, pool, int(flipped), *constants, int(moments))
     return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
+
+
+def _kernel_of_images(pixels: int, images: int, width: int) -> Kernel:
+    """Of a pool within columns of several images."""
+    kernel = _kernel(pixels, 64, 128, tiles.WITHIN_IMAGES, False, (3, 1))
+    return replace(kernel, defines=(*kernel.defines, ("IMAGES", images), ("WIDTH", width)))
 
 
 def _sizes(call: Call) -> Sizes:
@@ -319,9 +326,12 @@ def _product(
 ) -> Launch:
     tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
-    pool = WINDOWS if sizes.window else sizes.pool + tiles.pools_in_registers(sizes, variant.tile[0], variant.channels)
-    constants = tiles.constants(sizes, variant.serves)
-    kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
+    pool = tiles.pooling(sizes, variant.serves, variant.tile, variant.channels)
+    if pool == tiles.WITHIN_IMAGES:
+        kernel = _kernel_of_images(tile.pixels, variant.tile[2], variant.tile[0])
+    else:
+        constants = tiles.constants(sizes, variant.serves)
+        kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(not variant.borrows)
     resident = work.k_rounds * tiles.steps(sizes, variant) * tiles.products(sizes, variant.channels)

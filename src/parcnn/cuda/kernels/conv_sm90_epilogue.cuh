@@ -211,6 +211,64 @@ __device__ __forceinline__ void stage_winners(const float (&sums)[Pixels / 2], c
     }
 }
 
+#if POOL == 4
+// Columns WIDTH wide of IMAGES images, which are the innermost of a tile's pixels: a group of eight pixels is eight images, or two
+// columns of four. The rows of a window are then the same elements of groups ROW apart; its columns of groups COLUMN apart, or
+// of lanes two apart. Pooled pixels are in the order of images, columns, rows, too.
+constexpr int ROW = WIDTH * IMAGES / 8, COLUMN = IMAGES / 8;
+static_assert(WIDTH % 2 == 0 && (COLUMN ? IMAGES % 8 == 0 : IMAGES == 4) && PIXELS % (16 * ROW) == 0, "threads have whole windows");
+
+// The upper left group of the i-th eight windows, or (four images) both columns' of the i-th four.
+__device__ constexpr int upper_left(int i) {
+#if IMAGES == 4
+    return i / ROW * 2 * ROW + i % ROW;
+#else
+    return i / (COLUMN * WIDTH / 2) * 2 * ROW + i / COLUMN % (WIDTH / 2) * 2 * COLUMN + i % COLUMN;
+#endif
+}
+
+// A thread has a column of two fours of windows, `first` and `second`, and of one of the fours comes to have both.
+__device__ __forceinline__ void exchange_columns(u32 first, u32 second, bool is_right, u32 &left, u32 &right) {
+    const u32 own = is_right ? second : first, other = __shfl_xor_sync(0xffffffffu, is_right ? first : second, 2);
+    left = is_right ? other : own, right = is_right ? own : other;
+}
+
+// Write rows of pooled pixels: values, then (16 bits each) which of the four won, STAGED_VALUE_BYTES behind them.
+template <int Pixels, Pooling Kind>
+__device__ __forceinline__ void stage_image_windows(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
+    constexpr bool Positive = Kind == POSITIVE_WINNERS, NamesWinners = Positive || Kind == WINNERS;
+    const u32 at = chunk_address(staging, lane & 7, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * STAGED_VALUE_BYTES<Pixels>;
+    const auto outputs = [&](int group, int e) {
+        const float *s = sums + 4 * group + 2 * e, bias = e ? out.bias1 : out.bias0;
+        return Positive ? relu_bf16x2(s[0] + bias, s[1] + bias) : round_bf16x2(s[0] + bias, s[1] + bias);
+    };
+#pragma unroll
+    for (int i = 0; i < (Pixels / 16 + 1) / 2; ++i) {
+        u32 value[2], index[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            u32 v[4];
+#if IMAGES == 4
+            const int first = upper_left(2 * i), second = upper_left(min(2 * i + 1, Pixels / 16 - 1));  // the last one may be alone
+            exchange_columns(outputs(first, e), outputs(second, e), lane & 2, v[0], v[1]);
+            exchange_columns(outputs(first + ROW, e), outputs(second + ROW, e), lane & 2, v[2], v[3]);
+#else
+#pragma unroll
+            for (int position = 0; position < 4; ++position) v[position] = outputs(upper_left(i) + (position & 1) * COLUMN + (position >> 1) * ROW, e);
+#endif
+            if (NamesWinners)
+                best_of<Positive>(v[0], v[1], v[2], v[3], out.floor, value[e], index[e]);
+            else
+                value[e] = max_bf16x2(max_bf16x2(v[0], v[1]), max_bf16x2(v[2], v[3]));
+        }
+        if (NamesWinners)
+            store_matrices(at + i * 1024, value[0], value[1], index[0], index[1]);
+        else
+            store_matrices(at + i * 1024, value[0], value[1]);
+    }
+}
+#endif
+
 // A tile's outputs, or as much of its windows as a thread has: all of them (InRegisters), else of maxima their rows. A maximum
 // of sums is rounded after it, which gives the maximum of what is rounded.
 template <int Pixels, bool InRegisters, Pooling Kind>
@@ -254,7 +312,11 @@ template <int Pixels> __device__ __forceinline__ void list_pooled(const Problem 
     const int pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, pixel = threadIdx.x;
     if (pixel >= POOLED_PIXELS<Pixels>) return;
     int x = 0, row = 0, image = 0;
+#if POOL == 4
+    if (pixel < pooled_w * pooled_h * g.tile_n) image = pixel % IMAGES, x = pixel / IMAGES % (WIDTH / 2), row = pixel / (IMAGES * WIDTH / 2);
+#else
     if (pixel < pooled_w * pooled_h * g.tile_n) image = divide(divide(pixel, g.by_pooled_w, x), g.by_pooled_h, row);
+#endif
     table[pixel].to = (((u32)image * g.p + row) * g.q + x) * g.k;
     table[pixel].place = x | row << 8 | image << 16 | ((image * g.tile_h + 2 * row) * g.tile_w + 2 * x) << 24;
 }
@@ -284,7 +346,11 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
                                              u16 *y, u8 *idx) {
     constexpr int Items = POOLED_PIXELS<Pixels> / 16;  // of a thread: eight channels of a pixel
     constexpr bool Positive = Kind == POSITIVE_WINNERS, NamesWinners = Positive || Kind == WINNERS;
+#if POOL == 4
+    stage_image_windows<Pixels, Kind>(sums, out, staging, thread >> 5, thread & 31);
+#else
     stage_windows<Pixels, InRegisters, Kind>(sums, out, staging, thread >> 5, thread & 31);
+#endif
     const int chunk = thread & 7, first = thread >> 3, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, channel = k + chunk * 8;
     const int q = t.w / 2, p = t.h / 2;
     u16 *const to = y + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel);

@@ -31,6 +31,10 @@ TAP_PIXELS = {
 }
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
+# Of 2x2 windows in columns of taps of several images, 128 channels, filters of side 3: by (images, width), which say what of a
+# window a thread has. As one tile, or one high: 6x6 outputs, 2x2; images of more rows in tiles of two columns.
+IMAGE_PIXELS = {(4, 6): (144,), (8, 2): (224, 256), (16, 2): (192, 256), (32, 2): (128, 256)}
+STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # `pooling`
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
 _HALF_SECTOR_CYCLES = 22  # of a pixel of eight channels, beside another class's: L2 writes 32 bytes
@@ -173,7 +177,8 @@ class Footprint:
         """None where no compiled kernel or no copy takes such a tile."""
         w, h, n = tile
         cb = 32 if sizes.c <= 32 and channels == 64 else 64
-        in_registers = pools_in_registers(sizes, w, channels)
+        pooled = pooling(sizes, serves, tile, channels)
+        in_registers = pooled in (WITHIN_ROWS, WITHIN_IMAGES)
         halo = serves != "tap"
         pitch = w + sizes.taps[1] - 1 if serves == "window" else w
         row = pitch if is_flat(serves, w) else w
@@ -181,14 +186,16 @@ class Footprint:
         if channels == PAIRED and not can_pair(sizes, serves, w):
             return None
         compiled = (WINDOW_PIXELS if sizes.window else TAP_PIXELS if serves == "tap" else PIXELS)[channels, cb]
-        if sizes.moments:
+        if pooled == WITHIN_IMAGES:
+            compiled = IMAGE_PIXELS[n, w]
+        elif sizes.moments:
             compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.taps[0] - 1 if halo else h
         boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
-            fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and not sizes.pool))
+            fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and pooled in (0, WITHIN_IMAGES)))
             fits = fits and (serves == "column" or channels <= 64)
             fits = fits and (row == w or (w >= sizes.q and cb == 64 and not sizes.pool))
         if sizes.window:
@@ -242,9 +249,18 @@ def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
     return 0, int(serves == "tap")
 
 
-def pools_in_registers(sizes: Sizes, width: int, channels: int) -> bool:
-    """Whether the 2x2 windows of such a tile lie within threads, and the kernel uses it."""
-    return sizes.pool and sizes.window is None and width == 8 and channels == 64
+def pooling(sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int) -> int:
+    """POOL of the kernel: 0 without a pool; whether a tile is staged for it, or its 2x2 windows lie within threads, whose
+    pixels are neighbours in rows of eight or the same of several images; or another window than 2x2."""
+    w, _, n = tile
+    if not sizes.pool:
+        return 0
+    if sizes.window:
+        return OTHER_WINDOWS
+    if channels == 64:
+        return WITHIN_ROWS if w == 8 else STAGED
+    of_images = images_inner(serves, n) and (n, w) in IMAGE_PIXELS and sizes.is_3x3 and sizes.c > 32
+    return WITHIN_IMAGES if of_images and not sizes.mean else STAGED
 
 
 def _staged_rows(sizes: Sizes, pixels: int, in_registers: bool) -> int:
@@ -308,12 +324,14 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = 1
     scarce = blocks * least < (1 if channels <= 64 else 2)
     once = serves != "tap" and splits == 1 and items(sizes, tile) * ceil(sizes.k / channels) <= device.sm_count
+    pooled = pooling(sizes, serves, tile, channels)
+    staged = pooled == STAGED and sizes.indices  # all of a tile
     if splits > 1:
         choices: tuple[int, ...] = (0,)
     elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
         choices = (1,) if sizes.pool else (2, 1)
     else:
-        choices = (1, 0) if channels == 128 and not sizes.window and not sizes.indices else (0,)
+        choices = (1, 0) if channels == 128 and not sizes.window and not staged else (0,)
     weights = groups * blocks * taps * takes.w_stage_bytes
     enough = 2 if shared else 4 if channels == 128 else {"tap": 3, "column": 3, "window": 2}[serves]
     for own_staging in choices:
@@ -526,6 +544,9 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                     yield Shape("window", (w, ceil(p / ceil(p / rows)), 1), channels)
                 if (w, h) == (q, p) and not sizes.pool:
                     yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
+                for images in (n for n, width in IMAGE_PIXELS if sizes.pool and width == w and channels == 128):
+                    if rows := pixels // (w * images) // 2 * 2:
+                        yield Shape("column", (w, _round_up(ceil(p / ceil(p / rows)), 2), images), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
                     tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
                     yield Shape("tap", tile, channels)
