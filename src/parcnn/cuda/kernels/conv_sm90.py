@@ -181,7 +181,9 @@ def variants() -> Iterable[Kernel]:
                     yield _kernel(count, cb, channels, tiles.WITHIN_ROWS, False, constants)
     for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
         for count in pixels:
-            yield from (_kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants) for constants in ((0, 1), (3, 1)))
+            yield from (
+                _kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants) for constants in ((0, 1), (3, 1))
+            )
     for (images, width), pixels in tiles.IMAGE_PIXELS.items():
         yield from (_kernel_of_images(count, images, width) for count in pixels)
     yield UNREACHED

@@ -31,10 +31,10 @@ TAP_PIXELS = {
 }
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
-# Of 2x2 windows in columns of taps of several images, 128 channels, filters of side 3: by (images, width), which say what of a
-# window a thread has. As one tile, or one high: 6x6 outputs, 2x2; images of more rows in tiles of two columns.
+# Of tiles whose 2x2 windows lie within threads in columns of taps of several images, by (images, width), which say what of a
+# window a thread has: two pixels wide, or 6x6 outputs of four images. Of 128 channels, and filters of side 3.
 IMAGE_PIXELS = {(4, 6): (144,), (8, 2): (224, 256), (16, 2): (192, 256), (32, 2): (128, 256)}
-STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # `pooling`
+STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
 _HALF_SECTOR_CYCLES = 22  # of a pixel of eight channels, beside another class's: L2 writes 32 bytes
@@ -250,8 +250,8 @@ def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
 
 
 def pooling(sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int) -> int:
-    """POOL of the kernel: 0 without a pool; whether a tile is staged for it, or its 2x2 windows lie within threads, whose
-    pixels are neighbours in rows of eight or the same of several images; or another window than 2x2."""
+    """How the kernel pools: not (0); other windows than 2x2; windows that lie within threads, whose pixels are neighbours in
+    rows of eight, or the same of several images; or by way of shared memory."""
     w, _, n = tile
     if not sizes.pool:
         return 0
@@ -259,7 +259,7 @@ def pooling(sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int
         return OTHER_WINDOWS
     if channels == 64:
         return WITHIN_ROWS if w == 8 else STAGED
-    of_images = images_inner(serves, n) and (n, w) in IMAGE_PIXELS and sizes.is_3x3 and sizes.c > 32
+    of_images = images_inner(serves, n) and (n, w) in IMAGE_PIXELS and sizes.is_3x3
     return WITHIN_IMAGES if of_images and not sizes.mean else STAGED
 
 
