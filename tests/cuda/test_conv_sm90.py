@@ -381,7 +381,6 @@ def test_columns_of_several_images_are_pooled_where_threads_have_whole_windows(k
     [
         (Problem(256, 7, 7, 512, 512), (6, 6, 4)),
         (Problem(256, 28, 28, 128, 128), (2, 14, 8)),
-        (Problem(512, 16, 16, 128, 128), (2, 16, 8)),
         (Problem(500, 7, 7, 256, 256), (2, 6, 16)),
         (Problem(512, 8, 8, 256, 256), (2, 8, 16)),
         (Problem(1000, 3, 3, 256, 256), (2, 2, 32)),

@@ -33,7 +33,7 @@ TAP_PIXELS = {
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
 # Of tiles whose 2x2 windows lie within threads in columns of taps of several images, by (images, width), which say what of a
 # window a thread has: two pixels wide, or 6x6 outputs of four images. Of 128 channels, and filters of side 3.
-IMAGE_PIXELS = {(4, 6): (144,), (8, 2): (224, 256), (16, 2): (192, 256), (32, 2): (128, 256)}
+IMAGE_PIXELS = {(4, 6): (144,), (8, 2): (224,), (16, 2): (192, 256), (32, 2): (128, 256)}
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
