@@ -341,39 +341,49 @@ def test_the_producer_runs_far_ahead_where_a_stage_serves_many_taps() -> None:
     assert (variant.x_stages, variant.w_stages) == (2, tiles.MAX_W_STAGES)
 
 
+IMAGE_TILES = [(constants, tile) for constants, compiled in tiles.IMAGE_TILES.items() for tile in compiled]
+image_tiles = pytest.mark.parametrize(("constants", "tile"), IMAGE_TILES, ids=str)
+
+
+def of_images(constants: tuple[int, int], n: int, h: int, w: int, c: int, k: int) -> tuple[Problem, str]:
+    """A problem that tiles of several images with those constants take, and what their stages serve."""
+    side = 1 if constants == (1, 1) else 3
+    return Problem(n, h, w, c, k, side, side, (side // 2,) * 4), "column" if constants == (3, 1) else "tap"
+
+
+@image_tiles
 @pytest.mark.parametrize("kind", ["pooled", "maxima"])
-def test_columns_of_several_images_are_pooled_where_threads_have_whole_windows(kind: str) -> None:
-    """Of 3x3 filters and 128 channels a tile. A quarter of it is staged, and as much of indices: no stage is borrowed."""
-    problem = Problem(256, 7, 7, 512, 512)
+def test_several_images_are_pooled_where_threads_have_whole_windows(
+    kind: str, constants: tuple[int, int], tile: tuple[int, int, int]
+) -> None:
+    """Of 128 channels a tile. A quarter of it is staged, and as much of indices: no stage is borrowed."""
+    problem, serves = of_images(constants, 256, 9, 9, 512, 512)
+    (w, h, n), pixels = tile, tile[0] * tile[1] * tile[2]
     sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
-    for (images, width), compiled in tiles.IMAGE_PIXELS.items():
-        for pixels in compiled:
-            tile = (width, pixels // width // images, images)
-            assert tile[1] % 2 == 0
-            takes = Footprint.of(sizes, "column", tile, 128)
-            assert takes is not None
-            assert takes.pixels == pixels
-            assert takes.staging_bytes == 1024 * ceil(pixels / 32) * (1 + sizes.indices)
-            variant = tiles.fit(sizes, Shape("column", tile, 128), H200)
-            assert variant is not None
-            assert not variant.borrows
-            for serves, other, channels in (
-                ("column", tile, 64),
-                ("column", (width, tile[1] - 1, images), 128),
-                ("column", (width, tile[1], images + 1), 128),
-                ("column", (width + 2, 2, images), 128),
-                ("window", tile, 128),
-            ):
-                assert Footprint.of(sizes, serves, other, channels) is None, (serves, other, channels)
-    for others in (
-        Problem(256, 7, 7, 512, 512, 5, 5, (2, 2, 2, 2)),
-        Problem(256, 15, 15, 512, 512, stride=(2, 2)),
-        Problem(256, 7, 7, 512, 512, dilation=(2, 2)),
+    assert tiles.pooling(sizes, serves, tile, 128) == tiles.WITHIN_IMAGES
+    takes = Footprint.of(sizes, serves, tile, 128)
+    assert takes is not None
+    assert takes.pixels == pixels
+    assert takes.staging_bytes == 1024 * ceil(pixels / 32) * (1 + sizes.indices)
+    variant = tiles.fit(sizes, Shape(serves, tile, 128), H200)
+    assert variant is not None
+    assert not variant.borrows
+    assert tiles.images_inner(sizes, variant)
+    plain = sizes_of(problem.op("fused"), problem.integers("fused", random_of()))
+    mean = sizes_of(problem.op("mean"), problem.integers("mean", random_of()))
+    for other, serving, shape, channels in (
+        (plain, serves, tile, 128),
+        (mean, serves, tile, 128),
+        (sizes, serves, tile, 64),
+        (sizes, serves, (w, h, n - 1), 128),
+        (sizes, serves, (w + 2, h, n), 128),
+        (sizes, "window", tile, 128),
     ):
-        sizes = sizes_of(others.op(kind), others.integers(kind, random_of()))
-        assert Footprint.of(sizes, "column", (6, 6, 4), 128) is None, others
-    sizes = sizes_of(problem.op("mean"), problem.integers("mean", random_of()))
-    assert Footprint.of(sizes, "column", (6, 6, 4), 128) is None
+        assert tiles.pooling(other, serving, shape, channels) != tiles.WITHIN_IMAGES, (serving, shape, channels)
+    if serves == "column":
+        assert Footprint.of(mean, serves, tile, 128) is None
+        for shape, channels in ((tile, 64), ((w, h, n - 1), 128), ((w, h + 1, n), 128), ((w + 2, h, n), 128)):
+            assert Footprint.of(sizes, serves, shape, channels) is None, (shape, channels)
 
 
 @pytest.mark.parametrize(
@@ -477,42 +487,43 @@ def test_columns_of_many_images(
 
 
 @pytest.mark.gpu
+@image_tiles
 @pytest.mark.parametrize("kind", ["pooled", "plain pooled", "maxima", "plain maxima", "tanh pooled"])
-@pytest.mark.parametrize(("images", "width"), tiles.IMAGE_PIXELS)
-def test_pools_within_columns_of_images(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str, images: int, width: int
+def test_pools_within_several_images(
+    cuda: CudaExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    constants: tuple[int, int],
+    tile: tuple[int, int, int],
 ) -> None:
     """Every kernel: images, rows and columns beyond the last tile, outputs that the floor drops, channels beyond the last; of
     several steps of channels and of one; own staging and a borrowed stage; with what is not finite."""
-    kernels = set()
-    for pixels in tiles.IMAGE_PIXELS[images, width]:
-        high = pixels // (images * width)
-        for h, w, c, k, tall in (
-            (high + 1, width + 1, 64, 72, high),
-            (2 * high + 3, 2 * width + 3, 72, 136, high),
-            (high + 2, 3 * width - 2, 136, 264, max(2, high - 2)),
-        ):
-            problem = Problem(2 * images + 3, h, w, c, k)
-            op, operands = problem.op(kind), problem.integers(kind, random_of(kind, images, h))
-            if kind == "tanh pooled":  # nothing but zeros, ones and minus ones may come out
-                operands[0][operands[0] != 0] *= 64
-                operands[2][...] = 64 * np.sign(operands[2]) + 0.0
-            else:
-                x, operands[1][operands[1] == 0] = operands[0], 1
-                x[0, 0, 0, 5], x[1, h - 1, 0, 0], x[images, 0, w - 1, 3] = np.nan, np.inf, -np.inf
-                x[2 * images + 2, 1, 1, 3] = np.nan
-            sizes, true = sizes_of(op, operands), on_cpu(op, operands)
-            for x_stages in (0, 2):
-                variant = tiles.fit(sizes, Shape("column", (width, tall, images), 128, x_stages), cuda.device)
-                assert variant is not None
-                for chosen in (variant, replace(variant, own_staging=0)):
-                    check_exact(forced(cuda, chosen, monkeypatch), op, operands, chosen, true)
-                kernels |= {
-                    launch.kernel for launch in conv_sm90.launches(call_of(op, operands, variant), H200, variant)
-                }
-    macros = {"POOL": tiles.WITHIN_IMAGES, "IMAGES": images, "WIDTH": width}
-    listed = {k for k in conv_sm90.variants() if macros.items() <= dict(k.defines).items()}
-    assert listed == kernels
+    across, down, images = tile
+    for n, h, w, c, k in (
+        (images - 1, down + 1, across + 1, 64, 72),
+        (2 * images + 3, 2 * down + 3, 2 * across + 3, 72, 136),
+        (images + 1, down + 2, 3 * across - 2, 136, 264),
+    ):
+        problem, serves = of_images(constants, n, h, w, c, k)
+        op, operands = problem.op(kind), problem.integers(kind, random_of(kind, tile, h))
+        if kind == "tanh pooled":  # nothing but zeros, ones and minus ones may come out
+            operands[0][operands[0] != 0] *= 64
+            operands[2][...] = 64 * np.sign(operands[2]) + 0.0
+        else:
+            x, operands[1][operands[1] == 0] = operands[0], 1
+            x[0, 0, 0, 5], x[1, down - 1, 0, 0], x[n // 2, 0, across - 1, 3] = np.nan, np.inf, -np.inf
+            x[n - 1, 1, 1, 3] = np.nan
+        sizes, true = sizes_of(op, operands), on_cpu(op, operands)
+        for x_stages in (0, 2):
+            variant = tiles.fit(sizes, Shape(serves, tile, 128, x_stages), cuda.device)
+            assert variant is not None
+            loads = tiles.steps(sizes, variant) * sizes.r * sizes.s
+            for chosen in (variant, replace(variant, own_staging=0)) if loads > 1 else (variant,):
+                check_exact(forced(cuda, chosen, monkeypatch), op, operands, chosen, true)
+                (launch,) = conv_sm90.launches(call_of(op, operands, chosen), H200, chosen)
+                found = dict(launch.kernel.defines)
+                assert (found["POOL"], found["WIDTH"], found["IMAGES"]) == (tiles.WITHIN_IMAGES, across, images)
+                assert (found["FILTER"], found["COLUMNS"]) == constants
 
 
 @pytest.mark.gpu

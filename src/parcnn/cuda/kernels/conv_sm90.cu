@@ -37,10 +37,10 @@
 // of channels, w once for each tile (or block); y and idx are written once.
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 pixels and tiles.
 // Macros: PIXELS, CB (32 or 64), CHANNELS (32: of windows alone, without a pool or moments), POOL (0; 1 through shared memory;
-// 2 in registers, tile_w = 8; 3 other windows; 4 in registers, of 128 CHANNELS and columns of taps, WIDTH pixels of IMAGES images
-// wide), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a stage
-// serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no pool
-// (conv_sm90_moments.cuh).
+// 2 in registers, tile_w = 8; 3 other windows; 4 in registers, of 128 CHANNELS and tiles WIDTH wide of IMAGES images, which are
+// innermost), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a
+// stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no
+// pool (conv_sm90_moments.cuh).
 
 #include "conv_sm90_epilogue.cuh"
 #include "conv_sm90_moments.cuh"

@@ -184,8 +184,8 @@ def variants() -> Iterable[Kernel]:
             yield from (
                 _kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants) for constants in ((0, 1), (3, 1))
             )
-    for (images, width), pixels in tiles.IMAGE_PIXELS.items():
-        yield from (_kernel_of_images(count, images, width) for count in pixels)
+    for constants, compiled in tiles.IMAGE_TILES.items():
+        yield from (_kernel_of_images(tile, constants) for tile in compiled)
     yield UNREACHED
     yield SUM
     yield MERGE_MOMENTS
@@ -204,10 +204,11 @@ def _kernel(
     return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
 
 
-def _kernel_of_images(pixels: int, images: int, width: int) -> Kernel:
-    """Of a pool within columns of several images."""
-    kernel = _kernel(pixels, 64, 128, tiles.WITHIN_IMAGES, False, (3, 1))
-    return replace(kernel, defines=(*kernel.defines, ("IMAGES", images), ("WIDTH", width)))
+def _kernel_of_images(tile: tuple[int, int, int], constants: tuple[int, int]) -> Kernel:
+    """Of a pool whose windows lie within threads that have pixels of several images."""
+    w, h, n = tile
+    kernel = _kernel(w * h * n, 64, 128, tiles.WITHIN_IMAGES, False, constants)
+    return replace(kernel, defines=(*kernel.defines, ("IMAGES", n), ("WIDTH", w)))
 
 
 def _sizes(call: Call) -> Sizes:
@@ -329,10 +330,10 @@ def _product(
     tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
     pool = tiles.pooling(sizes, variant.serves, variant.tile, variant.channels)
+    constants = tiles.constants(sizes, variant.serves)
     if pool == tiles.WITHIN_IMAGES:
-        kernel = _kernel_of_images(tile.pixels, variant.tile[2], variant.tile[0])
+        kernel = _kernel_of_images(variant.tile, constants)
     else:
-        constants = tiles.constants(sizes, variant.serves)
         kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
     stage_bytes = tile.x_stage_bytes(not variant.borrows)
@@ -368,7 +369,7 @@ def _sum(
     _, h, n = variant.tile
     w = tile.row
     columns, rows, images = tiles.patches(sizes, variant.tile)
-    units, is_inner = tiles.units(sizes, variant), tiles.images_inner(variant.serves, n)
+    units, is_inner = tiles.units(sizes, variant), tiles.images_inner(sizes, variant)
     kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
     numbers = (
         sizes.n, sizes.p, sizes.q, sizes.k, variant.splits, units, tile.pixels, n, h, w, int(is_inner), *sizes.spread,
@@ -422,7 +423,7 @@ def _inside(sizes: Sizes, variant: Variant) -> bytes:
         ]
         steps = (tiles.footprint(sizes, variant).row, *tile[1:])
         w, h, n = (np.arange(step) < some for step, some in zip(steps, left, strict=True))
-        slowest, middle, fastest = (h, w, n) if tiles.images_inner(variant.serves, tile[2]) else (n, h, w)
+        slowest, middle, fastest = (h, w, n) if tiles.images_inner(sizes, variant) else (n, h, w)
         pixels = (slowest[:, None, None] & middle[:, None] & fastest).reshape(-1)[: inside.shape[1]]
         inside[ends, : pixels.size] = pixels
     whole = np.append(inside, np.zeros((8, 1), np.uint8), axis=1).argmin(1).astype(np.int32)
@@ -488,7 +489,7 @@ def _problem(
     before = (
         sizes.h, sizes.w, sizes.r, sizes.s, sizes.c, sizes.k, sizes.n, p, q,
         *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
-        blocks, tiles.units(sizes, variant), n, h, w, int(tiles.images_inner(variant.serves, n)),
+        blocks, tiles.units(sizes, variant), n, h, w, int(tiles.images_inner(sizes, variant)),
         items, work.slots, work.k_groups, work.k_rounds, ordered,
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
     )  # fmt: skip
@@ -523,7 +524,7 @@ def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     if sizes.apart != (1, 1):
         _, h, w, c = x.spec.shape
         map = replace(map, strides_bytes=(2 * c * sizes.apart[1], 2 * w * c * sizes.apart[0], 2 * h * w * c))
-    return _ordered(map, variant)
+    return _ordered(map, sizes, variant)
 
 
 def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
@@ -534,7 +535,7 @@ def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
     strides = (2 * sizes.k * along, row * down, row * sizes.p)
     box = (64, tiles.footprint(sizes, variant).row, *variant.tile[1:])
     map = TensorMap(y, dims, strides, box, (), "128B", offset=h * row + 2 * w * sizes.k)
-    return _ordered(map, variant)
+    return _ordered(map, sizes, variant)
 
 
 def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
@@ -542,12 +543,12 @@ def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
     (_, h, n), (down, along) = variant.tile, sizes.spread
     w = tiles.footprint(sizes, variant).row
     dims = (sizes.k, sizes.q, sizes.p, sizes.n)
-    return _ordered(image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64), variant)
+    return _ordered(image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64), sizes, variant)
 
 
-def _ordered(map: TensorMap, variant: Variant) -> TensorMap:
+def _ordered(map: TensorMap, sizes: Sizes, variant: Variant) -> TensorMap:
     """The map of columns, rows and images, with its images before its columns where a stage has them so."""
-    if not tiles.images_inner(variant.serves, variant.tile[2]):
+    if not tiles.images_inner(sizes, variant):
         return map
 
     def turned(columns: int, rows: int, images: int) -> tuple[int, int, int]:

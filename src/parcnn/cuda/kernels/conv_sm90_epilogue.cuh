@@ -212,7 +212,7 @@ __device__ __forceinline__ void stage_winners(const float (&sums)[Pixels / 2], c
 }
 
 #if POOL == 4
-// Columns WIDTH wide of IMAGES images, which are the innermost of a tile's pixels: a group of eight pixels is eight images, or two
+// Tiles WIDTH wide of IMAGES images, which are the innermost of their pixels: a group of eight pixels is eight images, or two
 // columns of four. The rows of a window are then the same elements of groups ROW apart; its columns of groups COLUMN apart, or
 // of lanes two apart. Pooled pixels are in the order of images, columns, rows, too.
 constexpr int ROW = WIDTH * IMAGES / 8, COLUMN = IMAGES / 8;

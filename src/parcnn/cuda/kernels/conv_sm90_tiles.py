@@ -31,9 +31,13 @@ TAP_PIXELS = {
 }
 # The same of tiles that are pooled by another window than 2x2.
 WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
-# Of tiles whose 2x2 windows lie within threads in columns of taps of several images, by (images, width), which say what of a
-# window a thread has: two pixels wide, or 6x6 outputs of four images. Of 128 channels, and filters of side 3.
-IMAGE_PIXELS = {(4, 6): (144,), (8, 2): (224,), (16, 2): (192, 256), (32, 2): (128, 256)}
+# Tiles of 128 channels whose 2x2 windows lie within threads, as images are the innermost of their pixels; by FILTER and
+# COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
+IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
+    (3, 1): ((6, 6, 4), (2, 14, 8), (2, 6, 16), (2, 8, 16), (2, 2, 32), (2, 4, 32)),
+    (0, 1): ((2, 2, 64),),
+    (1, 1): ((2, 6, 16), (2, 2, 64)),
+}
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
@@ -187,7 +191,7 @@ class Footprint:
             return None
         compiled = (WINDOW_PIXELS if sizes.window else TAP_PIXELS if serves == "tap" else PIXELS)[channels, cb]
         if pooled == WITHIN_IMAGES:
-            compiled = IMAGE_PIXELS[n, w]
+            compiled = (least,)
         elif sizes.moments:
             compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
@@ -195,7 +199,7 @@ class Footprint:
         boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
-            fits = fits and sizes.plain and (n == 1 or (images_inner(serves, n) and pooled in (0, WITHIN_IMAGES)))
+            fits = fits and sizes.plain and (n == 1 or (serves == "column" and pooled in (0, WITHIN_IMAGES)))
             fits = fits and (serves == "column" or channels <= 64)
             fits = fits and (row == w or (w >= sizes.q and cb == 64 and not sizes.pool))
         if sizes.window:
@@ -234,9 +238,11 @@ def products(sizes: Sizes, channels: int) -> int:
     return 2 * sizes.s if channels == PAIRED else sizes.r * sizes.s
 
 
-def images_inner(serves: str, images: int) -> bool:
-    """Whether a tile's images are the innermost of its pixels: then a column's taps are whole rows of pixels apart."""
-    return serves == "column" and images > 1
+def images_inner(sizes: Sizes, variant: Variant) -> bool:
+    """Whether a tile's images are the innermost of its pixels: a column's taps are then whole rows of pixels apart, and a
+    pool's windows may lie within threads."""
+    pooled = pooling(sizes, variant.serves, variant.tile, variant.channels)
+    return pooled == WITHIN_IMAGES or (variant.serves == "column" and variant.tile[2] > 1)
 
 
 def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
@@ -252,15 +258,15 @@ def constants(sizes: Sizes, serves: str) -> tuple[int, int]:
 def pooling(sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int) -> int:
     """How the kernel pools: not (0); other windows than 2x2; windows that lie within threads, whose pixels are neighbours in
     rows of eight, or the same of several images; or by way of shared memory."""
-    w, _, n = tile
+    w = tile[0]
     if not sizes.pool:
         return 0
     if sizes.window:
         return OTHER_WINDOWS
     if channels == 64:
         return WITHIN_ROWS if w == 8 else STAGED
-    of_images = images_inner(serves, n) and (n, w) in IMAGE_PIXELS and sizes.is_3x3
-    return WITHIN_IMAGES if of_images and not sizes.mean else STAGED
+    within = tile in IMAGE_TILES.get(constants(sizes, serves), ()) and not sizes.mean
+    return WITHIN_IMAGES if within else STAGED
 
 
 def _staged_rows(sizes: Sizes, pixels: int, in_registers: bool) -> int:
@@ -529,6 +535,8 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
     if can_pair(sizes, "window", 8):
         for pixels in PIXELS[PAIRED, 64]:
             yield Shape("window", (8, ceil(p / ceil(p / (pixels // 8 - 1))), 1), PAIRED)
+    if sizes.pool and sizes.k > 64:
+        yield from (Shape("column", tile, 128) for tile in IMAGE_TILES[3, 1])
     for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
@@ -544,9 +552,6 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
                     yield Shape("window", (w, ceil(p / ceil(p / rows)), 1), channels)
                 if (w, h) == (q, p) and not sizes.pool:
                     yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
-                for images in (n for n, width in IMAGE_PIXELS if sizes.pool and width == w and channels == 128):
-                    if rows := pixels // (w * images) // 2 * 2:
-                        yield Shape("column", (w, _round_up(ceil(p / ceil(p / rows)), 2), images), channels)
                 for height in {h, *(v for v in (even, 2 * even) if v < h)}:
                     tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
                     yield Shape("tap", tile, channels)
