@@ -35,7 +35,7 @@ WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (24
 # COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
     (3, 1): ((6, 6, 4), (2, 14, 8), (2, 6, 16), (2, 8, 16), (2, 2, 32), (2, 4, 32)),
-    (0, 1): ((2, 2, 64),),
+    (0, 1): ((2, 2, 64), (4, 4, 16)),
     (1, 1): ((2, 6, 16), (2, 2, 64)),
 }
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
