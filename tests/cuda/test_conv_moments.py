@@ -91,7 +91,7 @@ def test_the_image_ends_within_tiles_where_the_table_says(name: str) -> None:
                         min(t, e - at)
                         for t, e, at in zip((n, h, w), (sizes.n, sizes.p, sizes.q), (z, y, x), strict=True)
                     ]
-                    inner = tiles.images_inner(variant.serves, n)
+                    inner = tiles.images_inner(sizes, variant)
                     bits = np.pad(masks[ends], (0, n * h * row))[: n * h * row]
                     bits = bits.reshape(h, row, n).transpose(2, 0, 1) if inner else bits.reshape(n, h, row)
                     assert bits.sum() == bits[: left[0], : left[1], : left[2]].sum() == np.prod(left) == counts[ends]

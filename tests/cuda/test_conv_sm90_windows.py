@@ -134,7 +134,7 @@ def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch
                 assert variant is not None
                 check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
                 kernels |= {launch.kernel for launch in conv_sm90.launches(call_of(op, operands), H200, variant)}
-    assert kernels == {k for k in conv_sm90.variants() if ("POOL", conv_sm90.WINDOWS) in k.defines}
+    assert kernels == {k for k in conv_sm90.variants() if ("POOL", tiles.OTHER_WINDOWS) in k.defines}
 
 
 @pytest.mark.gpu
