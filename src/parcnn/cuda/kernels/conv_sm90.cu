@@ -118,7 +118,20 @@ __device__ __forceinline__ void pack_weights(const Problem &g, const u16 *__rest
     fence_async();
 }
 
-__device__ __forceinline__ void produce(const Problem &g, const Order &order, const TensorMap &x, const TensorMap &w, const Barriers &bar,
+#if OF_PIXELS
+// x's classes of pixels.
+struct PixelMaps {
+    const TensorMap *of[CLASSES];
+
+    __device__ __forceinline__ const TensorMap &operator[](int kind) const {
+        return *(kind == 0 ? of[0] : kind == 1 ? of[1] : kind == 2 ? of[2] : of[3]);
+    }
+};
+#else
+#define PixelMaps TensorMap
+#endif
+
+__device__ __forceinline__ void produce(const Problem &g, const Order &order, const PixelMaps &x, const TensorMap &w, const Barriers &bar,
                                         u32 x_base, u32 w_base, int slot, int k_group) {
     const int c0 = blockIdx.y * g.c_blocks * CB;  // the split's first reduction channel
     Ring x_ring, w_ring;
@@ -136,27 +149,35 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
         if (k_round > 0) continue;
         const Tile t = tile_of(g, item, k_group);
         for (int block = 0; block < g.c_blocks; ++block)
+#if OF_PIXELS
 #pragma unroll 1
-            for (int s = t.s0; s < t.s1; s += load_columns(g))
+            for (int kind = 0; kind < CLASSES; ++kind) {
+                const Loads l = loads_of(g, t, kind);
+#endif
 #pragma unroll 1
-                for (int r = t.r0; r < t.r1; r += load_rows(g)) {
+            for (int s = LOADS.s0; s < LOADS.s1; s += load_columns(g))
+#pragma unroll 1
+                for (int r = LOADS.r0; r < LOADS.r1; r += load_rows(g)) {
                     const u32 full = bar.x_full + 8 * x_ring.stage;
                     barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
                     barrier_expect(full, g.x_box_bytes);
-                    load_pixels(g, x_base + x_ring.stage * g.x_stage_bytes, x, full, c0 + block * CB, t.left + s * g.dilation_w, t.top + r * g.dilation_h, t.n);
+                    load_pixels(g, x_base + x_ring.stage * g.x_stage_bytes, MAP, full, c0 + block * CB, LOADS.left + s * g.dilation_w, LOADS.top + r * g.dilation_h, t.n);
                     x_ring.next(g.x_stages);
                     if (g.resident) continue;
 #pragma unroll 1
-                    for (int i = s; i < s + load_columns(g); ++i)
+                    for (int i = s; i < s + COLUMNS_OF_TAPS; ++i)
 #pragma unroll 1
-                        for (int j = r; j < r + load_rows(g); ++j) {
+                        for (int j = r; j < r + ROWS_OF_TAPS; ++j) {
                             const u32 w_full = bar.w_full + 8 * w_ring.stage;
                             barrier_wait(bar.w_empty + 8 * w_ring.stage, w_ring.parity ^ 1);
                             barrier_expect(w_full, W_STAGE_BYTES);
-                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, c0 + block * CB, t.tap + j * tap_row(g) + i * tap_column(g), t.k);
+                            load_weights(w, w_base + w_ring.stage * W_STAGE_BYTES, w_full, c0 + block * CB, LOADS.tap + j * tap_row(g) + i * tap_column(g), t.k);
                             w_ring.next(g.w_stages);
                         }
                 }
+#if OF_PIXELS
+            }
+#endif
     }
 }
 
@@ -206,6 +227,9 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
 
 extern "C" __global__ void __launch_bounds__(384, 1)
     conv_sm90(const __grid_constant__ TensorMap x,
+#if OF_PIXELS
+              const __grid_constant__ TensorMap x1, const __grid_constant__ TensorMap x2, const __grid_constant__ TensorMap x3,
+#endif
 #if CHANNELS == 32
               const u16 *__restrict__ filters,
 #else
@@ -254,7 +278,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
     if (consumer == 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#if OF_PIXELS
+        const PixelMaps pixels = {{&x, &x1, &x2, &x3}};
+        if (thread == 0) produce(g, order, pixels, w, bar, x_base, w_base, slot, k_group);
+#else
         if (thread == 0) produce(g, order, x, w, bar, x_base, w_base, slot, k_group);
+#endif
 #if !POOL
 #if FLIPPED
         const OutputMaps outputs = {{&y0, &y1, &y2, &y3}};
@@ -289,7 +318,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         if (!PAIRED && g.resident) barrier_wait(bar.w_full, 0);
         Walk walk = {slot, 0};
         Ring x_tile, w_tile;  // stages of a tile, where all have as many
+#if OF_PIXELS
+        x_tile.skip(g.loads, g.by_x_stages), w_tile.skip(c_blocks * taps_of(g), g.by_w_stages);
+#else
         x_tile.skip(g.loads, g.by_x_stages), w_tile.skip(g.loads * load_rows(g) * load_columns(g), g.by_w_stages);
+#endif
         int round = ALTERNATE ? consumer : 0, tile = 0;
         Tile next = {};
         float next_bias[2];  // of its two channels
@@ -374,13 +407,22 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const auto pass_turn = [&](bool is_last) {
                 if (ALTERNATE && is_last && lane == 0) barrier_arrive(bar.turn + 8 * (consumer ^ 1));
             };
+#if OF_PIXELS
+            int taps_before = k_round * c_blocks * taps_of(g);  // in resident weights
+#else
             int taps_before = k_round * c_blocks * taps_of(g) + t.tap;  // in resident weights
+#endif
 #pragma unroll 1
             for (int block = c_blocks; block > 0; --block, taps_before += taps_of(g))
+#if OF_PIXELS
 #pragma unroll 1
-                for (int s = t.s0; s < t.s1; s += load_columns(g))
+                for (int kind = 0; kind < CLASSES; ++kind) {
+                    const Loads l = loads_of(g, t, kind);
+#endif
 #pragma unroll 1
-                    for (int r = t.r0; r < t.r1; r += load_rows(g)) {
+                for (int s = LOADS.s0; s < LOADS.s1; s += load_columns(g))
+#pragma unroll 1
+                    for (int r = LOADS.r0; r < LOADS.r1; r += load_rows(g)) {
                         const int x_stage = loaded.stage;
                         const u32 parity = loaded.parity;
                         loaded.next(x_stages);
@@ -390,10 +432,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                         const int given_back = keeps || !is_last_use ? NONE : x_stage;
                         if (keeps) kept = x_stage;
                         u32 b_column = descriptor_low(x_base + x_stage * x_stage_bytes);
-                        u32 a_column = w_own + (taps_before + r * tap_row(g) + s * tap_column(g)) * (W_STAGE_BYTES >> 4);
+                        u32 a_column = w_own + (FIRST_TAP + r * tap_row(g) + s * tap_column(g)) * (W_STAGE_BYTES >> 4);
                         barrier_wait(bar.x_full + 8 * x_stage, parity);
+                        FIND_TAPS
 #pragma unroll 1
-                        for (int i = load_columns(g); i > 0; --i) {
+                        for (int i = COLUMNS_OF_LOAD; i > 0; --i) {
                             const bool is_last = loads_left == 0 && i == 1;
                             const int last_x = i == 1 ? given_back : NONE;
                             u32 a = a_column, b = b_column;
@@ -402,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                 const int a_step = tap_row(g) * (W_STAGE_BYTES >> 4);
                                 pass_turn(is_last);
                                 wgmma_fence();
-                                if (load_rows(g) == 3) {  // without a loop's delays, which small tiles would show
+                                if (ROWS_OF_LOAD == 3) {  // without a loop's delays, which small tiles would show
                                     multiply_tap(a, b);
                                     multiply_tap(a + a_step, b + row_step);
                                     multiply_tap(a + 2 * a_step, b + 2 * row_step);
@@ -412,13 +455,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                                     multiply_tap(a + a_step, b + row_step);
                                     wgmma_commit();
                                 } else {
-                                    for (int j = load_rows(g); j > 0; --j, a += a_step, b += row_step) multiply_tap(a, b), wgmma_commit();
+                                    for (int j = ROWS_OF_LOAD; j > 0; --j, a += a_step, b += row_step) multiply_tap(a, b), wgmma_commit();
                                 }
                                 give_back(last_x, NONE);
                                 if (!ALTERNATE && lead > 0 && --lead == 0 && lane == 0) barrier_arrive(bar.turn);
                             } else {
 #pragma unroll 1
-                                for (int j = load_rows(g); j > 0; --j, b += row_step) {
+                                for (int j = ROWS_OF_LOAD; j > 0; --j, b += row_step) {
                                     const int w_stage = w_ring.stage;
                                     barrier_wait(bar.w_full + 8 * w_stage, w_ring.parity);
                                     w_ring.next(g.w_stages);
@@ -432,6 +475,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                             }
                         }
                     }
+#if OF_PIXELS
+                }
+#endif
             if (k_round == k_rounds(g) - 1) x_ring = loaded;
 
             // The next tile, while the product runs.

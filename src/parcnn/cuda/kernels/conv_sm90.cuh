@@ -28,8 +28,8 @@ struct Problem {
     int items, slots;                                              // tiles (entries of `Order`); blocks that share a group of channels
     int k_groups;                                                  // groups of output channels that blocks are bound to; 1: none
     int k_rounds;                                                  // groups that follow each other on one X stage; 1: each loads its own
-    int ordered;                                                   // ORDERED, TURNED (below), or 0: tiles are counted
-    int load_rows, load_columns, loads;                            // taps that an X stage serves; X stages of a tile, 0 where tiles differ
+    int ordered;                                                   // ORDERED, TURNED, BY_PATCH (below), or 0: tiles are counted
+    int load_rows, load_columns, loads;                            // taps that an X stage serves, at most; X stages of a tile, 0 where tiles differ
     int x_row_step, x_column_step;                                 // from a tap to the next inside an X stage, 16 bytes each
     u32 x_descriptor;                                              // upper half
     int x_box_bytes, x_stage_bytes, x_stages;                      // bytes that a load brings; of a stage; ring
@@ -43,7 +43,7 @@ struct Problem {
     FastDiv by_dilation_h, by_dilation_w;
     FastDiv by_class, by_k_inner, by_tiles_w, by_tiles_h;          // tiles of a class; channel groups of an item; tiles of an image
     FastDiv by_k_rounds, by_x_stages, by_w_stages;
-    FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile
+    FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile; of dgrad: classes, patches of a turn
     Class classes[CLASSES];
     // POOL = 3: the pool's window, and the convolution's outputs.
     int window_h, window_w, window_stride_h, window_stride_w, window_pad_h, window_pad_w, conv_p, conv_q;
@@ -69,6 +69,14 @@ __device__ __forceinline__ int x_row_step(const Problem &g) { return FILTER == 3
 __device__ __forceinline__ int x_column_step(const Problem &g) { return COLUMNS ? CB * 2 >> 4 : g.x_column_step; }
 __device__ __forceinline__ bool are_alike(const Problem &g) { return ALIKE || g.loads; }
 
+// Whether there may be classes of outputs; whether a stage may serve several taps of such, of which not all have as many: then it has
+// the halo of the class with the most.
+#define OF_OUTPUTS (FLIPPED && !FILTER)
+#define SHARED_BY_CLASSES (FLIPPED && !FILTER && !COLUMNS)
+// Whether classes are of x's pixels, which a tile goes through one after the other: with a stride, those that the same taps meet, a
+// stride apart, each an image of its own. (Without one there is one class; those that there are not have no taps.)
+#define OF_PIXELS (!FLIPPED && !FILTER && !COLUMNS)
+
 // A value that the compiler may not read from constant memory again.
 template <typename T> __device__ __forceinline__ T in_register(T v) {
     asm volatile("" : "+r"(v));
@@ -81,10 +89,13 @@ __device__ __forceinline__ float in_register(float v) {
 
 // Tiles in the order in which blocks take them, [round][slot]: where taps are skipped, tiles differ in work, and the
 // launcher deals them out, heaviest first (ORDERED). Where they are too many to list and it is the columns at the images' sides
-// that have less work, blocks take other columns of each image (TURNED): else these might be some blocks' alone. Twins:
-// ORDER_ENTRIES, ORDERED and TURNED in conv_sm90.py.
+// that have less work, blocks take other columns of each image (TURNED): else these might be some blocks' alone. Where there are
+// classes, all of a patch's follow each other (BY_PATCH), not all of a class's patches: so they find dy in L2, and dx's pixels
+// come there together, of which neighbours share what memory writes at once. Twins: ORDER_ENTRIES, ORDERED, TURNED and BY_PATCH
+// in conv_sm90.py.
 #define ORDERED 1
 #define TURNED 2
+#define BY_PATCH 3
 #define ORDER_ENTRIES 1280
 #define NO_ITEM 0xffff
 struct Order {
@@ -97,11 +108,25 @@ struct Tile {
     int item, kind, n, h, w, k, top, left, r0, r1, s0, s1, tap, taps, loads;
 };
 
+#if OF_OUTPUTS
+// The item that comes at-th by patches. Which class begins is another from turn to turn: else a slot might have only one's.
+__device__ __forceinline__ int by_patch(const Problem &g, int at) {
+    const FastDiv by_classes = g.by_pooled_w, by_turn = g.by_pooled_h;
+    int k_inner, kind;
+    const int patch = divide(divide(at, g.by_k_inner, k_inner), by_classes, kind);
+    divide(kind + quotient(patch, by_turn), by_classes, kind);
+    return kind * (int)g.by_class.d + patch * (int)g.by_k_inner.d + k_inner;
+}
+#endif
+
 // The slot's item of a round; negative after the last one. An item takes k_rounds rounds, this is its k_round-th.
 __device__ __forceinline__ int item_at(const Problem &g, const Order &order, int slot, int round, int &k_round) {
     k_round = 0;
     const int at = slot + (FILTER == 1 ? divide(round, g.by_k_rounds, k_round) : round) * g.slots;
     if (at >= g.items) return -1;
+#if OF_OUTPUTS
+    if (g.ordered == BY_PATCH) return by_patch(g, at);
+#endif
     if (ALIKE || g.ordered != ORDERED) return at;
     int item = order.items[at];
     return item == NO_ITEM ? -1 : item;
@@ -122,6 +147,9 @@ struct Walk {
     }
     __device__ __forceinline__ int item(const Problem &g, const Order &order) const {
         if (at >= g.items) return -1;
+#if OF_OUTPUTS
+        if (g.ordered == BY_PATCH) return by_patch(g, at);
+#endif
         if (ALIKE || g.ordered != ORDERED) return at;
         const int item = order.items[at];
         return item == NO_ITEM ? -1 : item;
@@ -171,13 +199,55 @@ __device__ __forceinline__ Tile tile_of(const Problem &g, int item, int k_group)
     if (SKIPS_COLUMNS && !are_alike(g)) {
         t.r0 = 0, t.r1 = FILTER, t.s0 = max(0, 1 - t.left - g.tile_w), t.s1 = min(FILTER, g.w - t.left);
         if (t.s0 >= t.s1) t.s0 = 0, t.s1 = 1;
+#if !SHARED_BY_CLASSES
     } else if (!are_alike(g)) {
         live_taps(t.top, t.top + (g.tile_h - 1) * g.stride_h, g.h, g.by_dilation_h, outputs.r, t.r0, t.r1);
         live_taps(t.left, t.left + (g.tile_w - 1) * g.stride_w, g.w, g.by_dilation_w, outputs.s, t.s0, t.s1);
+#endif
     } else {
         t.r0 = t.s0 = 0, t.r1 = FILTER ? load_rows(g) : outputs.r, t.s1 = FILTER ? FILTER : outputs.s;
     }
     t.taps = (t.r1 - t.r0) * (t.s1 - t.s0) * g.c_blocks;
+#if SHARED_BY_CLASSES
+    t.loads = are_alike(g) ? g.loads : g.c_blocks * (load_columns(g) > 1 ? 1 : t.s1);
+#else
     t.loads = are_alike(g) ? g.loads : t.taps / (FILTER ? FILTER : 1);
+#endif
     return t;
 }
+
+#if OF_PIXELS
+// Loads of a tile for each step of reduction channels, of a class of pixels: taps r0 <= r < r1, s0 <= s < s1, x's pixel that the first
+// meets, the filter's tap of r = s = 0.
+struct Loads {
+    int r0, r1, s0, s1, left, top, tap;
+};
+
+__device__ __forceinline__ Loads loads_of(const Problem &g, const Tile &t, int kind) {
+    const Class &pixels = g.classes[kind];
+    return {0, pixels.r, 0, pixels.s, t.w - pixels.pad_w, t.h - pixels.pad_h, pixels.tap};
+}
+#define LOADS l
+#define MAP x[kind]
+#define FIRST_TAP (taps_before + l.tap)
+#else
+#define LOADS t
+#define MAP x
+#define FIRST_TAP taps_before
+#endif
+
+// Taps of a load that begins with (r, s): of classes not all have as many. Consumers must show ptxas that all threads have the same
+// number (FIND_TAPS), or it lets products wait for each other.
+#if OF_PIXELS || SHARED_BY_CLASSES
+#define ROWS_OF_TAPS min(load_rows(g), LOADS.r1 - r)
+#define COLUMNS_OF_TAPS min(load_columns(g), LOADS.s1 - s)
+#define FIND_TAPS const int rows = __shfl_sync(~0u, ROWS_OF_TAPS, 0), columns = __shfl_sync(~0u, COLUMNS_OF_TAPS, 0);
+#define ROWS_OF_LOAD rows
+#define COLUMNS_OF_LOAD columns
+#else
+#define ROWS_OF_TAPS load_rows(g)
+#define COLUMNS_OF_TAPS load_columns(g)
+#define FIND_TAPS
+#define ROWS_OF_LOAD load_rows(g)
+#define COLUMNS_OF_LOAD load_columns(g)
+#endif

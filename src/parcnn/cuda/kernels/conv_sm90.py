@@ -13,7 +13,7 @@ from parcnn.cuda import tensormap
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
-from parcnn.cuda.kernels.conv_sm90_tiles import Class, Footprint, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_sm90_tiles import CLASSES, Class, Footprint, Sizes, Variant, Work
 from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
@@ -28,13 +28,14 @@ THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
 PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
 # Twins of conv_sm90.cuh's.
-ORDER_ENTRIES, NO_ITEM, CLASSES, ORDERED, TURNED = 1280, 0xFFFF, 4, 1, 2
+ORDER_ENTRIES, NO_ITEM, ORDERED, TURNED, BY_PATCH = 1280, 0xFFFF, 1, 2, 3
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 _NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
+FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
 _NO_MAP = bytes(tensormap.NBYTES)
 DgradEpilogue = tuple[Slot | None, Slot | None, str | None]  # addend, saved output, its activation
 
@@ -347,7 +348,7 @@ def _product(
         own_moments = (moments, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant))
     filters = w if variant.channels == tiles.PAIRED else _w_map(w, sizes, variant, tile)
     args: tuple[Argument, ...] = (
-        _x_map(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, dgrad),
+        *_x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, dgrad),
         *own_moments, *([] if sizes.pool or sizes.moments else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
@@ -454,6 +455,17 @@ def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
     return table.tobytes()
 
 
+def _is_of_pixels(sizes: Sizes, serves: str) -> bool:
+    """OF_PIXELS of the kernel."""
+    return not sizes.flipped and tiles.constants(sizes, serves) == (0, 0)
+
+
+def _turn(classes: int, work: Work) -> int:
+    """Patches after which another class begins, where else a slot would come to the same class in each round."""
+    apart = work.slots // work.k_inner
+    return max(1, apart // classes) if gcd(apart, classes) > 1 else 2**31 - 1
+
+
 def _problem(
     sizes: Sizes,
     variant: Variant,
@@ -474,13 +486,23 @@ def _problem(
     blocks = tiles.steps(sizes, variant)
     is_uneven = tiles.skips(sizes, variant) and min(tiles.taps_of_tiles(sizes, variant)) < sizes.r * sizes.s
     ordered = ORDERED if order is not None else TURNED if is_uneven and variant.splits == 1 else 0
+    are_alike = not is_uneven and len({kind.taps for kind in sizes.classes}) == 1
+    of_pixels = _is_of_pixels(sizes, variant.serves)
+    loads_of_parts = tiles.loads_of_parts(sizes, variant.serves)
+    loads_of_tile = sum(loads_of_parts) if of_pixels else max(loads_of_parts)
+    stride, tap_steps, kinds, none = sizes.stride, sizes.tap_steps, sizes.classes, sizes.classes[0]
+    if of_pixels:
+        stride, kinds, none = (1, 1), sizes.parts, Class((0, 0), (0, 0))
+        tap_steps = (sizes.stride[0] * tap_steps[0], sizes.stride[1] * tap_steps[1])
     load_rows, load_columns, loads, row_step, column_step = {
         "tap": (1, 1, blocks if sizes.r * sizes.s == 1 else 0, 0, 0),
-        "column": (sizes.taps[0], 1, 0 if is_uneven else blocks * sizes.taps[1], tile.pitch * n * row_bytes, 0),
-        "window": (*sizes.taps, blocks, tile.pitch * row_bytes, row_bytes),
+        "column": (sizes.taps[0], 1, blocks * loads_of_tile if are_alike else 0, tile.pitch * n * row_bytes, 0),
+        "window": (*sizes.taps, blocks * loads_of_tile if are_alike else 0, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
     p, q = sizes.pooled
     pooled_w, pooled_h, windows = max(1, w // 2), max(1, h // 2), (0,) * 8
+    if len(sizes.classes) > 1 and order is None and 2 * sizes.n * sizes.h * sizes.w * sizes.c > FITS_L2_BYTES:
+        ordered, pooled_w, pooled_h = BY_PATCH, len(sizes.classes), _turn(len(sizes.classes), work)
     if window := sizes.window:
         pooled_w, pooled_h = tiles.pooled_by(window, w, 1), tiles.pooled_by(window, h, 0)
         windows = (*window.kernel, *window.stride, *window.pad, sizes.p, sizes.q)
@@ -488,7 +510,7 @@ def _problem(
     swizzle = 1 if tile.cb == 64 else 2
     before = (
         sizes.h, sizes.w, sizes.r, sizes.s, sizes.c, sizes.k, sizes.n, p, q,
-        *sizes.stride, *sizes.dilation, *sizes.spread, *sizes.tap_steps,
+        *stride, *sizes.dilation, *sizes.spread, *tap_steps,
         blocks, tiles.units(sizes, variant), n, h, w, int(tiles.images_inner(sizes, variant)),
         items, work.slots, work.k_groups, work.k_rounds, ordered,
         load_rows, load_columns, loads, row_step >> 4, column_step >> 4,
@@ -504,7 +526,7 @@ def _problem(
         *sizes.dilation, of_class, work.k_inner, x_tiles, y_tiles, work.k_rounds, variant.x_stages, variant.w_stages,
         pooled_w, pooled_h,
     )  # fmt: skip
-    kinds = (*sizes.classes, *[sizes.classes[0]] * (CLASSES - len(sizes.classes)))
+    kinds = (*kinds, *[none] * (CLASSES - len(kinds)))
     classes = (v for c in kinds for v in (*c.taps, *c.pad, c.tap, *c.first))
     return Struct(
         (
@@ -518,13 +540,26 @@ def _problem(
     )
 
 
-def _x_map(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMap:
-    box = (tile.cb, tile.pitch * sizes.stride[1], tile.rows * sizes.stride[0], variant.tile[2])
-    map = image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *sizes.stride[::-1], 1), tile.cb)
+def _x_maps(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> list[Argument]:
+    """Of x; where a stage may serve several taps of any filter, of each class of its pixels that the same taps meet."""
+    of_pixels = _is_of_pixels(sizes, variant.serves)
+    stride = (1, 1) if of_pixels else sizes.stride
+    box = (tile.cb, tile.pitch * stride[1], tile.rows * stride[0], variant.tile[2])
+    whole = image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *stride[::-1], 1), tile.cb)
     if sizes.apart != (1, 1):
         _, h, w, c = x.spec.shape
-        map = replace(map, strides_bytes=(2 * c * sizes.apart[1], 2 * w * c * sizes.apart[0], 2 * h * w * c))
-    return _ordered(map, sizes, variant)
+        whole = replace(whole, strides_bytes=(2 * c * sizes.apart[1], 2 * w * c * sizes.apart[0], 2 * h * w * c))
+    if not of_pixels:
+        return [_ordered(whole, sizes, variant)]
+    column, row, image = whole.strides_bytes
+    maps: list[Argument] = []
+    for part in sizes.parts:
+        (down, along), (h0, w0) = sizes.stride, part.first
+        dims = (sizes.c, ceil((sizes.w - w0) / along), ceil((sizes.h - h0) / down), sizes.n)
+        strides = (column * along, row * down, image)
+        own = replace(whole, dims=dims, strides_bytes=strides, offset=h0 * row + w0 * column)
+        maps.append(_ordered(own, sizes, variant))
+    return maps + [_NO_MAP] * (CLASSES - len(maps))
 
 
 def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:

@@ -14,6 +14,7 @@ from parcnn.cuda.launch import Device
 from parcnn.ops.pool import PoolWindow
 
 MAX_BOX = 256  # of TMA, a dimension
+CLASSES = 4  # of a launch: twin of conv_sm90.cuh's
 BARRIER_BYTES, POOLED_BYTES = 512, 512  # with a pool: the list of a tile's pooled pixels, 8 bytes each
 MAX_X_STAGES, MAX_W_STAGES = 8, 12
 # Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step): where a stage
@@ -34,8 +35,8 @@ WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (24
 # Tiles of 128 channels whose 2x2 windows lie within threads, as images are the innermost of their pixels; by FILTER and
 # COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
-    (3, 1): ((6, 6, 4), (2, 14, 8), (2, 6, 16), (2, 8, 16), (2, 2, 32), (2, 4, 32)),
-    (0, 1): ((2, 2, 64), (4, 4, 16)),
+    (3, 1): ((6, 6, 4),),
+    (0, 1): ((4, 4, 16),),
     (1, 1): ((2, 6, 16), (2, 2, 64)),
 }
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
@@ -56,6 +57,16 @@ class Class(NamedTuple):
     pad: tuple[int, int]
     tap: int = 0
     first: tuple[int, int] = (0, 0)
+
+
+def _met(taps: int, pad: int, stride: int) -> list[Class]:
+    """Along one axis: pixels first, first + stride, ... of an image, and the taps that meet them."""
+    found = []
+    for first in range(stride):
+        meet = [tap for tap in range(taps) if (tap - pad - first) % stride == 0]
+        if meet:
+            found.append(Class((len(meet),) * 2, ((pad + first - meet[0]) // stride,) * 2, meet[0], (first, first)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,21 +107,34 @@ class Sizes:
 
     @property
     def plain(self) -> bool:
-        """Whether taps are neighbouring pixels, so that they can share a stage; those of classes, where all have as many.
+        """Whether taps are neighbouring pixels, of a class where there are such, so that they can share a stage."""
+        apart = self.stride != (1, 1)
+        fits = not apart or (self.h >= self.stride[0] and self.w >= self.stride[1])
+        return fits and len(self.parts) <= CLASSES and self.dilation == (1, 1) and self.taps[0] * self.taps[1] > 1
 
-        Of more than 64 channels put out, tiles of 128 share what a tap loads, and are no slower than classes' columns.
-        """
-        classes = self.spread == (1, 1) or (self.k <= 64 and len({kind.taps for kind in self.classes}) == 1)
-        return self.stride == self.dilation == (1, 1) and classes and self.taps[0] * self.taps[1] > 1
+    @property
+    def parts(self) -> tuple[Class, ...]:
+        """Classes of which a load is, where it serves several taps, most taps first: those of outputs, or with a stride, of the
+        image's pixels that the same taps meet, a stride apart."""
+        if self.stride == (1, 1):
+            return self.classes
+        axes = zip((self.r, self.s), self.classes[0].pad, self.stride, strict=True)
+        rows, columns = (_met(taps, pad, stride) for taps, pad, stride in axes)
+        parts = (
+            Class((h.taps[0], w.taps[0]), (h.pad[0], w.pad[0]), h.tap * self.s + w.tap, (h.first[0], w.first[0]))
+            for h in rows
+            for w in columns
+        )
+        return tuple(sorted(parts, key=lambda part: -part.taps[0] * part.taps[1]))
 
     @property
     def taps(self) -> tuple[int, int]:
         """Rows and columns of the class with the most."""
-        return self.classes[0].taps
+        return self.parts[0].taps
 
     @property
     def is_3x3(self) -> bool:
-        """Whether there is one class, of a 3x3 filter's taps, for which there are kernels where a stage serves several."""
+        """Whether each output has a 3x3 filter's taps, for which there are kernels where a stage serves several."""
         return self.r == self.s == 3 == self.taps[0] == self.taps[1]
 
     @property
@@ -196,7 +220,8 @@ class Footprint:
             compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.taps[0] - 1 if halo else h
-        boxes = (pitch * sizes.stride[1], rows * sizes.stride[0], n, row * sizes.spread[1], h * sizes.spread[0])
+        apart = (1, 1) if halo else sizes.stride
+        boxes = (pitch * apart[1], rows * apart[0], n, row * sizes.spread[1], h * sizes.spread[0])
         fits = pixels is not None and max(boxes) <= MAX_BOX
         if halo:
             fits = fits and sizes.plain and (n == 1 or (serves == "column" and pooled in (0, WITHIN_IMAGES)))
@@ -307,7 +332,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
 
     Weights are resident where there is room for enough X stages beside them, and the epilogue has staging of its own
     where tiles have too few loads to borrow from, or few bytes for it to hurt, or where two consumers share tiles, who must
-    wait for each other when they borrow. Blocks of a single tile whose stages serve several taps stream their weights.
+    wait for each other when they borrow. Blocks of a single tile use weights once, and stream them.
     """
     serves, tile, channels, x_stages, shared, splits = shape
     takes = Footprint.of(sizes, serves, tile, channels)
@@ -325,9 +350,9 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = 1 if sizes.window else least
     elif serves == "column":
         skipped = sizes.is_3x3 and not sizes.window and not sizes.moments
-        least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else sizes.taps[1]
+        least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else _fewest_loads(sizes, serves)
     else:
-        least = 1
+        least = _fewest_loads(sizes, serves)
     scarce = blocks * least < (1 if channels <= 64 else 2)
     once = serves != "tap" and splits == 1 and items(sizes, tile) * ceil(sizes.k / channels) <= device.sm_count
     pooled = pooling(sizes, serves, tile, channels)
@@ -359,7 +384,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     return None
 
 
-def _rings(left: int, x_bytes: int, w_bytes: int, most: int, per_load: int) -> tuple[int, int]:
+def _rings(left: int, x_bytes: int, w_bytes: int, most: int, per_load: float) -> tuple[int, int]:
     """Stages of pixels (at most so many) and of weights that let the producer run the most products ahead, where a stage of
     pixels serves `per_load` of them: it asks for the next one only after the weights of all of these."""
 
@@ -463,12 +488,11 @@ def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
     tile = footprint(sizes, variant)
     blocks = steps(sizes, variant)
     count = items(sizes, variant.tile) * work.k_inner
-    if skips(sizes, variant):
-        each = taps_of_tiles(sizes, variant)
-        taps, most = sum(each) / len(each), max(each)
-        uneven = min(each) < most
-    else:
-        taps, most, uneven = sizes.taps[0] * sizes.taps[1], sizes.taps[0] * sizes.taps[1], False
+    each = (
+        taps_of_tiles(sizes, variant) if skips(sizes, variant) else [r * s for r, s in (k.taps for k in sizes.classes)]
+    )
+    taps, most = sum(each) / len(each), max(each)
+    uneven = min(each) < most
     mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
     busiest = count / work.slots * mean + 0.3 * largest if uneven else ceil(count / work.slots) * mean
     waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
@@ -501,7 +525,7 @@ def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
         pixels = loads / _taps_per_load(sizes, variant.serves) * tile.pitch * tile.rows * variant.tile[2]
         filters = steps(sizes, variant) * sizes.r * sizes.s if variant.resident else loads
         filter_rows = (tile.cb if sizes.flipped else variant.channels) * filters * work.k_rounds
-        skipped = sizes.stride[0] * sizes.stride[1] - 1
+        skipped = sizes.stride[0] * sizes.stride[1] - 1 if variant.serves == "tap" else 0
         result += 0.0016 * pixels + 0.0009 * skipped * pixels + 0.0019 * filter_rows
     return result
 
@@ -647,9 +671,21 @@ def footprint(sizes: Sizes, variant: Variant) -> Footprint:
     return found
 
 
-def _taps_per_load(sizes: Sizes, serves: str) -> int:
-    rows, columns = sizes.taps
-    return {"tap": 1, "column": rows, "window": rows * columns}[serves]
+def _taps_per_load(sizes: Sizes, serves: str) -> float:
+    """In the mean."""
+    if serves == "tap":
+        return 1.0
+    return sum(part.taps[0] * part.taps[1] for part in sizes.parts) / sum(loads_of_parts(sizes, serves))
+
+
+def loads_of_parts(sizes: Sizes, serves: str) -> list[int]:
+    """For each step of reduction channels, where a load serves several taps."""
+    return [part.taps[1] if serves == "column" else 1 for part in sizes.parts]
+
+
+def _fewest_loads(sizes: Sizes, serves: str) -> int:
+    """Of a tile, for each step: it goes through all classes of pixels, or is of one of outputs."""
+    return min(loads_of_parts(sizes, serves)) if sizes.stride == (1, 1) else sum(loads_of_parts(sizes, serves))
 
 
 def _round_up(value: int, multiple: int = 1024) -> int:
@@ -695,7 +731,7 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 56, 56, 64, 64, 3, 1, True): (Shape("window", (8, 28, 1), 64),),
     (256, 28, 28, 128, 128, 3, 1, True): (Shape("tap", (4, 4, 16), 128), Shape("window", (8, 28, 1), 64, 2)),
     (256, 14, 14, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("column", (14, 14, 1), 128)),
-    (256, 7, 7, 512, 512, 3, 1, True): (Shape("tap", (6, 6, 4), 128),),
+    (256, 7, 7, 512, 512, 3, 1, True): (Shape("column", (6, 6, 4), 128), Shape("tap", (6, 6, 4), 128)),
     (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 6, 16), 128),),
 }
