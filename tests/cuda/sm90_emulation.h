@@ -113,6 +113,11 @@ inline void barrier_wait(unsigned barrier, unsigned parity) {
     emulation::progress = true;
 }
 inline void prefetch(const TensorMap &) {}
+inline void prefetch(const void *p, unsigned nbytes) {
+    emulation::check_aligned(p, 16);
+    emulation::check_aligned(reinterpret_cast<const void *>((unsigned long long)nbytes), 16);
+}
+inline bool elect() { return threadIdx.x % 32 == 0; }
 inline void load_tile(unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1, int c2, int c3) {
     emulation::memory_barriers[barrier].copies.push_back(
         {to, reinterpret_cast<const unsigned long long *>(&map), {c0, c1, c2, c3}});

@@ -15,6 +15,18 @@
 #define LEAST_BF16X2 0xff80ff80u  // two of -infinity
 
 #ifndef HOST_EMULATION
+// One lane of the warp, the same each time. All must call. (Behind `lane == 0` a compiler wraps each tensor copy in a loop over lanes.)
+__device__ __forceinline__ bool elect() {
+    u32 is;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+
+// Bring memory into L2: a multiple of 16 bytes, aligned so. It may come before the wait for predecessors: what they write is in L2, too.
+__device__ __forceinline__ void prefetch(const void *p, u32 nbytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(nbytes));
+}
+
 // In place of a tile that `store_wait` counts.
 __device__ __forceinline__ void store_nothing() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
@@ -71,6 +83,10 @@ struct Feed {
             load_tile(stages.memory + to.stage * g.stage_bytes, x, full, share.channel, share.column - g.left + BESIDE, row, walk.strip.image);
         }
         to.next(g.stages), walk.next(g);
+    }
+    // Whether rows of x are left to be brought, not only turns that see padding below.
+    __device__ __forceinline__ bool has_rows(const Rows &g) const {
+        return walk.at < walk.end || (walk.has_turn() && walk.strip.first + walk.strip.turn - g.top < g.h);
     }
 };
 
@@ -133,21 +149,18 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
     Ring now;
 
     if (thread >= workers) {
-        if (thread == workers) {
+        if (elect()) {
 #pragma unroll 1
-            for (int i = 0; i < g.stages; ++i) barrier_init(stages.full + 8 * i, 1);
+            for (int i = 0; i < g.stages; ++i) barrier_init(stages.full + 8 * i, 1), barrier_init(stages.empty + 8 * i, workers / WARP);
             barrier_init_fence();
         }
+        named_barrier_arrive(1, blockDim.x);
         Feed feed(share, g);
         Walk out = feed.walk;
         await_predecessors();
-        if (thread == workers) {
-            for (int i = 0; i < g.stages && feed.walk.has_turn(); ++i) feed.bring(x, share, stages, g);
-#pragma unroll 1
-            for (int i = 0; i < g.stages; ++i) barrier_init(stages.empty + 8 * i, workers / WARP);
-        }
-        named_barrier_arrive(1, blockDim.x);
-        if (thread > workers) return;
+        if (!elect()) return;
+        for (int i = 0; i < g.stages && feed.walk.has_turn(); ++i) feed.bring(x, share, stages, g);
+        if (!feed.has_rows(g)) let_successors_start();
         for (bool is_first = true; out.has_turn(); is_first = false) {
             stages.wait_empty(now);
             const int row = out.strip.first + out.strip.turn - (FILTER - 1);
@@ -160,24 +173,33 @@ __device__ __forceinline__ void walk(const TensorMap &x, const TensorMap &y, con
                 feed.bring(x, share, stages, g);
             }
             now.next(g.stages), out.next(g);
-            if (!feed.walk.has_turn()) let_successors_start();
+            if (!feed.has_rows(g)) let_successors_start();
         }
         store_wait<0>();
         return;
     }
 
-    if (thread == 0) prefetch(x), prefetch(y);
+    if (thread == 0) {
+        prefetch(x), prefetch(y);
+        // Asked for together with so many rows of x, filters would be the last to come. One block for all: more asking for the same
+        // lines only hold each other up.
+        if (share.first == 0) {
+            const int count = min(g.c - share.channel, g.lanes * VEC);
+            prefetch(w + share.channel * TAPS, count * TAPS * sizeof(ELEMENT));
+            if (bias) prefetch(bias + share.channel, count * sizeof(float));
+        }
+    }
     const Worker own(g);
     const bool is_leader = thread % WARP == 0, is_busy = own.image < g.images;
     const int channel = share.channel + own.lane * VEC, pitch = g.lanes * VEC, piece = is_busy ? own.image * g.pieces + own.piece : 0;
     const int halo = is_busy ? own.image * (FILTER - 1 - 2 * BESIDE) : 0;
     const ELEMENT *own_x = reinterpret_cast<const ELEMENT *>(ring_memory) + (piece * COLUMNS + halo) * pitch + own.lane * VEC;
     const u32 own_y = stages.memory + g.y_at + (piece * COLUMNS * pitch + own.lane * VEC) * sizeof(ELEMENT);
+    named_barrier(1, blockDim.x);
     await_predecessors();
     float tap[TAPS][VEC];
     filter_taps<Mirror>(w + min(channel, g.c - VEC) * TAPS, tap);
     const Floats<VEC> start = bias && channel < g.c ? load<VEC>(bias + channel) : splat<VEC>(0.0f);
-    named_barrier(1, blockDim.x);
     keep(tap);
 
     const u32 floor = g.act ? 0u : LEAST_BF16X2;
