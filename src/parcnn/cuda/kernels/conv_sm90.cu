@@ -54,7 +54,7 @@ constexpr int ROW_BYTES = CB * 2;
 constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = (CHANNELS + 63) / 64 * W_GROUP_BYTES;  // weights of 64 channels; of a tap
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
-constexpr bool POOLS_IN_REGISTERS = POOL == 2 || POOL == 4;
+#define POOLS_IN_REGISTERS (POOL == 2 || POOL == 4)
 
 // Weights: rows of CB reduction channels for each output channel, or (FLIPPED) rows of 64 output channels.
 constexpr int W_STEP = FLIPPED ? 16 * 128 >> 4 : 32 >> 4;  // 16 reduction channels further, as a descriptor counts
@@ -155,9 +155,9 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
                 const Loads l = loads_of(g, t, kind);
 #endif
 #pragma unroll 1
-            for (int s = LOADS.s0; s < LOADS.s1; s += load_columns(g))
+            for (int s = FIRST_COLUMN; s < END_COLUMN; s += load_columns(g))
 #pragma unroll 1
-                for (int r = LOADS.r0; r < LOADS.r1; r += load_rows(g)) {
+                for (int r = FIRST_ROW; r < END_ROW; r += load_rows(g)) {
                     const u32 full = bar.x_full + 8 * x_ring.stage;
                     barrier_wait(bar.x_empty + 8 * x_ring.stage, x_ring.parity ^ 1);
                     barrier_expect(full, g.x_box_bytes);
@@ -184,7 +184,7 @@ __device__ __forceinline__ void produce(const Problem &g, const Order &order, co
 // Which load of a tile becomes a consumer's staging, counted from the last: they share the loads where they share tiles.
 __device__ __forceinline__ int kept_from_last(int consumer) { return ALTERNATE ? 0 : consumer; }
 
-#if !POOL
+#if !POOL || POOLS_IN_REGISTERS
 // y of each class.
 struct OutputMaps {
     const TensorMap *of[CLASSES];
@@ -210,7 +210,7 @@ __device__ __forceinline__ void write_tiles(const Problem &g, const Order &order
             from = x_base + kept.stage * g.x_stage_bytes;
         }
         barrier_wait(bar.staged + 8 * consumer, tile & 1);
-        store_pixels(g, y[t.kind], from, t.k + (ALTERNATE ? 0 : consumer * 64), t.w, t.h, t.n);
+        store_pixels(g, y[t.kind], from, t.k + (ALTERNATE ? 0 : consumer * 64), POOL ? t.w / 2 : t.w, POOL ? t.h / 2 : t.h, t.n);
         if (g.own_staging == 2) {
             store_wait<1>();  // the tile before this one
             if (tile > 0) barrier_arrive(bar.drained + 8 * consumer);
@@ -237,6 +237,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #endif
 #if POOL
               u16 *__restrict__ y, u8 *__restrict__ idx,
+#if POOLS_IN_REGISTERS
+              const __grid_constant__ TensorMap pooled_y,
+#endif
 #elif FLIPPED
               const __grid_constant__ TensorMap y0, const __grid_constant__ TensorMap y1, const __grid_constant__ TensorMap y2,
               const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
@@ -284,13 +287,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #else
         if (thread == 0) produce(g, order, x, w, bar, x_base, w_base, slot, k_group);
 #endif
-#if !POOL
+#if !POOL || POOLS_IN_REGISTERS
 #if FLIPPED
         const OutputMaps outputs = {{&y0, &y1, &y2, &y3}};
+        const bool copies = !partial;
+#elif POOL
+        const OutputMaps outputs = {{&pooled_y}};
+        const bool copies = !idx;
 #else
         const OutputMaps outputs = {{&y}};
+        const bool copies = !partial;
 #endif
-        if (!partial && lane == 0 && (warp == 1 || warp == 2))
+        if (copies && lane == 0 && (warp == 1 || warp == 2))
             write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * g.staging_bytes, slot, k_group, warp - 1);
 #endif
     } else {
@@ -420,9 +428,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const Loads l = loads_of(g, t, kind);
 #endif
 #pragma unroll 1
-                for (int s = LOADS.s0; s < LOADS.s1; s += load_columns(g))
+                for (int s = FIRST_COLUMN; s < END_COLUMN; s += load_columns(g))
 #pragma unroll 1
-                    for (int r = LOADS.r0; r < LOADS.r1; r += load_rows(g)) {
+                    for (int r = FIRST_ROW; r < END_ROW; r += load_rows(g)) {
                         const int x_stage = loaded.stage;
                         const u32 parity = loaded.parity;
                         loaded.next(x_stages);
@@ -501,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (PAIRED) add_pairs(sums);
             float (&results)[OUT_PIXELS / 2] = reinterpret_cast<float (&)[OUT_PIXELS / 2]>(sums);
 #if !FLIPPED
-            if (g.act) {
+            if (g.act || (POOL && out.bias_is_infinite())) {  // (with infinite biases, the maximum of sums says not yet which are NaN)
                 activate_sums(results, out.bias0, out.bias1, g.act);
                 out.bias0 = out.bias1 = 0.0f;
             }
@@ -510,10 +518,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             const int buffer = consumer * g.own_staging + (g.own_staging == 2 ? tile & 1 : 0);
             const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * g.staging_bytes : kept * g.x_stage_bytes);
             // (The barrier also keeps a warp from arriving twice at `staged` before another has once.)
-#if !POOL
-            const int depth = g.own_staging == 2 ? 2 : 1;
-            if (tile >= depth) barrier_wait(bar.drained + 8 * consumer, (tile - depth) & 1);
+            #if POOL
+            const bool copies = POOLS_IN_REGISTERS && !idx;  // what is staged, by the copy engine
+#else
+            constexpr bool copies = true;
 #endif
+            const int depth = g.own_staging == 2 ? 2 : 1;
+            if (copies && tile >= depth) barrier_wait(bar.drained + 8 * consumer, (tile - depth) & 1);
             if (ALTERNATE || g.own_staging)
                 named_barrier(1 + consumer, 128);
             else
@@ -525,14 +536,26 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             named_barrier(1 + consumer, 128);
             write_windows(g, t, k, staging, thread, y, idx);
 #else
-            if (idx && !g.act && !g.floor)
+            if (idx && !g.act && !g.floor) {
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, POSITIVE_WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
-            else if (idx)
+            } else if (idx) {
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
-            else if (POOL == 2 && g.mean)
-                write_pooled<PIXELS, POOLS_IN_REGISTERS, MEANS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
-            else
-                write_pooled<PIXELS, POOLS_IN_REGISTERS, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+#if POOLS_IN_REGISTERS
+            } else {
+                if (POOL == 2 && g.mean)
+                    stage_windows<PIXELS, true, MEANS>(sums, out, staging, warp, lane);
+                else
+                    stage_windows<PIXELS, true, MAXIMA>(sums, out, staging, warp, lane);
+                fence_async();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);
+                continue;
+            }
+#else
+            } else {
+                write_pooled<PIXELS, false, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            }
+#endif
 #endif
             if (!g.own_staging) {
                 fence_async();

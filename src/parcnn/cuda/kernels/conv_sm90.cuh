@@ -236,6 +236,12 @@ __device__ __forceinline__ Loads loads_of(const Problem &g, const Tile &t, int k
 #define FIRST_TAP taps_before
 #endif
 
+// Taps that loads of a tile, or of its class of pixels, serve: constants where all tiles have all.
+#define FIRST_ROW (ALIKE ? 0 : LOADS.r0)
+#define FIRST_COLUMN (ALIKE ? 0 : LOADS.s0)
+#define END_ROW (ALIKE ? load_rows(g) : LOADS.r1)
+#define END_COLUMN (ALIKE ? FILTER : LOADS.s1)
+
 // Taps of a load that begins with (r, s): of classes not all have as many. Consumers must show ptxas that all threads have the same
 // number (FIND_TAPS), or it lets products wait for each other.
 #if OF_PIXELS || SHARED_BY_CLASSES

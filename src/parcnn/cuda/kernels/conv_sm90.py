@@ -395,7 +395,10 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: D
     """What the kernel writes: y and (of a maximum) idx, or a map of y; of dgrad, one for each class, and maps of addend and
     saved output."""
     if sizes.pool:
-        return (*outputs, None)[:2]
+        y, idx = (*outputs, None)[:2]
+        if tiles.pooling(sizes, variant.serves, variant.tile, variant.channels) not in tiles.WITHIN_THREADS:
+            return y, idx
+        return y, idx, _NO_MAP if idx else _pooled_map(y, sizes, variant)
     maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
         return tuple(maps)
@@ -571,6 +574,12 @@ def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
     box = (64, tiles.footprint(sizes, variant).row, *variant.tile[1:])
     map = TensorMap(y, dims, strides, box, (), "128B", offset=h * row + 2 * w * sizes.k)
     return _ordered(map, sizes, variant)
+
+
+def _pooled_map(y: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
+    """Of maxima or means of 2x2 windows: the pooled tensor."""
+    (w, h, n), (_, p, q, k) = variant.tile, y.spec.shape
+    return _ordered(image_map(y, (k, q, p, y.spec.shape[0]), (64, w // 2, h // 2, n), (), 64), sizes, variant)
 
 
 def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:

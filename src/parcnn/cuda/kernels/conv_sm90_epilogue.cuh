@@ -8,12 +8,13 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
-// Maximum; NaN where either is NaN.
+// Maximum; NaN where one is NaN.
 __device__ __forceinline__ float max_number(float a, float b) {
     float d;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
     return d;
 }
+__device__ __forceinline__ float max_number(float a, float b, float c, float d) { return max_number(max_number(a, b), max_number(c, d)); }
 
 // ReLU of two floats, rounded. No zero is negative where no float was -0.
 __device__ __forceinline__ u32 relu_bf16x2(float low, float high) {
@@ -65,6 +66,9 @@ struct Outputs {
     __device__ __forceinline__ float mean(const float *s, float bias) const {
         return 0.25f * ((above(s[0] + bias) + above(s[1] + bias)) + (above(s[4] + bias) + above(s[5] + bias)));
     }
+    __device__ __forceinline__ bool bias_is_infinite() const { return max(bias0, bias1) == __int_as_float(0x7f800000); }
+    // Two pixels' maxima, rounded.
+    __device__ __forceinline__ u32 maxima(float first, float second) const { return max_bf16x2(round_bf16x2(first, second), floor); }
     __device__ __forceinline__ float above(float v) const { return v <= low_bf16(floor) ? low_bf16(floor) : v; }
     template <bool Positive> __device__ __forceinline__ u32 pixels(float first, float second, float bias) const {
         if (Positive) return relu_bf16x2(first + bias, second + bias);
@@ -163,11 +167,12 @@ template <int Pixels> __device__ __forceinline__ void store_partial(const float 
 enum Pooling { MEANS, MAXIMA, WINNERS, POSITIVE_WINNERS };
 
 // Pixels of a tile in rows of 64 channels, four at a time, of which a lane has one, the lane % 4-th: value(i, e) is that of the
-// i-th four, of the thread's first (e = 0) or second channel.
-template <int Fours, typename Value> __device__ __forceinline__ void stage_fours(u32 staging, int warp, int lane, Value value) {
+// i-th four, of the thread's first (e = 0) or second channel; two of them are rounded by round(value, value).
+template <int Fours, typename Value, typename Round>
+__device__ __forceinline__ void stage_fours(u32 staging, int warp, int lane, Value value, Round round) {
     const int row = lane & 7, pixel = (row & 1) * 4 + (row >> 1);  // two fours are an 8x8 matrix
     const u32 at = chunk_address(staging, pixel, warp * 2 + (lane >> 3 & 1)) + (lane >> 4) * 1024;
-    const auto two = [&](int i, int e) { return round_bf16x2(value(i, e), i + 1 < Fours ? value(i + 1, e) : 0.0f); };
+    const auto two = [&](int i, int e) { return round(value(i, e), i + 1 < Fours ? value(i + 1, e) : 0.0f); };
 #pragma unroll
     for (int i = 0; i < Fours; i += 4) {
         if (i + 2 < Fours)
@@ -242,6 +247,17 @@ __device__ __forceinline__ void stage_image_windows(const float (&sums)[Pixels /
         const float *s = sums + 4 * group + 2 * e, bias = e ? out.bias1 : out.bias0;
         return Positive ? relu_bf16x2(s[0] + bias, s[1] + bias) : round_bf16x2(s[0] + bias, s[1] + bias);
     };
+    // Of two pixels of a group: what of their windows the thread has.
+    const auto maxima = [&](int group, int e) {
+        const float *s = sums + 4 * group + 2 * e, *below = s + 4 * ROW;
+        const float bias = e ? out.bias1 : out.bias0;
+#if IMAGES == 4
+        return out.maxima(max_number(s[0], below[0]) + bias, max_number(s[1], below[1]) + bias);
+#else
+        const float *right = s + 4 * COLUMN, *last = below + 4 * COLUMN;
+        return out.maxima(max_number(s[0], right[0], below[0], last[0]) + bias, max_number(s[1], right[1], below[1], last[1]) + bias);
+#endif
+    };
 #pragma unroll
     for (int i = 0; i < (Pixels / 16 + 1) / 2; ++i) {
         u32 value[2], index[2];
@@ -250,16 +266,22 @@ __device__ __forceinline__ void stage_image_windows(const float (&sums)[Pixels /
             u32 v[4];
 #if IMAGES == 4
             const int first = upper_left(2 * i), second = upper_left(min(2 * i + 1, Pixels / 16 - 1));  // the last one may be alone
-            exchange_columns(outputs(first, e), outputs(second, e), lane & 2, v[0], v[1]);
-            exchange_columns(outputs(first + ROW, e), outputs(second + ROW, e), lane & 2, v[2], v[3]);
+            if (NamesWinners) {
+                exchange_columns(outputs(first, e), outputs(second, e), lane & 2, v[0], v[1]);
+                exchange_columns(outputs(first + ROW, e), outputs(second + ROW, e), lane & 2, v[2], v[3]);
+            } else {
+                exchange_columns(maxima(first, e), maxima(second, e), lane & 2, v[0], v[1]);
+                value[e] = max_bf16x2(v[0], v[1]);
+            }
 #else
+            if (NamesWinners) {
 #pragma unroll
-            for (int position = 0; position < 4; ++position) v[position] = outputs(upper_left(i) + (position & 1) * COLUMN + (position >> 1) * ROW, e);
+                for (int position = 0; position < 4; ++position) v[position] = outputs(upper_left(i) + (position & 1) * COLUMN + (position >> 1) * ROW, e);
+            } else {
+                value[e] = maxima(upper_left(i), e);
+            }
 #endif
-            if (NamesWinners)
-                best_of<Positive>(v[0], v[1], v[2], v[3], out.floor, value[e], index[e]);
-            else
-                value[e] = max_bf16x2(max_bf16x2(v[0], v[1]), max_bf16x2(v[2], v[3]));
+            if (NamesWinners) best_of<Positive>(v[0], v[1], v[2], v[3], out.floor, value[e], index[e]);
         }
         if (NamesWinners)
             store_matrices(at + i * 1024, value[0], value[1], index[0], index[1]);
@@ -269,27 +291,37 @@ __device__ __forceinline__ void stage_image_windows(const float (&sums)[Pixels /
 }
 #endif
 
-// A tile's outputs, or as much of its windows as a thread has: all of them (InRegisters), else of maxima their rows. A maximum
-// of sums is rounded after it, which gives the maximum of what is rounded.
+// A tile's outputs, or as much of its windows as a thread has: all of them (InRegisters), else of maxima their rows. A maximum of
+// sums, with the bias and rounded after it, is the maximum of what is rounded (infinite biases were added before).
 template <int Pixels, bool InRegisters, Pooling Kind>
 __device__ __forceinline__ void stage_windows(const float (&sums)[Pixels / 2], const Outputs &out, u32 staging, int warp, int lane) {
-    const auto row_maximum = [&](int j, int e) {
-        const float *s = sums + 4 * j + 2 * e, bias = e ? out.bias1 : out.bias0;
-        return max_number(s[0] + bias, s[1] + bias);
-    };
+#if POOL == 4
+    stage_image_windows<Pixels, Kind>(sums, out, staging, warp, lane);
+#else
     constexpr bool Positive = Kind == POSITIVE_WINNERS;
+    const auto round = [&](float first, float second) { return Kind == MAXIMA && InRegisters ? out.maxima(first, second) : round_bf16x2(first, second); };
     if constexpr ((Positive || Kind == WINNERS) && InRegisters) {
         stage_winners<Pixels, Positive>(sums, out, staging, warp, lane);
     } else if constexpr (Positive || Kind == WINNERS) {
         u32 words[Pixels / 4];
         stage_tile<Pixels, Positive>(words, sums, out, staging, warp, lane);
     } else if constexpr (Kind == MEANS) {
-        stage_fours<Pixels / 16>(staging, warp, lane, [&](int i, int e) { return out.mean(sums + 8 * i + 2 * e, e ? out.bias1 : out.bias0); });
+        const auto mean = [&](int i, int e) { return out.mean(sums + 8 * i + 2 * e, e ? out.bias1 : out.bias0); };
+        stage_fours<Pixels / 16>(staging, warp, lane, mean, round);
     } else if constexpr (InRegisters) {
-        stage_fours<Pixels / 16>(staging, warp, lane, [&](int i, int e) { return max_number(row_maximum(2 * i, e), row_maximum(2 * i + 1, e)); });
+        const auto maximum = [&](int i, int e) {
+            const float *s = sums + 8 * i + 2 * e;
+            return max_number(s[0], s[1], s[4], s[5]) + (e ? out.bias1 : out.bias0);
+        };
+        stage_fours<Pixels / 16>(staging, warp, lane, maximum, round);
     } else {
-        stage_fours<Pixels / 8>(staging, warp, lane, row_maximum);
+        const auto maximum = [&](int j, int e) {
+            const float *s = sums + 4 * j + 2 * e;
+            return max_number(s[0], s[1]) + (e ? out.bias1 : out.bias0);
+        };
+        stage_fours<Pixels / 8>(staging, warp, lane, maximum, round);
     }
+#endif
 }
 
 // A tile's, in whole rounds of a warpgroup; entries of `Pooled`.
@@ -346,11 +378,7 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
                                              u16 *y, u8 *idx) {
     constexpr int Items = POOLED_PIXELS<Pixels> / 16;  // of a thread: eight channels of a pixel
     constexpr bool Positive = Kind == POSITIVE_WINNERS, NamesWinners = Positive || Kind == WINNERS;
-#if POOL == 4
-    stage_image_windows<Pixels, Kind>(sums, out, staging, thread >> 5, thread & 31);
-#else
     stage_windows<Pixels, InRegisters, Kind>(sums, out, staging, thread >> 5, thread & 31);
-#endif
     const int chunk = thread & 7, first = thread >> 3, pooled_w = g.tile_w / 2, pooled_h = g.tile_h / 2, channel = k + chunk * 8;
     const int q = t.w / 2, p = t.h / 2;
     u16 *const to = y + ((((u32)t.n * g.p + p) * g.q + q) * g.k + channel);

@@ -36,10 +36,11 @@ WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (24
 # COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
     (3, 1): ((6, 6, 4),),
-    (0, 1): ((4, 4, 16),),
+    (0, 1): ((4, 4, 16), (2, 2, 56), (2, 2, 64)),
     (1, 1): ((2, 6, 16), (2, 2, 64)),
 }
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
+WITHIN_THREADS = (WITHIN_ROWS, WITHIN_IMAGES)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 MOST_CANDIDATES = 8
 _HALF_SECTOR_CYCLES = 22  # of a pixel of eight channels, beside another class's: L2 writes 32 bytes
@@ -206,7 +207,7 @@ class Footprint:
         w, h, n = tile
         cb = 32 if sizes.c <= 32 and channels == 64 else 64
         pooled = pooling(sizes, serves, tile, channels)
-        in_registers = pooled in (WITHIN_ROWS, WITHIN_IMAGES)
+        in_registers = pooled in WITHIN_THREADS
         halo = serves != "tap"
         pitch = w + sizes.taps[1] - 1 if serves == "window" else w
         row = pitch if is_flat(serves, w) else w
