@@ -46,6 +46,9 @@
 #include "conv_sm90_moments.cuh"
 #include "sm90_wgmma.cuh"
 
+#ifndef LEAD
+#define LEAD 2
+#endif
 DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
 
 constexpr bool ALTERNATE = CHANNELS <= 64;
@@ -293,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const bool copies = !partial;
 #elif POOL
         const OutputMaps outputs = {{&pooled_y}};
-        const bool copies = !idx;
+        const bool copies = !idx && g.own_staging;
 #else
         const OutputMaps outputs = {{&y}};
         const bool copies = !partial;
@@ -366,7 +369,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         };
         if (ALTERNATE && consumer == 1) skip_tile();
         // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
-        int lead = ALTERNATE || borrows ? 0 : 2;
+        int lead = ALTERNATE || borrows ? 0 : LEAD;
         if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
 #if POOL && POOL != 3
         PooledPixels<PIXELS, POOLS_IN_REGISTERS> pixels(g, pooled, thread);
@@ -509,7 +512,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (PAIRED) add_pairs(sums);
             float (&results)[OUT_PIXELS / 2] = reinterpret_cast<float (&)[OUT_PIXELS / 2]>(sums);
 #if !FLIPPED
-            if (g.act || (POOL && out.bias_is_infinite())) {  // (with infinite biases, the maximum of sums says not yet which are NaN)
+            bool adds_bias = g.act;
+#if POOL
+            adds_bias = adds_bias || (!idx && out.bias_is_infinite());  // with it, the maximum of sums says not yet which are NaN
+#endif
+            if (adds_bias) {
                 activate_sums(results, out.bias0, out.bias1, g.act);
                 out.bias0 = out.bias1 = 0.0f;
             }
@@ -517,18 +524,19 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             // Staging may be written when no product of a warp that shares it reads it, and its last tile has left it.
             const int buffer = consumer * g.own_staging + (g.own_staging == 2 ? tile & 1 : 0);
             const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * g.staging_bytes : kept * g.x_stage_bytes);
-            // (The barrier also keeps a warp from arriving twice at `staged` before another has once.)
-            #if POOL
-            const bool copies = POOLS_IN_REGISTERS && !idx;  // what is staged, by the copy engine
+#if POOL
+            const bool copies = POOLS_IN_REGISTERS && !borrows && !idx;  // what is staged, by the copy engine
 #else
             constexpr bool copies = true;
 #endif
             const int depth = g.own_staging == 2 ? 2 : 1;
             if (copies && tile >= depth) barrier_wait(bar.drained + 8 * consumer, (tile - depth) & 1);
-            if (ALTERNATE || g.own_staging)
-                named_barrier(1 + consumer, 128);
-            else
+            // (The barrier also keeps a warp from arriving twice at `staged` before another has once; where there is staging of one
+            // tile, `drained` does.)
+            if (!ALTERNATE && borrows)
                 named_barrier(3, 256);
+            else if (borrows || !copies || depth == 2)
+                named_barrier(1 + consumer, 128);
 #if POOL
 #if POOL == 3
             u32 words[PIXELS / 4];
@@ -541,7 +549,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             } else if (idx) {
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
 #if POOLS_IN_REGISTERS
-            } else {
+            } else if (copies) {
                 if (POOL == 2 && g.mean)
                     stage_windows<PIXELS, true, MEANS>(sums, out, staging, warp, lane);
                 else
@@ -550,12 +558,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 __syncwarp();
                 if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);
                 continue;
-            }
-#else
-            } else {
-                write_pooled<PIXELS, false, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
-            }
 #endif
+            } else if (POOL == 2 && g.mean) {
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, MEANS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            } else {
+                write_pooled<PIXELS, POOLS_IN_REGISTERS, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
+            }
 #endif
             if (!g.own_staging) {
                 fence_async();
