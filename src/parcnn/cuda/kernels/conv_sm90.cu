@@ -46,9 +46,6 @@
 #include "conv_sm90_moments.cuh"
 #include "sm90_wgmma.cuh"
 
-#ifndef LEAD
-#define LEAD 2
-#endif
 DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
 
 constexpr bool ALTERNATE = CHANNELS <= 64;
@@ -369,7 +366,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         };
         if (ALTERNATE && consumer == 1) skip_tile();
         // Where they share tiles but no staging, the second begins two taps after the first, and stays behind.
-        int lead = ALTERNATE || borrows ? 0 : LEAD;
+        int lead = ALTERNATE || borrows ? 0 : 2;
         if (!ALTERNATE && consumer == 1 && lead > 0) barrier_wait(bar.turn, 0), lead = 0;
 #if POOL && POOL != 3
         PooledPixels<PIXELS, POOLS_IN_REGISTERS> pixels(g, pooled, thread);
