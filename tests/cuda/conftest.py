@@ -27,6 +27,14 @@ def null_toy() -> Iterator[CudaExecutor]:
     _close(executor)
 
 
+@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90a"])
+def null_of(request: pytest.FixtureRequest) -> Iterator[CudaExecutor]:
+    """Null executors of several architectures."""
+    executor = CudaExecutor.null(request.param)
+    yield executor
+    _close(executor)
+
+
 @pytest.fixture(scope="session")
 def cuda() -> CudaExecutor:
     """A real executor on parcnn's kernels. Not skipped once there is a GPU: what then lacks is a failure."""

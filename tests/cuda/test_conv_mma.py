@@ -248,13 +248,6 @@ EVERY_VARIANT = (
 )
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90a"])
-def null_of(request: pytest.FixtureRequest) -> Iterator[CudaExecutor]:
-    executor = CudaExecutor.null(request.param)
-    yield executor
-    executor.close()
-
-
 @cases
 def test_launches_are_right(null_of: CudaExecutor, name: str, kind: str, pool: str | None) -> None:
     """The default choice keeps to its parameter table, the device's limits and the plan's memory."""

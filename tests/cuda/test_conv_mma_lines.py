@@ -5,7 +5,6 @@ What is exact and what is tolerated is as in test_conv_mma.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -76,13 +75,6 @@ def test_tiles_are_exact(make: MakeExecutor, kind: str, tile: conv_mma_lines.Var
     op = full(problem, kind, None)
     operands = problem.operands(op, ternary(random), random)
     check_exact(make([Forced(conv_mma_lines, tile)]), op, operands, on_cpu(op, operands))
-
-
-@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90a"])
-def null_of(request: pytest.FixtureRequest) -> Iterator[CudaExecutor]:
-    executor = CudaExecutor.null(request.param)
-    yield executor
-    executor.close()
 
 
 @cases

@@ -33,7 +33,6 @@ from tests.cuda.test_conv_mma import (  # noqa: F401  (fixtures)
     emulated,
     make,
     normal,
-    null_of,
     on_cpu,
     random_of,
     ternary,
@@ -174,7 +173,7 @@ def test_many_tiles_give_the_same_bits_each_time(cuda: CudaExecutor) -> None:
 
 
 @cases
-def test_launches_are_right(null_of: CudaExecutor, name: str, kind: str, pool: str | None) -> None:  # noqa: F811
+def test_launches_are_right(null_of: CudaExecutor, name: str, kind: str, pool: str | None) -> None:
     """Every candidate keeps to its parameter table, the device's limits and the plan's memory."""
     op = PROBLEMS[name].op(kind, pool, **GEOMETRY[kind])
     operands = PROBLEMS[name].operands(op, ternary(random_of(name)), random_of(name))

@@ -297,21 +297,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         },
         [](u32) {});
 
-    // The ring becomes the tile that is written, and before that of what the epilogue reads, whose words each thread finds
-    // where its results will lie. What lies beyond the image or the group is not there and not written.
+    // The ring becomes what the epilogue reads, then the tile that is written.
     auto row_place_of = [&](int row) { return place(m0 + row); };
-    if (addend) {
-        read_rows<BM, BN, Tile::Threads>(shared, addend, columns, g.c, g.group_c, row_place_of);
-        each_word<BN>(tile, sums, shared, [](u32 &two, float &v, float &u) { v += low_of(two), u += high_of(two); });
-        if (saved) __syncthreads();  // the tile is written again
-    }
-    if (saved) {
-        read_rows<BM, BN, Tile::Threads>(shared, saved, columns, g.c, g.group_c, row_place_of);
-        each_word<BN>(tile, sums, shared, [&](u32 &two, float &v, float &u) {
-            asm volatile("" ::: "memory");  // or words are read far ahead, into registers that there are not
-            v = activation_dgrad_of(v, low_of(two), g.act), u = activation_dgrad_of(u, high_of(two), g.act);
-        });
-    }
+    derive_tile<BM, BN>(tile, sums, shared, saved, addend, g.act, columns, g.c, g.group_c, row_place_of);
     put_tile<BN>(tile, sums, shared);
     __syncthreads();
     write_rows<BM, BN, Tile::Threads>(shared, dx, columns, g.c, g.group_c, row_place_of);

@@ -42,27 +42,6 @@ struct Share {
     __device__ __forceinline__ bool has(int i, int count) const { return i * of / count == number; }
 };
 
-#if DGRAD
-// An input gradient's sums: the addend added, then times the derivative of `act` where its output is `saved`; either may be
-// null. Both come through shared memory, where each thread finds the words of its results. What lies beyond the image or the
-// group is not there, and is not written.
-template <int Rows, int Columns, class Tile, class Place>
-__device__ __forceinline__ void derive(const Tile &tile, typename Tile::Sums &sums, char *shared, const u16 *saved, const u16 *addend, int act,
-                                       int columns, int channels, int of_group, Place place) {
-    if (addend) {
-        read_rows<Rows, Columns, Tile::Threads>(shared, addend, columns, channels, of_group, place);
-        each_word<Columns>(tile, sums, shared, [](u32 &two, float &v, float &u) { v += low_of(two), u += high_of(two); });
-        __syncthreads();  // the memory is written again
-    }
-    if (saved) {
-        read_rows<Rows, Columns, Tile::Threads>(shared, saved, columns, channels, of_group, place);
-        each_word<Columns>(tile, sums, shared, [&](u32 &two, float &v, float &u) {
-            v = activation_dgrad_of(v, low_of(two), act), u = activation_dgrad_of(u, high_of(two), act);
-        });
-    }
-}
-#endif
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     conv_mma_lines(const u16 *__restrict__ in, const u16 *__restrict__ w, const float *__restrict__ bias, const u16 *saved, const u16 *addend,
                    u16 *out, Problem g) {
@@ -186,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
         return live && left < g.out_w ? ((n * g.out_h + h) * g.out_w + left) * g.out_c + k0 : -1;
     };
 #if DGRAD
-    derive<BM, BN>(tile, sums, shared, saved, addend, g.act, columns, g.out_c, g.group_out, place);
+    derive_tile<BM, BN>(tile, sums, shared, saved, addend, g.act, columns, g.out_c, g.group_out, place);
 #else
     add_bias(tile, sums, bias ? bias + k0 : nullptr, columns);
     activate_all(sums, g.act);

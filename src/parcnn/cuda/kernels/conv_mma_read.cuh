@@ -41,3 +41,23 @@ __device__ __forceinline__ void read_rows(char *tile, const u16 *from, int colum
     copy_async_wait<0>();
     __syncthreads();
 }
+
+// An input gradient's sums: the addend added, then times the derivative of `act` where its output is `saved`; either may be
+// null. Both come through shared memory, where each thread finds the words of its results. What lies beyond the image or the
+// group is not there, and is not written.
+template <int Rows, int Columns, class Tile, class Place>
+__device__ __forceinline__ void derive_tile(const Tile &tile, typename Tile::Sums &sums, char *shared, const u16 *saved, const u16 *addend, int act,
+                                            int columns, int channels, int of_group, Place place) {
+    if (addend) {
+        read_rows<Rows, Columns, Tile::Threads>(shared, addend, columns, channels, of_group, place);
+        each_word<Columns>(tile, sums, shared, [](u32 &two, float &v, float &u) { v += low_of(two), u += high_of(two); });
+        if (saved) __syncthreads();  // the memory is written again
+    }
+    if (saved) {
+        read_rows<Rows, Columns, Tile::Threads>(shared, saved, columns, channels, of_group, place);
+        each_word<Columns>(tile, sums, shared, [&](u32 &two, float &v, float &u) {
+            asm volatile("" ::: "memory");  // or words are read far ahead, into registers that there are not
+            v = activation_dgrad_of(v, low_of(two), act), u = activation_dgrad_of(u, high_of(two), act);
+        });
+    }
+}
