@@ -392,8 +392,8 @@ def _sum(
 
 
 def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: DgradEpilogue) -> tuple[Argument, ...]:
-    """What the kernel writes: y and (of a maximum) idx, and where windows lie within threads a map of y, or a map of y; of dgrad,
-    one for each class, and maps of addend and saved output."""
+    """What the kernel writes: y and (of a maximum) idx, and where windows lie within threads a map of y, or a map of y; of
+    dgrad, one for each class, and maps of addend and saved output."""
     if sizes.pool:
         y, idx = outputs[0], outputs[1] if sizes.indices else None
         if tiles.pooling(sizes, variant.serves, variant.tile, variant.channels) not in tiles.WITHIN_THREADS:
