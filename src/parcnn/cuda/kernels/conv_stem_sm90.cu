@@ -21,17 +21,21 @@
 // As many warpgroups that make rows as the others leave registers for.
 #if PIXELS == 128
 #define PRODUCERS 1
-#define PRODUCER_REGISTERS "56"
-#define CONSUMER_REGISTERS "224"
+#define PRODUCER_REGISTERS 72
+#define CONSUMER_REGISTERS 216
 #elif RUNS * ROWS == 28
 #define PRODUCERS 1
-#define PRODUCER_REGISTERS "88"
-#define CONSUMER_REGISTERS "208"
+#define PRODUCER_REGISTERS 88
+#define CONSUMER_REGISTERS 208
 #else
 #define PRODUCERS 2
-#define PRODUCER_REGISTERS "56"
-#define CONSUMER_REGISTERS "200"
+#define PRODUCER_REGISTERS 64
+#define CONSUMER_REGISTERS 192
 #endif
+// A block starts with so many a thread, for 128 of each warpgroup's; who asks for more than the others have left waits forever.
+static_assert(PRODUCERS * PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= (PRODUCERS + 2) * (PRODUCERS == 2 ? 128 : 168), "registers of a block");
+#define TEXT(number) TEXT_OF(number)
+#define TEXT_OF(number) #number
 #include "conv_stem_sm90.cuh"
 #include "sm90_wgmma.cuh"
 
@@ -73,6 +77,57 @@ __device__ __forceinline__ float max_of(float a, float b) {
     return d;
 }
 
+// Two floats as bf16, each rounded once; zero where that is negative.
+__device__ __forceinline__ u32 round_positive(float low, float high) {
+    u32 two;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
+    return two;
+}
+
+// All bits of a half are set where those of the two differ, of which none has a sign. (`differ_bf16x2`.)
+__device__ __forceinline__ u32 differ_positive(u32 a, u32 b) {
+    u32 d;
+    asm("set.neu.u32.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a ^ b), "r"(0u));
+    return d;
+}
+
+// `Best` of what `round_positive` gives.
+struct BestOfPositive {
+    u32 value, index;
+
+    __device__ __forceinline__ BestOfPositive(u32 v0, u32 v1, u32 v2, u32 v3) {
+        value = max_bf16x2(max_bf16x2(v0, v1), max_bf16x2(v2, v3));
+        const u32 not0 = differ_positive(v0, value), not1 = differ_positive(v1, value), not2 = differ_positive(v2, value);
+        index = not0 & (((~not1 | not2) & 0x00010001u) | (not1 & 0x00020002u));
+    }
+};
+
+// Pool a thread's windows: values and indices to the matrices at `matrix`. A pair of bf16 is of two windows, four columns of y apart, so
+// that matrices take it as it is.
+template <bool Positive> __device__ __forceinline__ void pool(const float (&sums)[2][PIXELS / 2], float bias0, float bias1, u32 matrix) {
+#pragma unroll
+    for (int j = 0; j < PIXELS / 8; j += 2) {
+        u32 value[2], index[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            u32 v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float *s = sums[i / 2] + 4 * j + 2 * e + i % 2, bias = e ? bias1 : bias0;
+                v[i] = Positive ? round_positive(s[0] + bias, s[4] + bias) : round_bf16x2(s[0] + bias, s[4] + bias);
+            }
+            if constexpr (Positive) {
+                const BestOfPositive best(v[0], v[1], v[2], v[3]);
+                value[e] = best.value, index[e] = best.index;
+            } else {
+                const Best best(v[0], v[1], v[2], v[3], 0xff80ff80u);
+                value[e] = best.value, index[e] = best.index;
+            }
+        }
+        store_matrices(matrix + j * 512, value[0], value[1], index[0], index[1]);
+    }
+}
+
 // Of eight channels of a pixel those that there are.
 __device__ __forceinline__ void write_some(u16 *to, uint4 v, int count) {
     const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -83,13 +138,14 @@ __device__ __forceinline__ void write_some(u16 *to, uint4 v, int count) {
 
 extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     conv_stem_sm90(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
-                   u8 *__restrict__ idx, const Problem g) {
+                   u8 *__restrict__ idx, const __grid_constant__ TensorMap y_map,
+                   const __grid_constant__ Problem g) {
     extern __shared__ __align__(1024) char shared[];
     __shared__ u64 barriers[ROW_BARRIERS];
     __shared__ Place places[PIXELS];
     const u32 staging = shared_address(shared), ring = staging + 2 * STAGING_BYTES, zeros = ring + (2 * g.pairs + g.twice) * ROW_BYTES;
     const Rows rows = rows_of(ring, zeros + PLANE, zeros, shared_address(barriers));
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32;
     if (threadIdx.x == 0) rows.init(g, 8);
     list_places<POOL>(g, places);
     if (threadIdx.x < PIXELS) store_shared_words(zeros + 16 * threadIdx.x, 0, 0, 0, 0);
@@ -97,12 +153,12 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     await_predecessors();
     __syncthreads();
     if (group < PRODUCERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " PRODUCER_REGISTERS ";");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 " TEXT(PRODUCER_REGISTERS) ";");
         make_rows<false>(g, x, rows);
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 " CONSUMER_REGISTERS ";");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 " TEXT(CONSUMER_REGISTERS) ";");
     const int rows_of_strip = g.by_rows.d, advance = 2 * g.stride_h;
     const Share share(g);
     const int begin = share.begin, end = share.end;
@@ -141,11 +197,12 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
         const bool is_last_of_strip = pair + 1 == rows_of_strip;
         const int to_next = is_last_of_strip ? g.span : advance;
         if ((item - begin & 1) == consumer) {
+            if (thread == 0) store_wait<0>();  // what the others write to after the barrier
             if (item > begin) named_barrier(1 + consumer, 256);
-            const int last = slot + g.span - 1, wraps = last >= ring_rows;
-            barrier_wait(rows.full + 8 * (last / 2 - (wraps ? g.pairs : 0)), parity ^ wraps);
+            await_rows(g, rows.full, slot, parity);
             // The current row of the filters' for each of the item's two, in sixteen bytes as descriptors count.
-            u32 at[2] = {ring16 + slot * ROW16, ring16 + (slot + g.stride_h) * ROW16};
+            const u32 first_row = __shfl_sync(0xffffffffu, slot, 0);  // the same in all lanes, as the compiler shall know
+            u32 at[2] = {ring16 + first_row * ROW16, ring16 + (first_row + g.stride_h) * ROW16};
             at[1] -= at[1] >= ring_end16 ? ring_end16 - ring16 : 0;
             wgmma_fence();
 #pragma unroll
@@ -174,10 +231,10 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
             }
             freed -= give;
             __syncwarp();
-            for (int i = 0; i < give / 2; ++i) {
-                if (lane == 0) barrier_arrive(rows.empty + 8 * freed_stage);
-                freed_stage = freed_stage + 1 == g.pairs ? 0 : freed_stage + 1;
-            }
+            const int given_stage = freed_stage + lane;
+            if (lane < give / 2) barrier_arrive(rows.empty + 8 * (given_stage - (given_stage >= g.pairs ? g.pairs : 0)));
+            freed_stage += give / 2;
+            freed_stage -= freed_stage >= g.pairs ? g.pairs : 0;
 
             // Epilogue.
             int across;
@@ -188,49 +245,46 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
             const u32 pixel0 = ((u32)n * out_p + p0) * out_q + q0;
             if constexpr (POOL) {
                 if (idx) {
-#pragma unroll
-                    for (int j = 0; j < PIXELS / 8; j += 2) {
-                        u32 value[2], index[2];
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) {
-                            const float *a = sums[0] + 4 * (j + e), *b = sums[1] + 4 * (j + e);
-                            const Best best(round_bf16x2(a[0] + bias0, a[2] + bias1), round_bf16x2(a[1] + bias0, a[3] + bias1),
-                                            round_bf16x2(b[0] + bias0, b[2] + bias1), round_bf16x2(b[1] + bias0, b[3] + bias1), floor);
-                            value[e] = best.value, index[e] = best.index;
-                        }
-                        store_matrices(matrix + j * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632),
-                                       __byte_perm(index[0], index[1], 0x5410), __byte_perm(index[0], index[1], 0x7632));
-                    }
+                    if (g.act == ACT_RELU)
+                        pool<true>(sums, bias0, bias1, matrix);
+                    else
+                        pool<false>(sums, bias0, bias1, matrix);
                 } else {  // rounding keeps the order, so the maximum may come first
 #pragma unroll
                     for (int j = 0; j < PIXELS / 8; j += 2) {
                         u32 value[2];
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
-                            const float *a = sums[0] + 4 * (j + e), *b = sums[1] + 4 * (j + e);
-                            const float low = max_of(max_of(a[0], a[1]), max_of(b[0], b[1])), high = max_of(max_of(a[2], a[3]), max_of(b[2], b[3]));
-                            value[e] = max_bf16x2(round_bf16x2(low + bias0, high + bias1), floor);
+                            const float *a = sums[0] + 4 * j + 2 * e, *b = sums[1] + 4 * j + 2 * e, shift = e ? bias1 : bias0;
+                            const float first = max_of(max_of(a[0], a[1]), max_of(b[0], b[1])), second = max_of(max_of(a[4], a[5]), max_of(b[4], b[5]));
+                            value[e] = max_bf16x2(round_bf16x2(first + shift, second + shift), floor);
                         }
-                        store_matrices(matrix + j * 512, __byte_perm(value[0], value[1], 0x5410), __byte_perm(value[0], value[1], 0x7632));
+                        store_matrices(matrix + j * 512, value[0], value[1]);
                     }
                 }
-                named_barrier(3 + consumer, 128);
                 const int count = channel < g.k ? PIXELS / 2 : 0;
                 const u64 first = (u64)pixel0 * g.k + channel;
                 if (g.k % 8 == 0) {
+                    fence_async();
+                    if (!idx && warp > 0) {
+                        named_barrier_arrive(3 + consumer, 128);
+                    } else {
+                        named_barrier(3 + consumer, 128);
+                        if (thread == 0) store_tile(y_map, own, first_k, q0, p0, n);
+                    }
+                    if (idx) {
 #pragma unroll
-                    for (int i = 0; i < (PIXELS / 2 + 15) / 16; ++i) {
-                        const int pixel = thread / 8 + 16 * i;
-                        if (pixel >= count) continue;
-                        const Place place = places[pixel];
-                        const u32 from = chunk_address(own, pixel, chunk);
-                        const uint4 value = load_shared16(from);
-                        if (!is_there(place, q0, out_q, n, g.n)) continue;
-                        store_global16(y + first + place.to, value);
-                        if (!idx) continue;
-                        *reinterpret_cast<u16 *>(idx + (first + place.to) / 4) = (u16)pack_indices(load_shared16(from + STAGING_BYTES / 2));
+                        for (int i = 0; i < (PIXELS / 2 + 15) / 16; ++i) {
+                            const int pixel = thread / 8 + 16 * i;
+                            if (pixel >= count) continue;
+                            const Place place = places[pixel];
+                            if (!is_there(place, q0, out_q, n, g.n)) continue;
+                            const uint4 index = load_shared16(chunk_address(own, pixel, chunk) + STAGING_BYTES / 2);
+                            *reinterpret_cast<u16 *>(idx + (first + place.to) / 4) = (u16)(pack_indices(index));
+                        }
                     }
                 } else {
+                    named_barrier(3 + consumer, 128);
                     const int bytes = (g.k + 3) / 4;
 #pragma unroll 1
                     for (int pixel = thread / 8; pixel < count; pixel += 16) {
@@ -245,11 +299,14 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
                         if (g.k - channel > 4) to[1] = (u8)(codes >> 8);
                     }
                 }
-                named_barrier(3 + consumer, 128);
             } else {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     if (p + e >= g.p) break;
+                    if (e == 1) {
+                        if (thread == 0) store_wait<0>();
+                        named_barrier(3 + consumer, 128);
+                    }
 #pragma unroll
                     for (int j = 0; j < PIXELS / 8; j += 2) {
                         u32 v[4];
@@ -261,19 +318,24 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
                         }
                         store_matrices(matrix + j * 1024, v[0], v[1], v[2], v[3]);
                     }
-                    named_barrier(3 + consumer, 128);
-                    u16 *const to = y + ((u64)pixel0 + e * out_q) * g.k + channel;
-#pragma unroll 4
-                    for (int pixel = thread / 8; pixel < PIXELS; pixel += 16) {
-                        const Place place = places[pixel];
-                        const uint4 value = load_shared16(chunk_address(own, pixel, chunk));
-                        if (!is_there(place, q0, out_q, n, g.n) || channel >= g.k) continue;
-                        if (g.k % 8 == 0)
-                            store_global16(to + place.to, value);
-                        else
-                            write_some(to + place.to, value, g.k - channel);
+                    if (g.k % 8 == 0) {
+                        fence_async();
+                        if (warp > 0) {
+                            named_barrier_arrive(5 + consumer, 128);
+                        } else {
+                            named_barrier(5 + consumer, 128);
+                            if (thread == 0) store_tile(y_map, own, first_k, q, p + e, n);
+                        }
+                    } else {
+                        named_barrier(5 + consumer, 128);
+                        u16 *const to = y + ((u64)pixel0 + e * out_q) * g.k + channel;
+#pragma unroll 1
+                        for (int pixel = thread / 8; pixel < PIXELS; pixel += 16) {
+                            const Place place = places[pixel];
+                            if (!is_there(place, q0, out_q, n, g.n) || channel >= g.k) continue;
+                            write_some(to + place.to, load_shared16(chunk_address(own, pixel, chunk)), g.k - channel);
+                        }
                     }
-                    named_barrier(3 + consumer, 128);
                 }
             }
         }
@@ -281,4 +343,5 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
         while (slot >= ring_rows) slot -= ring_rows, parity ^= 1;
         pair = is_last_of_strip ? 0 : pair + 1;
     }
+    if (thread == 0) store_wait<0>();  // the block's memory lives until then
 }

@@ -4,7 +4,7 @@
 // block takes neighbouring items, strip after strip. A row of the image lies in shared memory with its whole run (of S * C
 // elements, rounded up to 8 * RUNS) for each output column: [eight of the run][column][element]. Rows pass through a ring, each
 // made once for all items that read it: the copy engine brings rows as they are, in twos, and a warpgroup, a thread for each
-// column, makes runs of them.
+// column, makes runs of both.
 //
 // Macros: RUNS, PIXELS (columns of a strip, a multiple of 16).
 #pragma once
@@ -14,12 +14,12 @@
 #define PLANE (PIXELS * 16)       // bytes of an eight of all columns' runs
 #define ROW_BYTES (RUNS * PLANE)
 #define EIGHTS (RUNS == 4 ? 2 : RUNS)  // that a thread makes at once
-#ifndef PRODUCERS                  // warpgroups that make rows, the block's first: one makes both of two, or two one each
+#ifndef PRODUCERS                  // warpgroups that make rows, the block's first; two do so in turns, two rows each time
 #define PRODUCERS 2
 #endif
 #define PRODUCER_WARPS (4 * PRODUCERS)
 #define RAW_STAGES 8              // of two rows
-#define AHEAD 6                   // copies are by so many stages; the others' readers may fall behind
+#define AHEAD 4                   // copies are by so many stages; the others' readers may fall behind
 #define MOST_PAIRS 32             // of rows in the ring
 
 // Twin of the struct that conv_stem_sm90.py builds.
@@ -32,7 +32,7 @@ struct Problem {
     int columns, images;               // of a strip: output columns of an image, images
     int raw_bytes;                     // of a row of an image's part of a strip
     int pairs, twice;                  // of rows in the ring; rows that are there twice, before its first and behind its last
-    int span;                          // rows of the image that an item reads, rounded up to even
+    int span;                          // rows of the image that an item takes: what it reads, at least as many as lie between items, rounded up to even
     int items, extra;                  // of a block, and blocks that have one more
     int act;
     u32 keep[4], one[4];               // of the last eight of a run: beyond its end lie other pixels, which may not be numbers; 1 behind it
@@ -109,12 +109,41 @@ __device__ __forceinline__ void store_shared_words(u32 at, u32 a, u32 b, u32 c, 
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+// As above where `live`; a branch about so little takes longer.
+__device__ __forceinline__ void store_shared_words_if(bool live, u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.u32 [%0], {%1,%2,%3,%4}; }" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d), "r"((u32)live)
+                 : "memory");
+}
+
+// Wait for two barriers.
+__device__ __forceinline__ void barrier_wait_both(u32 a, u32 parity_a, u32 b, u32 parity_b) {
+    asm volatile("{ .reg .pred p, q; WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; mbarrier.try_wait.parity.shared::cta.b64 q, [%2], %3;"
+                 " and.pred p, p, q; @p bra DONE; bra WAIT; DONE: }" ::"r"(a),
+                 "r"(parity_a), "r"(b), "r"(parity_b)
+                 : "memory");
+}
+
+// Wait until the rows that an item reads, from `slot` of the ring on, are there; `parity`: of that place. Two warpgroups make rows by turns, two at a
+// time and each in order: so wait for the last of both.
+__device__ __forceinline__ void await_rows(const Problem &g, u32 full, int slot, u32 parity) {
+    const int last = (slot + g.span) / 2 - 1, before = PRODUCERS == 2 && g.span > 2 ? last - 1 : last;
+    const int wraps = last >= g.pairs, before_wraps = before >= g.pairs;
+    barrier_wait_both(full + 8 * (last - (wraps ? g.pairs : 0)), parity ^ wraps, full + 8 * (before - (before_wraps ? g.pairs : 0)), parity ^ before_wraps);
+}
+
+// A number that the compiler does not make anew wherever it is used.
+__device__ __forceinline__ u32 opaque(u32 v) {
+    asm volatile("" : "+r"(v));
+    return v;
+}
+
 // The items of a block. (Each warpgroup asks for itself: nothing is then in registers where their number changes.)
 struct Share {
     int begin, end;
     __device__ __forceinline__ explicit Share(const Problem &g) {
         int block;
         asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+        block = __shfl_sync(0xffffffffu, block, 0);  // the same in all lanes, as the compiler shall know
         begin = block * g.items + min(block, g.extra), end = begin + g.items + (block < g.extra);
     }
 };
@@ -130,10 +159,10 @@ __device__ __forceinline__ u32 signs_of(u32 v, u32 selector) {
 struct Rows {
     u32 ring, raw, zeros, full, empty, raw_full, raw_empty;
 
-    // Two rows are full when the warps that make them have, and empty when `readers` warps have given them back.
+    // Two rows are full when the four warps that make them have, and empty when `readers` warps have given them back.
     __device__ __forceinline__ void init(const Problem &g, int readers) const {
-        for (int i = 0; i < g.pairs; ++i) barrier_init(full + 8 * i, PRODUCER_WARPS), barrier_init(empty + 8 * i, readers);
-        for (int i = 0; i < RAW_STAGES; ++i) barrier_init(raw_full + 8 * i, 32), barrier_init(raw_empty + 8 * i, PRODUCER_WARPS);
+        for (int i = 0; i < g.pairs; ++i) barrier_init(full + 8 * i, 4), barrier_init(empty + 8 * i, readers);
+        for (int i = 0; i < RAW_STAGES; ++i) barrier_init(raw_full + 8 * i, 32), barrier_init(raw_empty + 8 * i, 4);
         barrier_init_fence();
     }
 };
@@ -168,7 +197,8 @@ template <bool IsGradient> __device__ __forceinline__ void make_rows(const Probl
     // Warps copy in turns, ahead of what is read and through all strips.
     Strip ahead(g, share.begin, share.end);
     Part part(g, x, ahead.n, ahead.first);
-    u32 copied = (warp + AHEAD) % PRODUCER_WARPS;
+    const u32 turn = PRODUCERS == 2 ? 2 * (warp % 4) + warp / 4 : warp;  // a warp copies what its own warpgroup reads
+    u32 copied = (turn + AHEAD) % PRODUCER_WARPS;
     auto copy_next = [&] {
         while (2 * (int)copied >= ahead.begin + ahead.rows) {
             if (ahead.next >= share.end) return;
@@ -194,64 +224,88 @@ template <bool IsGradient> __device__ __forceinline__ void make_rows(const Probl
         copy_next();
         if (copied == before) break;
     }
-    u32 read = 0;  // twos of rows
-    Ring made;
+    u32 read = warp / 4;  // of twos of rows, the next that the warpgroup makes
+    Ring made{(int)read, 0};
+    const u32 full = opaque(memory.full), empty = full + (memory.empty - memory.full);
+    const u32 raw_full = full + (memory.raw_full - memory.full), raw_empty = full + (memory.raw_empty - memory.full);
+    const u32 raw_stage_bytes = 2 * g.images * g.raw_bytes, from_thread = memory.raw + image * g.raw_bytes, to_thread = memory.ring + 16 * thread;
+    int before = 0;  // twos of rows of the strips before
     for (int item = share.begin; item < share.end;) {
         const Strip strip(g, item, share.end);
         item = strip.next;
         const int n = strip.n + image, element = strip.first + column * g.step;
         const bool is_live = image < g.images && n < g.n && (!IsGradient || strip.q + column < g.q);
-        const bool is_inside = element >= 0 && element + g.run <= g.row;
+        const bool is_stored = IsGradient ? thread < PIXELS : is_live;
+        const bool is_inside = __all_sync(0xffffffffu, element >= 0 && element + g.run <= g.row);
         u32 inside = 0;  // which of the run's elements the image has: the signs of the bytes, by fours from bit to bit
 #pragma unroll 1
         for (int j = 0; j < 8 * RUNS; ++j) inside |= (u32)(element + j) < (u32)g.row ? 0x80u << 8 * (j % 4) >> j / 4 : 0u;
-        u32 start = (u32)(u64)x + 2 * (((u32)n * g.h + strip.h) * g.row + strip.first);  // of the part's row in memory, modulo 16
+        int h = strip.h + 2 * ((int)read - before);
+        u32 start = (u32)(u64)x + 2 * (((u32)n * g.h + h) * g.row + strip.first);  // of the part's row in memory, modulo 16
+        before += strip.rows / 2;
 #pragma unroll 1
-        for (int i = 0; i < strip.rows; i += 2, ++read, start += 4 * g.row) {
-            if (read % PRODUCER_WARPS == warp) copy_next();
-            barrier_wait(memory.raw_full + 8 * (read % RAW_STAGES), read / RAW_STAGES & 1);
-            barrier_wait(memory.empty + 8 * made.stage, made.parity ^ 1);
-#pragma unroll 1
-            for (int e = PRODUCERS == 2 ? threadIdx.x / 128 : 0; e < 2; e += PRODUCERS) {
-                const u32 at = (start + 2 * e * g.row & 15) + 2 * column * g.step, shift = 8 * (at & 2);
-                const bool is_row = is_live && (u32)(strip.h + i + e) < (u32)g.h;
-                const u32 from = is_row ? memory.raw + ((read % RAW_STAGES * 2 + e) * g.images + image) * g.raw_bytes + (at & ~3u) : memory.zeros;
-                const u32 to = memory.ring + (made.stage * 2 + e) * ROW_BYTES + 16 * thread;
+        for (; (int)read < before; read += PRODUCERS, h += 2 * PRODUCERS, start += 4 * PRODUCERS * g.row) {
+            const u32 stage = read % RAW_STAGES;
+            if (read % PRODUCER_WARPS == turn) copy_next();
+            barrier_wait_both(raw_full + 8 * stage, read / RAW_STAGES & 1, empty + 8 * made.stage, made.parity ^ 1);
+            u32 from[2], shift[2];
 #pragma unroll
-                for (int run = 0; run < RUNS; run += EIGHTS) {
-                    u32 v[4 * EIGHTS + 1];
+            for (int e = 0; e < 2; ++e) {
+                const u32 at = (start + 2 * e * g.row & 15) + 2 * column * g.step;
+                const bool is_row = is_live && (u32)(h + e) < (u32)g.h;
+                shift[e] = 8 * (at & 2);
+                from[e] = is_row ? from_thread + stage * raw_stage_bytes + e * g.images * g.raw_bytes + (at & ~3u) : memory.zeros;
+            }
 #pragma unroll
-                    for (int j = 0; j <= 4 * EIGHTS; ++j) v[j] = load_shared4(from + 16 * run + 4 * j);
+            for (int run = 0; run < RUNS; run += EIGHTS) {
+                u32 v[2][4 * EIGHTS + 1];
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+#pragma unroll
+                    for (int j = 0; j <= 4 * EIGHTS; ++j) v[e][j] = load_shared4(from[e] + 16 * run + 4 * j);
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
 #pragma unroll
                     for (int j = 0; j < 4 * EIGHTS; ++j) {
-                        v[j] = __funnelshift_r(v[j], v[j + 1], shift);
-                        if (run + j / 4 == RUNS - 1) v[j] &= g.keep[j % 4];
+                        v[e][j] = __funnelshift_r(v[e][j], v[e][j + 1], shift[e]);
+                        if (run + j / 4 == RUNS - 1) v[e][j] &= g.keep[j % 4];
                     }
-                    if (!is_inside) {
-                        u32 signs = inside;
-                        asm volatile("" : "+r"(signs));  // or the masks are made ahead of the rows, and fill the registers
+                if (!is_inside) {
+                    u32 signs = inside;
+                    asm volatile("" : "+r"(signs));  // or the masks are made ahead of the rows, and fill the registers
 #pragma unroll
-                        for (int j = 0; j < 4 * EIGHTS; ++j) v[j] &= signs_of(signs << (2 * run + j / 2), j % 2 ? 0xbbaa : 0x9988);
+                    for (int j = 0; j < 4 * EIGHTS; j += 2) {
+                        const u32 four = signs << (2 * run + j / 2), low = signs_of(four, 0x9988), high = signs_of(four, 0xbbaa);
+                        v[0][j] &= low, v[1][j] &= low, v[0][j + 1] &= high, v[1][j + 1] &= high;
                     }
-                    if (IsGradient && run + EIGHTS == RUNS) {
+                }
+                if (IsGradient && run + EIGHTS == RUNS) {
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) v[4 * EIGHTS - 4 + j] |= g.one[j];
-                    }
-                    if (IsGradient ? thread >= PIXELS : !is_live) continue;
+                    for (int j = 0; j < 4; ++j) v[0][4 * EIGHTS - 4 + j] |= g.one[j], v[1][4 * EIGHTS - 4 + j] |= g.one[j];
+                }
+                const u32 to = to_thread + made.stage * 2 * ROW_BYTES;
 #pragma unroll
-                    for (int j = 0; j < EIGHTS; ++j) store_shared_words(to + (run + j) * PLANE, v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
-                    if (2 * made.stage + e >= g.twice) continue;
+                for (int e = 0; e < 2; ++e)
 #pragma unroll
                     for (int j = 0; j < EIGHTS; ++j)
-                        store_shared_words(to + 2 * g.pairs * ROW_BYTES + (run + j) * PLANE, v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
+                        store_shared_words_if(is_stored, to + e * ROW_BYTES + (run + j) * PLANE, v[e][4 * j], v[e][4 * j + 1], v[e][4 * j + 2], v[e][4 * j + 3]);
+                if (2 * made.stage >= g.twice) continue;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const bool is_twice = is_stored && 2 * made.stage + e < g.twice;
+#pragma unroll
+                    for (int j = 0; j < EIGHTS; ++j)
+                        store_shared_words_if(is_twice, to + (2 * g.pairs + e) * ROW_BYTES + (run + j) * PLANE, v[e][4 * j], v[e][4 * j + 1], v[e][4 * j + 2],
+                                              v[e][4 * j + 3]);
                 }
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(memory.raw_empty + 8 * (read % RAW_STAGES));
+            if (lane == 0) barrier_arrive(raw_empty + 8 * stage);
             fence_async();
             __syncwarp();
-            if (lane == 0) barrier_arrive(memory.full + 8 * made.stage);
-            made.next(g.pairs);
+            if (lane == 0) barrier_arrive(full + 8 * made.stage);
+            made.stage += PRODUCERS;
+            if (made.stage >= g.pairs) made.stage -= g.pairs, made.parity ^= 1;
         }
     }
 }

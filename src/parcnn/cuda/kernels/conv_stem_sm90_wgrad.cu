@@ -199,12 +199,11 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
 #pragma unroll 1
     for (int item = share.begin; item < share.end; ++item) {
         const bool is_last_of_strip = pair + 1 == rows_of_strip;
-        const int last = slot + g.span - 1, wraps = last >= ring_rows;
         if (last_rows && pair == 0) {  // the ring may be too short for two strips
             wgmma_wait<0>();
             give_back();
         }
-        barrier_wait(rows.full + 8 * (last / 2 - (wraps ? g.pairs : 0)), parity ^ wraps);
+        await_rows(g, rows.full, slot, parity);
         barrier_wait(errors.full + 8 * stage, error_parity);
         wgmma_fence();
 #pragma unroll
