@@ -28,6 +28,7 @@ from parcnn.cuda.kernels import (
     conv_unpool,
     conv_wgrad,
     conv_wgrad_sm90,
+    conv_wgrad_sm90_halves,
     conv_winograd,
     conv_winograd_wgrad,
     feed,
@@ -155,6 +156,14 @@ REGISTRY = Registry(
     ],
     Path(__file__).parent,
     only_on={
-        "sm_90a": [conv_depthwise_sm90, conv_stem_sm90, conv_stem_sm90_wgrad, conv_sm90, conv_wgrad_sm90, conv_padded]
+        "sm_90a": [
+            conv_depthwise_sm90,
+            conv_stem_sm90,
+            conv_stem_sm90_wgrad,
+            conv_sm90,
+            conv_wgrad_sm90,
+            conv_wgrad_sm90_halves,
+            conv_padded,
+        ]
     },
 )

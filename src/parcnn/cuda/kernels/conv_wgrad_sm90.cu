@@ -43,7 +43,7 @@
 // Preconditions: C and K are multiples of 8; tensors have less than 2^31 elements, the line less than 2^30 tiles.
 // Macros: WINDOW, CONSUMERS, COLUMNS, CB (32 or 64), SHARERS, ADDERS (one of them 2, or none) for the first; EIGHTS (1, 4) for the sum.
 
-#include "sm90.cuh"
+#include "conv_wgrad_sm90.cuh"
 #include "sm90_wgmma.cuh"
 
 constexpr int WINDOW_TAPS = 3;  // filter rows, and columns, of a window
@@ -143,8 +143,6 @@ struct Place {
     }
 };
 
-__device__ __forceinline__ void add(float4 &sum, float4 v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
-
 #ifdef COLUMNS
 
 DEFINE_WGMMA(multiply, COLUMNS, 1, 1)
@@ -217,45 +215,12 @@ struct Way {
     }
 };
 
-// Adds up 64 filters' dy of a stage: the lane has eight filters, every fourth pixel. Rows are 128 bytes whose chunks of 16
-// are swizzled by the row.
-__device__ __forceinline__ void add_pixels(float (&sums)[8], u32 at, int rows, int lane) {
-    const u32 row = lane >> 3, chunk = lane & 7;
-    const u32 even = at + row * 128 + ((chunk ^ row) << 4), odd = at + (row + 4) * 128 + ((chunk ^ (row + 4)) << 4);
-#pragma unroll 2
-    for (int i = 0; i < rows; i += 8) {
-        const uint4 v[2] = {load_shared16(even + i * 128), load_shared16(odd + i * 128)};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const u32 words[4] = {v[half].x, v[half].y, v[half].z, v[half].w};
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                sums[2 * e] += __uint_as_float(words[e] << 16);
-                sums[2 * e + 1] += __uint_as_float(words[e] & 0xffff0000u);
-            }
-        }
-    }
-}
-
-// Adds what lies at `at` of shared memory.
-__device__ __forceinline__ void add_shared(float4 &sum, u32 at) {
-    const uint4 v = load_shared16(at);
-    add(sum, make_float4(__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)));
-}
-
 // Zeros in shared memory, by all threads.
 __device__ __forceinline__ void clear(u32 at, int nbytes) {
     for (int i = threadIdx.x * 16; i < nbytes; i += blockDim.x * 16) store_shared16(at + i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
 }
 
 // ---- Blocks that share ------------------------------------------------------------------------------------------------
-
-// Where an address of the own shared memory is in that of the cluster's `block`.
-__device__ __forceinline__ u32 address_at(int block, u32 at) {
-    u32 there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-    return there;
-}
 
 // Arrive at the barrier at the same place of the cluster's `block`. It orders nothing beyond the own block: a release for the
 // cluster is a fence of the whole GPU, a microsecond.
@@ -270,18 +235,6 @@ __device__ __forceinline__ void load_tile_to(u16 blocks, u32 to, const TensorMap
                  "[%0], [%1, {%3,%4,%5,%6}], [%2], %7;" ::"r"(to),
                  "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
                  : "memory");
-}
-
-// Sixteen bytes to another block's `there`, which count at its barrier.
-__device__ __forceinline__ void push16(u32 there, float4 v, u32 barrier) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(there), "f"(v.x), "f"(v.y),
-                 "f"(v.z), "f"(v.w), "r"(barrier)
-                 : "memory");
-}
-
-// Among all threads of a cluster. It shows none the others' writes, only initialised barriers after their fence.
-__device__ __forceinline__ void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // A warp has read a stage: of all blocks whose copies it comes from.
@@ -391,11 +344,7 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
                     __syncwarp();
                     release(empty + 8 * ring.stage, lane);
                 }
-#pragma unroll
-                for (int e = 0; e < 8; ++e) {
-                    bias[e] += __shfl_xor_sync(0xffffffffu, bias[e], 8);
-                    bias[e] += __shfl_xor_sync(0xffffffffu, bias[e], 16);
-                }
+                add_lanes(bias);
                 v = half ? make_float4(bias[4], bias[5], bias[6], bias[7]) : make_float4(bias[0], bias[1], bias[2], bias[3]);
                 if (ADDERS == 1) store_bias(item, at);
             }
