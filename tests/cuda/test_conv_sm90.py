@@ -6,7 +6,7 @@ Where the operands are small integers every sum is exact, so the device must giv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import ceil, gcd
 
@@ -503,7 +503,7 @@ def test_pools_within_several_images(
     tile: tuple[int, int, int],
 ) -> None:
     """Every kernel: images, rows and columns beyond the last tile, outputs that the floor drops, channels beyond the last; of
-    several steps of channels and of one; own staging and a borrowed stage; with what is not finite."""
+    several steps of channels and of one; with what is not finite."""
     across, down, images = tile
     for n, h, w, c, k in (
         (images - 1, down + 1, across + 1, 64, 72),
@@ -525,13 +525,11 @@ def test_pools_within_several_images(
         for x_stages in (0, 2):
             variant = tiles.fit(sizes, Shape(serves, tile, 128, x_stages), cuda.device)
             assert variant is not None
-            loads = tiles.steps(sizes, variant) * sizes.r * sizes.s
-            for chosen in (variant, replace(variant, own_staging=0)) if loads > 1 else (variant,):
-                check_exact(forced(cuda, chosen, monkeypatch), op, operands, chosen, true)
-                (launch,) = conv_sm90.launches(call_of(op, operands, chosen), H200, chosen)
-                found = dict(launch.kernel.defines)
-                assert (found["POOL"], found["WIDTH"], found["IMAGES"]) == (tiles.WITHIN_IMAGES, across, images)
-                assert (found["FILTER"], found["COLUMNS"]) == constants
+            check_exact(forced(cuda, variant, monkeypatch), op, operands, variant, true)
+            (launch,) = conv_sm90.launches(call_of(op, operands, variant), H200, variant)
+            found = dict(launch.kernel.defines)
+            assert (found["POOL"], found["WIDTH"], found["IMAGES"]) == (tiles.WITHIN_IMAGES, across, images)
+            assert (found["FILTER"], found["COLUMNS"]) == constants
 
 
 @pytest.mark.gpu

@@ -314,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const int x_stages = in_register(g.x_stages), x_stage_bytes = in_register(g.x_stage_bytes), c_blocks = in_register(g.c_blocks);
         const int row_step = in_register(x_row_step(g));
         const u32 x_descriptor = in_register(g.x_descriptor);
-        const bool resident = in_register(g.resident), borrows = in_register(g.own_staging) == 0;
+        const bool resident = in_register(g.resident), borrows = POOL != 4 && in_register(g.own_staging) == 0;
 #if MOMENTS
         // A row for each consumer that has tiles of its own, or for each patch of pixels.
         constexpr int Rows = ALTERNATE ? 2 : 1;
@@ -519,20 +519,20 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
 #endif
             // Staging may be written when no product of a warp that shares it reads it, and its last tile has left it.
-            const int buffer = consumer * g.own_staging + (g.own_staging == 2 ? tile & 1 : 0);
-            const u32 staging = x_base + (g.own_staging ? g.staging_offset + buffer * g.staging_bytes : kept * g.x_stage_bytes);
+            const int depth = !POOL && g.own_staging == 2 ? 2 : 1;  // tiles that it holds
+            const int buffer = consumer * depth + (depth == 2 ? tile & 1 : 0);
+            const u32 staging = x_base + (borrows ? kept * g.x_stage_bytes : g.staging_offset + buffer * g.staging_bytes);
 #if POOL
             const bool copies = POOLS_IN_REGISTERS && !borrows && !idx;  // what is staged, by the copy engine
 #else
             constexpr bool copies = true;
 #endif
-            const int depth = g.own_staging == 2 ? 2 : 1;
             if (copies && tile >= depth) barrier_wait(bar.drained + 8 * consumer, (tile - depth) & 1);
             // (The barrier also keeps a warp from arriving twice at `staged` before another has once; where there is staging of one
-            // tile, `drained` does.)
+            // tile, `drained` does. Of POOL 2, registers spill without it.)
             if (!ALTERNATE && borrows)
                 named_barrier(3, 256);
-            else if (borrows || !copies || depth == 2)
+            else if (POOL == 2 || borrows || !copies || depth == 2)
                 named_barrier(1 + consumer, 128);
 #if POOL
 #if POOL == 3
@@ -546,7 +546,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             } else if (idx) {
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
 #if POOLS_IN_REGISTERS
-            } else if (copies) {
+            } else if (POOL == 4 || copies) {
                 if (POOL == 2 && g.mean)
                     stage_windows<PIXELS, true, MEANS>(sums, out, staging, warp, lane);
                 else
@@ -562,7 +562,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, MAXIMA>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);
             }
 #endif
-            if (!g.own_staging) {
+            if (borrows) {
                 fence_async();
                 __syncwarp();
                 if (lane == 0) barrier_arrive(bar.x_empty + 8 * kept);

@@ -36,7 +36,7 @@ WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (24
 # COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
     (3, 1): ((6, 6, 4),),
-    (0, 1): ((4, 4, 16), (2, 2, 56), (2, 2, 64)),
+    (0, 1): ((4, 4, 16), (2, 2, 64)),
     (1, 1): ((2, 6, 16), (2, 2, 64)),
 }
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
@@ -360,6 +360,8 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     staged = pooled == STAGED and sizes.indices  # all of a tile
     if splits > 1:
         choices: tuple[int, ...] = (0,)
+    elif pooled == WITHIN_IMAGES:  # the kernels have no other
+        choices = (1,)
     elif scarce or shared or takes.cb == 32 or (taps == 1 and not sizes.pool):
         choices = (1,) if sizes.pool else (2, 1)
     else:
