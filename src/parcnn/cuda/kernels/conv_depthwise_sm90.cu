@@ -15,12 +15,7 @@
 #define LEAST_BF16X2 0xff80ff80u  // two of -infinity
 
 #ifndef HOST_EMULATION
-// One lane of the warp, the same each time. All must call. (Behind `lane == 0` a compiler wraps each tensor copy in a loop over lanes.)
-__device__ __forceinline__ bool elect() {
-    u32 is;
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is));
-    return is;
-}
+#include "sm90_elect.cuh"
 
 // Bring memory into L2: a multiple of 16 bytes, aligned so. It may come before the wait for predecessors: what they write is in L2, too.
 __device__ __forceinline__ void prefetch(const void *p, u32 nbytes) {

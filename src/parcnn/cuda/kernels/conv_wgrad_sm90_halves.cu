@@ -24,6 +24,7 @@
 // Preconditions: C and K are multiples of 8; less than 2^31 pixels, elements of dw.
 
 #include "conv_wgrad_sm90.cuh"
+#include "sm90_elect.cuh"
 #include "sm90_wgmma.cuh"
 
 constexpr int FILTERS = 128, CHANNELS = 128, SPAN = 64;   // of a block; of a row in shared memory
@@ -50,13 +51,6 @@ __device__ __forceinline__ void load_chunk(u32 to, const TensorMap &map, u32 bar
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(to),
                  "l"(&map), "r"(barrier), "r"(channel), "r"(pixel)
                  : "memory");
-}
-
-// One lane of the warp; which does not matter. All must call. (Behind `lane == 0` a compiler makes a loop of each copy.)
-__device__ __forceinline__ bool elect() {
-    u32 is;
-    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p; }" : "=r"(is));
-    return is;
 }
 
 __device__ __forceinline__ void store_shared8(u32 at, float x, float y) {

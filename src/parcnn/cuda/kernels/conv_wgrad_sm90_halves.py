@@ -7,9 +7,9 @@ from math import ceil, prod
 
 import numpy as np
 
+from parcnn.cuda.kernels import conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, Conv
-from parcnn.cuda.kernels.conv_sm90 import CHANNEL_UNIT
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct, TensorMap
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
@@ -29,25 +29,13 @@ _SHARED_BYTES = 2 * STAGES * PIXELS * (FILTERS + CHANNELS) + _SUMS_BYTES + 4 * F
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None where the kernel runs the op on these operands, else the reason why not."""
-    if not isinstance(op, ConvWgrad):
-        return f"{op.name} is not a convolution's filter gradient"
-    x, dy = inputs[:2]
-    if x.dtype != "bf16" or dy.dtype != "bf16":
-        return f"the tensor-core filter gradient takes bf16 operands, not {x.dtype} and {dy.dtype}"
-    if op.groups != 1:
-        return f"the tensor-core filter gradient has one group, not {op.groups}"
+    if (reason := conv_wgrad_sm90.supports(op, inputs)) or not isinstance(op, ConvWgrad):
+        return reason
     if op.pool:
         return "the kernel reads the error as it is, not one behind a pool"
-    if x.size == 0 or dy.size == 0:
-        return "there are no pixels to sum over"
-    outputs = op.infer(*inputs)
-    if max(spec.size for spec in (x, dy, *outputs)) >= 2**31:
-        return "a tensor has 2**31 elements or more"
-    conv = Conv.of(op, x, outputs[0])
+    conv = Conv.of(op, inputs[0], op.infer(*inputs)[0])
     if (conv.h, conv.w, conv.r, conv.s) != (1, 1, 1, 1) or any(op.pad):
         return f"the kernel multiplies matrices: filters of one pixel without stride and padding, not {op.filter}"
-    if conv.c % CHANNEL_UNIT or conv.k % CHANNEL_UNIT:
-        return f"channels must be multiples of {CHANNEL_UNIT}, got {conv.c} -> {conv.k}"
     return None
 
 
