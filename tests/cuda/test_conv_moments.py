@@ -12,6 +12,7 @@ from parcnn import data, nn, optim
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, conv_sm90
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
+from parcnn.cuda.kernels.conv_sm90_choice import candidates
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.norm import BatchNormTrain
@@ -73,7 +74,7 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
 def test_the_image_ends_within_tiles_where_the_table_says(name: str) -> None:
     problem = {**PROBLEMS, **LARGE}[name]
     sizes = sizes_of(problem.op("fprop"), problem.integers("fprop", random_of(name)))
-    for variant in tiles.candidates(sizes, H200):
+    for variant in candidates(sizes, H200):
         table = conv_sm90._inside(sizes, variant)
         masks = np.unpackbits(np.frombuffer(table[:256], np.uint8).reshape(8, 32), axis=1, bitorder="little")
         counts, whole = np.frombuffer(table[256:288], np.float32), np.frombuffer(table[288:], np.int32)

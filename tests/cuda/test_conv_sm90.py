@@ -15,6 +15,7 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_lines, conv_sm90, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
+from parcnn.cuda.kernels.conv_sm90_cost import deal
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
@@ -451,7 +452,7 @@ def test_classes_of_a_patch_follow_each_other(
     sizes = sizes_of(op, operands)
     variant = tiles.fit(sizes, Shape("tap", (8, 8, 1), 64), cuda.device)
     assert variant is not None
-    dealt = tiles.deal(sizes, variant, cuda.device)
+    dealt = deal(sizes, variant, cuda.device)
     assert dealt is None or len(dealt) * max(map(len, dealt)) > conv_sm90.ORDER_ENTRIES
     check_exact(forced(cuda, variant, monkeypatch), op, operands, variant)
 

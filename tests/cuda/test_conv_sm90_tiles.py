@@ -1,4 +1,4 @@
-"""The tiles of Hopper's convolutions: what fits, what they skip and share, who gets them, which are chosen. Without a GPU."""
+"""The tiles of Hopper's convolutions: what fits, what they skip and share. Without a GPU."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 
 from parcnn.cuda.kernels import conv_sm90
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
-from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Shape, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_sm90_choice import candidates
+from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Shape, Sizes, Variant
 from parcnn.ops.base import Spec
-from parcnn.ops.conv import ConvDgrad
 from parcnn.ops.program import Call, Slot
 from tests.cuda.conv_problems import random_of
 from tests.cuda.test_conv_sm90 import CASES, H200, PROBLEMS, Problem, image_tiles, of_images, sizes_of
@@ -21,7 +21,7 @@ from tests.cuda.test_conv_sm90 import CASES, H200, PROBLEMS, Problem, image_tile
 def all_sizes() -> Iterator[tuple[Sizes, Variant]]:
     for name, kind in CASES:
         sizes = sizes_of(PROBLEMS[name].op(kind), PROBLEMS[name].integers(kind, random_of()))
-        for variant in tiles.candidates(sizes, H200):
+        for variant in candidates(sizes, H200):
             yield sizes, variant
 
 
@@ -83,54 +83,11 @@ def test_classes_of_pixels_meet_every_tap_once() -> None:
         assert set(found) == true
 
 
-def test_every_item_is_dealt_once_and_evenly() -> None:
-    uneven = 0
-    for sizes, variant in all_sizes():
-        dealt = tiles.deal(sizes, variant, H200)
-        if dealt is None:
-            continue
-        uneven += 1
-        work = Work.of(sizes, variant, H200)
-        x, y, z = tiles.patches(sizes, variant.tile)
-        assert sorted(i for items in dealt for i in items) == list(range(x * y * z * len(sizes.classes) * work.k_inner))
-        assert len(dealt) == work.slots
-        assert all(dealt), "a block without work"
-    assert uneven > 20
-
-
-@pytest.mark.parametrize("slots", [132, 130, 129, 66, 44, 33, 26])
-@pytest.mark.parametrize("k_inner", [1, 2, 5])
-@pytest.mark.parametrize("classes", [2, 4])
-def test_patch_by_patch_each_block_meets_each_class(slots: int, k_inner: int, classes: int) -> None:
-    """`item_of` of conv_sm90.cuh: over 60 rounds no class comes to a block much more often than another."""
-    turn = conv_sm90._turn(classes, Work(1.0, 1.0, slots, 1, k_inner, 1))
-    for slot in range(slots):
-        met = [0] * classes
-        for at in range(slot, 60 * slots, slots):
-            patch, kind = divmod(at // k_inner, classes)
-            met[(kind + patch // turn) % classes] += 1
-        assert max(met) <= 1.5 * 60 / classes, slot
-
-
 def test_blocks_never_exceed_shared_memory_and_always_have_two_stages() -> None:
     for sizes, variant in all_sizes():
         assert variant.x_stages >= 2
         assert variant.w_stages >= (1 if variant.resident else 2)
         assert variant.own_staging or variant.x_stages >= 2, f"{sizes} {variant}"
-
-
-@pytest.mark.parametrize("kind", ["fprop", "dgrad"])
-def test_few_tiles_and_a_long_reduction_are_split(kind: str) -> None:
-    """Splits share the reduction in whole steps of channels, all of the same length, on at most one block an SM."""
-    channels = (680, 16) if kind == "fprop" else (16, 680)
-    problem = Problem(2, 23, 23, *channels, 4, 4, (2, 2, 2, 2))
-    sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
-    found = [v for v in tiles.candidates(sizes, H200) if v.splits > 1]
-    assert found[0] == tiles.candidates(sizes, H200)[0]
-    for variant in found:
-        assert (variant.splits - 1) * tiles.steps(sizes, variant) < 11 <= variant.splits * tiles.steps(sizes, variant)
-        work = Work.of(sizes, variant, H200)
-        assert work.slots * work.k_groups * variant.splits <= H200.sm_count
 
 
 def test_the_producer_runs_far_ahead_where_a_stage_serves_many_taps() -> None:
@@ -177,31 +134,3 @@ def test_several_images_are_pooled_where_threads_have_whole_windows(
         assert Footprint.of(mean, serves, tile, 128) is None
         for shape, channels in ((tile, 64), ((w, h, n - 1), 128), ((w, h + 1, n), 128), ((w + 2, h, n), 128)):
             assert Footprint.of(sizes, serves, shape, channels) is None, (shape, channels)
-
-
-def test_small_images_are_pooled_in_columns_of_several() -> None:
-    problem, tile = Problem(256, 7, 7, 512, 512), (6, 6, 4)
-    for kind in ("pooled", "maxima"):
-        inputs = (
-            Spec((problem.n, problem.h, problem.w, problem.c), "bf16"),
-            Spec((problem.k, 3, 3, problem.c), "bf16"),
-            Spec((problem.k,)),
-        )
-        op = problem.op(kind)
-        call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
-        assert ("column", tile, 128) in [(v.serves, v.tile, v.channels) for v in conv_sm90.candidates(call, H200)]
-
-
-def test_many_tiles_and_pools_are_not_split() -> None:
-    for problem, kind in ((Problem(256, 14, 14, 256, 256), "fprop"), (Problem(2, 14, 14, 512, 64), "pooled")):
-        sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
-        assert all(variant.splits == 1 for variant in tiles.candidates(sizes, H200))
-
-
-def test_dgrad_of_a_layer_is_tuned_as_the_convolution_that_it_is() -> None:
-    """dgrad of 2000 x 15 x 15, 64 -> 256 is the convolution 256 -> 64, which has a row of measurements."""
-    op = ConvDgrad(pad=(1, 1, 1, 1), image=(15, 15))
-    inputs = (Spec((2000, 15, 15, 256), "bf16"), Spec((256, 3, 3, 64), "bf16"))
-    call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
-    best = conv_sm90.candidates(call, H200)[0]
-    assert (best.serves, best.tile, best.channels) == ("column", (1, 15, 17), 64)

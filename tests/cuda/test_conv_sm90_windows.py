@@ -10,6 +10,7 @@ import pytest
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, conv_sm90
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
+from parcnn.cuda.kernels.conv_sm90_choice import candidates
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape
 from parcnn.cuda.launch import Kernel
 from parcnn.ops.base import Op, Spec
@@ -74,7 +75,7 @@ def test_launches_are_right(null: CudaExecutor, monkeypatch: pytest.MonkeyPatch,
 def test_tiles_cover_every_output_once(name: str, window: str) -> None:
     op, operands = op_and_operands(name, window)
     sizes = sizes_of(op, operands)
-    for variant in tiles.candidates(sizes, H200):
+    for variant in candidates(sizes, H200):
         w, h, n = variant.tile
         across, down = tiles.pooled_by(WINDOWS[window], w, 1), tiles.pooled_by(WINDOWS[window], h, 0)
         x, y, z = tiles.patches(sizes, variant.tile)

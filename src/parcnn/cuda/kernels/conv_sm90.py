@@ -10,10 +10,13 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from parcnn.cuda import tensormap
+from parcnn.cuda.kernels import conv_sm90_choice as choice
+from parcnn.cuda.kernels import conv_sm90_cost as cost
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
-from parcnn.cuda.kernels.conv_sm90_tiles import CLASSES, Class, Footprint, Sizes, Variant, Work
+from parcnn.cuda.kernels.conv_sm90_cost import Work
+from parcnn.cuda.kernels.conv_sm90_tiles import CLASSES, Class, Footprint, Sizes, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
@@ -96,9 +99,9 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
         return f"windows have at most 16 elements, not {window.kernel}"
     if window.kernel[0] * window.kernel[1] > MOST_OVERLAP * window.stride[0] * window.stride[1]:
         return f"a pool of its own is faster where outputs lie in more than {MOST_OVERLAP:g} windows"
-    if (computed := tiles.computed(window, *op.output_hw(*x[1:3], *w[1:3]))) > MOST_COMPUTED:
+    if (computed := choice.computed(window, *op.output_hw(*x[1:3], *w[1:3]))) > MOST_COMPUTED:
         return f"a pool of its own is faster than {computed - 1:.0%} more outputs"
-    if not tiles.has_window_tiles(window, op.infer(*inputs)[0].shape[2], op.stride):
+    if not choice.has_window_tiles(window, op.infer(*inputs)[0].shape[2], op.stride):
         return "no tile is as wide as a sixteenth of a row of windows"
     return None
 
@@ -114,22 +117,22 @@ def workspace_bytes(
     """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled; rows of moments."""
     sizes = _sizes(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
     if sizes.moments:
-        rows = _rows_of_moments(sizes, variant or tiles.candidates(sizes, device)[0], device)
+        rows = _rows_of_moments(sizes, variant or choice.candidates(sizes, device)[0], device)
         return PARTIAL_MOMENTS * 4 * rows * sizes.k
     return _partial_offset(op, inputs[0]) + _partial_bytes(sizes, variant, device)
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
-    """Variants that can run the call, best first (`conv_sm90_tiles.candidates`)."""
+    """Variants that can run the call, best first (`conv_sm90_choice.candidates`)."""
     sizes = _sizes(call)
-    return list(tiles.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
+    return list(choice.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
 
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
     sizes = _sizes(call)
     passes = 3.0 * (isinstance(call.op, ConvDgrad) and call.op.pool is not None) + 3.0 * (not sizes.classes)
-    return passes + (tiles.cost_us(sizes, tiles.candidates(sizes, device)[0], device) if sizes.classes else 0)
+    return passes + (cost.cost_us(sizes, choice.candidates(sizes, device)[0], device) if sizes.classes else 0)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
@@ -140,7 +143,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         return []
     if isinstance(op, ConvFprop):
         x, w, *bias = call.inputs
-        chosen = variant or tiles.candidates(sizes, device)[0]
+        chosen = variant or choice.candidates(sizes, device)[0]
         return _convolution(sizes, chosen, device, call, x, w, bias[0] if bias else None, op.act)
     if not isinstance(op, ConvDgrad):
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
@@ -149,7 +152,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     epilogue = (named.get("addend"), named.get("saved"), op.act)
     if not sizes.classes:
         return [_unreached(sizes, call.outputs[0], *epilogue)]
-    chosen = variant or tiles.candidates(sizes, device)[0]
+    chosen = variant or choice.candidates(sizes, device)[0]
     if op.pool:
         if call.workspace is None:
             raise ValueError("an input gradient behind a pool needs its workspace")
@@ -288,7 +291,7 @@ def _partial_bytes(sizes: Sizes, variant: Variant | None, device: Device) -> int
     """Of the sums of splits; launches of one call write them in turns."""
     if sizes.pool or not sizes.classes or not sizes.p * sizes.q * sizes.n:
         return 0
-    chosen = variant or tiles.candidates(sizes, device)[0]
+    chosen = variant or choice.candidates(sizes, device)[0]
     some = replace(sizes, classes=sizes.classes[:CLASSES])
     return tiles.partial_bytes(some, chosen) if chosen.splits > 1 else 0
 
@@ -446,7 +449,7 @@ def _merge_moments(sizes: Sizes, variant: Variant, device: Device, call: Call) -
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
     """`Order` of conv_sm90.cuh, [round][slot]; None where the kernel may count, for items are alike or too many to list."""
-    dealt = tiles.deal(sizes, variant, device)
+    dealt = cost.deal(sizes, variant, device)
     if dealt is None:
         return None
     rounds = max(map(len, dealt))

@@ -1,15 +1,12 @@
-"""How conv_sm90.cu cuts a convolution: the tiles that fit, what each should cost, and those that were measured best."""
+"""How conv_sm90.cu cuts a convolution: the problem, and the tiles that fit it."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, inf
+from math import ceil
 from typing import NamedTuple
 
-from parcnn.cuda.kernels.conv_common import CYCLES_PER_US
 from parcnn.cuda.launch import Device
 from parcnn.ops.pool import PoolWindow
 
@@ -42,12 +39,8 @@ IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
 WITHIN_THREADS = (WITHIN_ROWS, WITHIN_IMAGES)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
-MOST_CANDIDATES = 8
-_HALF_SECTOR_CYCLES = 22  # of a pixel of eight channels, beside another class's: L2 writes 32 bytes
-AHEAD_CYCLES = (
-    2500  # that copies should be asked for before their product: L2's latency, which grows with what it has to do
-)
-MOST_PARTS = 16  # of a row of such windows, in which tiles may take it
+# That copies should be asked for before their product: L2's latency, which grows with what it has to do.
+AHEAD_CYCLES = 2500
 
 
 class Class(NamedTuple):
@@ -235,12 +228,12 @@ class Footprint:
             fits = fits and w % 2 == h % 2 == 0 and (in_registers or not sizes.mean)
         if not fits or pixels is None:
             return None
-        staged = _round_up(128 * _staged_rows(sizes, pixels, in_registers))
+        staged = round_up(128 * _staged_rows(sizes, pixels, in_registers))
         return cls(pixels, cb, row, pitch, rows, 2 * cb * pitch * rows * n, staged, 2 * cb * max(64, channels))
 
     def x_stage_bytes(self, own_staging: bool) -> int:
         """A stage holds what is loaded, and the epilogue's tile where it is borrowed for it."""
-        return _round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
+        return round_up(max(self.x_box_bytes, 0 if own_staging else self.staging_bytes))
 
 
 def is_flat(serves: str, width: int) -> bool:
@@ -309,20 +302,6 @@ def pooled_by(window: PoolWindow, extent: int, axis: int) -> int:
     return (extent - window.kernel[axis]) // window.stride[axis] + 1
 
 
-def computed(window: PoolWindow, p: int, q: int) -> float:
-    """Outputs that the best tiles of an image's p x q compute, halos twice, by those that there are."""
-    rows, columns = window.output_hw(p, q)
-    most = max(PIXELS[64, 64])
-    areas = []
-    for across in range(1, columns + 1):
-        width = (across - 1) * window.stride[1] + window.kernel[1]
-        down = min(rows, pooled_by(window, most // width, 0))
-        if down > 0:
-            height = (ceil(rows / ceil(rows / down)) - 1) * window.stride[0] + window.kernel[0]
-            areas.append(ceil(rows / down) * ceil(columns / across) * width * height)
-    return min(areas, default=inf) / (p * q)
-
-
 def fixed_bytes(sizes: Sizes) -> int:
     """Shared memory beside stages and staging."""
     return BARRIER_BYTES + POOLED_BYTES * (sizes.pool and sizes.window is None)
@@ -381,7 +360,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         w = min(MAX_W_STAGES, (left - x * stage) // takes.w_stage_bytes) if x_stages or may_borrow else x
         product = takes.cb / 16 * takes.pixels / 2 * ceil(channels / 64)
         if serves != "tap" and not (x_stages or may_borrow) and x * product < AHEAD_CYCLES:
-            x, w = _rings(left, stage, takes.w_stage_bytes, x, _taps_per_load(sizes, serves))
+            x, w = _rings(left, stage, takes.w_stage_bytes, x, taps_per_load(sizes, serves))
         if not shared and min(x_stages or x, w) >= (4 if own_staging == 2 else 3 if may_borrow and not x_stages else 2):
             return Variant(serves, tile, channels, False, own_staging, x, w, splits=splits)
     return None
@@ -450,220 +429,12 @@ def partial_bytes(sizes: Sizes, variant: Variant) -> int:
     return variant.splits * units(sizes, variant) * footprint(sizes, variant).pixels * 64 * 4
 
 
-@dataclass(frozen=True)
-class Work:
-    """Estimated clock cycles of a tile: what a tap costs, and what comes once; and how many tiles run at once."""
-
-    tap_cycles: float
-    tile_cycles: float
-    slots: int
-    k_groups: int  # groups of channels that blocks are bound to
-    k_inner: int  # groups of channels that are items of their own
-    k_rounds: int  # groups of channels of an item
-
-    @classmethod
-    def of(cls, sizes: Sizes, variant: Variant, device: Device) -> Work:
-        """The larger of the tensor cores' time (m64nNk16: N/2 cycles) and L2's (about 40 bytes a cycle and SM, as layers that
-        it bounds were measured). An epilogue hides behind the other consumer's product where they alternate."""
-        tile = footprint(sizes, variant)
-        product = tile.cb / 16 * tile.pixels / 2 * ceil(variant.channels / 64)
-        product *= products(sizes, variant.channels) / (sizes.r * sizes.s)
-        groups = ceil(sizes.k / variant.channels)
-        k_rounds = groups if variant.shared else 1
-        x_bytes = tile.x_box_bytes / _taps_per_load(sizes, variant.serves) / k_rounds
-        traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
-        tap = 20 + _overlapped(product, traffic)
-        pooled = sizes.pool and (sizes.indices or sizes.window is not None)
-        epilogue = 400 + (5 if pooled or variant.splits > 1 else 2.5) * tile.pixels
-        if variant.channels <= 64:
-            main = tap * sizes.r * sizes.s * steps(sizes, variant) / len(sizes.classes)
-            epilogue = max(0, epilogue - main) / 2
-        if sizes.k == 8 and sizes.spread[1] > 1:
-            epilogue += _HALF_SECTOR_CYCLES * tile.pixels
-        k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
-        slots = min(max(1, device.sm_count // (k_groups * variant.splits)), items(sizes, variant.tile) * k_inner)
-        return cls(k_rounds * tap, k_rounds * epilogue, slots, k_groups, k_inner, k_rounds)
-
-
-def cycles(sizes: Sizes, variant: Variant, device: Device) -> float:
-    """Estimated clock cycles of the call: its busiest block's, or memory's (about 2400 bytes a cycle)."""
-    work = Work.of(sizes, variant, device)
-    tile = footprint(sizes, variant)
-    blocks = steps(sizes, variant)
-    count = items(sizes, variant.tile) * work.k_inner
-    each = (
-        taps_of_tiles(sizes, variant) if skips(sizes, variant) else [r * s for r, s in (k.taps for k in sizes.classes)]
-    )
-    taps, most = sum(each) / len(each), max(each)
-    uneven = min(each) < most
-    mean, largest = (blocks * t * work.tap_cycles + work.tile_cycles for t in (taps, most))
-    busiest = count / work.slots * mean + 0.3 * largest if uneven else ceil(count / work.slots) * mean
-    waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
-    start = 2500 + (blocks * sizes.r * sizes.s * tile.w_stage_bytes / 40 if variant.resident else 0)
-    pixels = sizes.n * (sizes.h * sizes.w * sizes.c + sizes.p * sizes.q * sizes.k / (4 if sizes.pool else 1))
-    return start + _overlapped(busiest * waves, 2 * pixels / 2400) + _sum_cycles(sizes, variant)
-
-
-def _sum_cycles(sizes: Sizes, variant: Variant) -> float:
-    """Of the second kernel, where there are splits (as in conv_wgrad_sm90)."""
-    return 2100 + 2 * partial_bytes(sizes, variant) / 2400 if variant.splits > 1 else 0.0
-
-
-def cost_us(sizes: Sizes, variant: Variant, device: Device) -> float:
-    """Estimated microseconds of the call, to compare with other families.
-
-    `cycles` ranks tiles; small calls take longer: what comes before and after, the taps' latency, and TMA's rows where
-    they are short. Fitted to an H200's times of 334 variants: 16 % off in the mean.
-    """
-    tile, work = footprint(sizes, variant), Work.of(sizes, variant, device)
-    waves = ceil(work.slots * work.k_groups * variant.splits / device.sm_count)
-    rounds = ceil(items(sizes, variant.tile) * work.k_inner / work.slots) * waves
-    taps = sizes.r * sizes.s / len(sizes.classes)
-    if skips(sizes, variant):
-        each = taps_of_tiles(sizes, variant)
-        taps = sum(each) / len(each)
-    loads = rounds * steps(sizes, variant) * taps
-    result = 2.8 + 0.84 * cycles(sizes, variant, device) / CYCLES_PER_US + 0.074 * loads * work.k_rounds
-    if sizes.c < 64:
-        pixels = loads / _taps_per_load(sizes, variant.serves) * tile.pitch * tile.rows * variant.tile[2]
-        filters = steps(sizes, variant) * sizes.r * sizes.s if variant.resident else loads
-        filter_rows = (tile.cb if sizes.flipped else variant.channels) * filters * work.k_rounds
-        skipped = sizes.stride[0] * sizes.stride[1] - 1 if variant.serves == "tap" else 0
-        result += 0.0016 * pixels + 0.0009 * skipped * pixels + 0.0019 * filter_rows
-    return result
-
-
-@lru_cache(maxsize=1024)
-def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
-    """Variants for a problem, the best first: those of MEASURED, then others by `cycles`."""
-    measured = [fit(sizes, shape, device) for shape in MEASURED.get(_key(sizes), ())]
-    estimated = [v for shape in dict.fromkeys(_shapes(sizes)) if (v := fit(sizes, shape, device))]
-    estimated.sort(key=lambda v: cycles(sizes, v, device))
-    split = [v for shape in dict.fromkeys(_splits(sizes, device)) if (v := fit(sizes, shape, device))]
-    if split:  # few tiles: what `cycles` leaves out counts
-        estimated = sorted((*estimated, *split), key=lambda v: cost_us(sizes, v, device))
-    # The best of each kernel and way to serve: alike tiles cost alike.
-    kinds: dict[tuple[object, ...], Variant] = {}
-    for variant in estimated:
-        pixels = footprint(sizes, variant).pixels
-        kind = (variant.serves, variant.channels, variant.shared, pixels, variant.splits > 1)
-        kinds.setdefault(kind, variant)
-    return tuple(dict.fromkeys([*(v for v in measured if v), *list(kinds.values())[:MOST_CANDIDATES]]))
-
-
-def _shapes(sizes: Sizes) -> Iterator[Shape]:
-    """Tiles that may pay: whole rows or even parts of them, whole images, one or two pixels of many images."""
-    if sizes.window:
-        yield from _window_shapes(sizes, sizes.window)
-        return
-    even = 2 if sizes.pool else 1
-    p, q = sizes.class_outputs
-    widths = {_round_up(ceil(q / parts), even) for parts in range(1, 9)} | {8, even}
-    if can_pair(sizes, "window", 8):
-        for pixels in PIXELS[PAIRED, 64]:
-            yield Shape("window", (8, ceil(p / ceil(p / (pixels // 8 - 1))), 1), PAIRED)
-    if sizes.pool and sizes.k > 64:
-        yield from (Shape("column", tile, 128) for tile in IMAGE_TILES[3, 1])
-    for channels in (64, 128):
-        if channels == 128 and sizes.k <= 64:
-            continue
-        for pixels in sorted({*PIXELS[channels, 64], *TAP_PIXELS[channels, 64]}):
-            for w in sorted(widths):
-                highest = pixels // w // even * even
-                if highest == 0:
-                    continue
-                h = _round_up(ceil(p / ceil(p / highest)), even)
-                for serves in ("column", "window"):
-                    yield Shape(serves, (w, h, 1), channels)
-                if w == q and w != 8 and (rows := (pixels + sizes.taps[1] - 1) // (w + sizes.taps[1] - 1)):
-                    yield Shape("window", (w, ceil(p / ceil(p / rows)), 1), channels)
-                if (w, h) == (q, p) and not sizes.pool:
-                    yield Shape("column", (w, h, min(pixels // (w * h), sizes.n)), channels)
-                for height in {h, *(v for v in (even, 2 * even) if v < h)}:
-                    tile = (w, height, min(pixels // (w * height), sizes.n, MAX_BOX))
-                    yield Shape("tap", tile, channels)
-                    if sizes.r * sizes.s == 1:
-                        yield Shape("tap", tile, channels, shared=True)
-
-
-def has_window_tiles(window: PoolWindow, columns: int, stride: tuple[int, int]) -> bool:
-    """Whether a row of the narrowest tile's windows, of an image with `columns` of them, fits in a tile, and what a
-    convolution of that stride reads for it in a copy."""
-    w = (ceil(columns / MOST_PARTS) - 1) * window.stride[1] + window.kernel[1]
-    fits = max(w * stride[1], window.kernel[0] * stride[0]) <= MAX_BOX
-    return fits and w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS.values())
-
-
-def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
-    """Tiles of whole windows: rows of them or even parts of rows, and whole images."""
-    rows, columns = sizes.pooled
-    for (channels, _), compiled in WINDOW_PIXELS.items():
-        if channels == 128 and sizes.k <= 64:
-            continue
-        for pixels in compiled:
-            for across in {ceil(columns / parts) for parts in range(1, min(columns, MOST_PARTS) + 1)}:
-                w = (across - 1) * window.stride[1] + window.kernel[1]
-                down = min(rows, pooled_by(window, min(pixels // w, MAX_BOX // sizes.stride[0]), 0))
-                if down < 1:
-                    continue
-                h = (ceil(rows / ceil(rows / down)) - 1) * window.stride[0] + window.kernel[0]
-                yield Shape("column", (w, h, 1), channels)
-                yield Shape("tap", (w, h, 1), channels)
-                yield Shape("tap", (w, h, min(pixels // (w * h), sizes.n, MAX_BOX)), channels)
-
-
-def _splits(sizes: Sizes, device: Device) -> Iterator[Shape]:
-    """Tiles whose reduction blocks may share: those that leave half of the GPU idle, as often as it has room for."""
-    if sizes.pool or sizes.c <= 64:
-        return
-    for shape in dict.fromkeys(_shapes(sizes)):
-        tiles = items(sizes, shape.tile) * ceil(sizes.k / shape.channels)
-        steps = ceil(sizes.c / 64)
-        for splits in {ceil(steps / blocks) for blocks in range(1, steps)}:
-            if tiles * splits <= device.sm_count:
-                yield shape._replace(splits=splits)
-
-
-def deal(sizes: Sizes, variant: Variant, device: Device) -> list[list[int]] | None:
-    """The items of each slot, heaviest first to the least loaded; None where all items are equal.
-
-    An item is (class, image group, row, column, group of channels), counted in this order.
-    """
-    if not skips(sizes, variant):
-        return None
-    taps = taps_of_tiles(sizes, variant)
-    if len(set(taps)) == 1:
-        return None
-    work = Work.of(sizes, variant, device)
-    blocks = steps(sizes, variant)
-    images, of_class = patches(sizes, variant.tile)[2], len(taps) // len(sizes.classes)
-    costs = [
-        blocks * count * work.tap_cycles + work.tile_cycles
-        for first in range(0, len(taps), of_class)
-        for _ in range(images)
-        for count in taps[first : first + of_class]
-        for _ in range(work.k_inner)
-    ]
-    slots: list[list[int]] = [[] for _ in range(work.slots)]
-    loads = [(0.0, slot) for slot in range(work.slots)]
-    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
-        load, slot = loads[0]
-        slots[slot].append(item)
-        heapq.heapreplace(loads, (load + costs[item], slot))
-    return slots
-
-
 def taps_of_tiles(sizes: Sizes, variant: Variant) -> list[int]:
     """Taps of each tile of one image (group), class by class."""
     w, h, _ = variant.tile
     if variant.serves == "column":
         return [sizes.r * s for s in live_taps(sizes, sizes.classes[0], 1, w)] * patches(sizes, variant.tile)[1]
     return [r * s for c in sizes.classes for r in live_taps(sizes, c, 0, h) for s in live_taps(sizes, c, 1, w)]
-
-
-def _overlapped(first: float, second: float) -> float:
-    """Time of two that run side by side: the longer one, and a little of the other."""
-    return max(first, second) + 0.1 * min(first, second)
 
 
 def footprint(sizes: Sizes, variant: Variant) -> Footprint:
@@ -674,7 +445,7 @@ def footprint(sizes: Sizes, variant: Variant) -> Footprint:
     return found
 
 
-def _taps_per_load(sizes: Sizes, serves: str) -> float:
+def taps_per_load(sizes: Sizes, serves: str) -> float:
     """In the mean."""
     if serves == "tap":
         return 1.0
@@ -691,50 +462,6 @@ def _fewest_loads(sizes: Sizes, serves: str) -> int:
     return min(loads_of_parts(sizes, serves)) if sizes.stride == (1, 1) else sum(loads_of_parts(sizes, serves))
 
 
-def _round_up(value: int, multiple: int = 1024) -> int:
+def round_up(value: int, multiple: int = 1024) -> int:
+    """The least multiple that is not below the value; of shared memory, where a swizzled tile may begin."""
     return ceil(value / multiple) * multiple
-
-
-def _key(sizes: Sizes) -> tuple[int | bool, ...]:
-    pad = sizes.classes[0].pad
-    side = (sizes.n, sizes.h, sizes.w, sizes.c, sizes.k, sizes.r, pad[0], sizes.pool)
-    if sizes.window:
-        return ()
-    square = sizes.r == sizes.s and pad[0] == pad[1] and sizes.stride[0] == sizes.stride[1]
-    if not square or sizes.dilation != (1, 1) or sizes.spread != (1, 1):
-        return ()
-    return side if sizes.stride == (1, 1) else (*side, sizes.stride[0])
-
-
-# (N, H, W, C, K, R, pad, pool, stride where it is not 1): tiles, fastest first, measured on an H200 with this kernel or its
-# prototype. dgrad finds its own row: it is the convolution of dy.
-MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
-    (2000, 31, 31, 24, 64, 3, 1, False): (Shape("window", (8, 31, 1), 64), Shape("window", (8, 16, 1), 64)),
-    (2000, 31, 31, 64, 24, 3, 1, False): (Shape("window", (8, 31, 1), 32), Shape("window", (8, 31, 1), 64)),
-    (802816, 1, 1, 64, 256, 1, 0, False): (Shape("tap", (1, 1, 120), 64), Shape("tap", (1, 1, 240), 64)),
-    (256, 28, 28, 256, 512, 1, 0, False): (Shape("tap", (14, 14, 1), 128), Shape("tap", (1, 28, 7), 128)),
-    (2000, 15, 15, 64, 64, 3, 1, False): (Shape("window", (8, 15, 1), 64), Shape("column", (15, 15, 1), 64)),
-    (2000, 15, 15, 64, 256, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("window", (8, 15, 1), 64)),
-    (2000, 7, 7, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("tap", (7, 1, 36), 128)),
-    (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 224), 128), Shape("tap", (1, 1, 200), 128)),
-    (256, 56, 56, 64, 64, 3, 1, False): (Shape("window", (8, 28, 1), 64), Shape("window", (8, 14, 1), 64)),
-    (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (2, 14, 8), 128), Shape("column", (7, 28, 1), 128, 3)),
-    (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128, 3), Shape("tap", (1, 1, 256), 128)),
-    (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128, 3), Shape("tap", (1, 1, 256), 128)),
-    (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
-    (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("column", (15, 15, 1), 64)),
-    (256, 56, 56, 64, 256, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64, shared=True)),
-    (256, 28, 28, 256, 512, 1, 0, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (2, 2, 64), 64)),
-    (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
-    (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
-    (2000, 15, 15, 64, 64, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("window", (8, 14, 1), 64)),
-    (2000, 15, 15, 64, 256, 3, 1, True): (Shape("column", (14, 14, 1), 64), Shape("tap", (14, 2, 9), 128)),
-    (2000, 7, 7, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 56), 128), Shape("tap", (6, 2, 16), 128)),
-    (2000, 3, 3, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 64), Shape("tap", (2, 2, 32), 128)),
-    (256, 56, 56, 64, 64, 3, 1, True): (Shape("window", (8, 28, 1), 64),),
-    (256, 28, 28, 128, 128, 3, 1, True): (Shape("tap", (4, 4, 16), 128), Shape("window", (8, 28, 1), 64, 2)),
-    (256, 14, 14, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("column", (14, 14, 1), 128)),
-    (256, 7, 7, 512, 512, 3, 1, True): (Shape("column", (6, 6, 4), 128), Shape("tap", (6, 6, 4), 128)),
-    (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (4, 4, 16), 128)),
-    (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 6, 16), 128),),
-}

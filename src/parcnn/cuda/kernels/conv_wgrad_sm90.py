@@ -612,7 +612,7 @@ def _shapes(conv: Conv, form: Form) -> Iterator[tuple[int, int, int]]:
 def _cycles(conv: Conv, bias: bool, variant: Variant, device: Device) -> float:
     """Estimated clock cycles of the call: its busiest SM's, or memory's (about 2400 bytes a cycle), and the sum's.
 
-    A product m64nNk16 takes N/2 cycles; L2 brings about 42 bytes a cycle to an SM (as `conv_sm90_tiles.Work` has it). Fitted
+    A product m64nNk16 takes N/2 cycles; L2 brings about 42 bytes a cycle to an SM (as `conv_sm90_cost.Work` has it). Fitted
     to an H200's times.
     """
     form = variant.form
