@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_lines, conv_sm90, conv_unpool
+from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_lines, conv_sm90, conv_sm90_sizes, conv_unpool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_cost import deal
-from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Sizes, Variant
+from parcnn.cuda.kernels.conv_sm90_sizes import Sizes
+from parcnn.cuda.kernels.conv_sm90_tiles import Shape, Variant
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -161,7 +162,7 @@ def call_of(op: Op, operands: list[np.ndarray], variant: Variant | None = None) 
 def sizes_of(op: Op, operands: list[np.ndarray]) -> Sizes:
     """The convolution that the kernel computes, taken from what the launcher makes of it."""
     call = call_of(op, operands)
-    return conv_sm90._sizes(call)
+    return conv_sm90_sizes.sizes_of(call)
 
 
 def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import ceil, gcd
+from math import ceil
 
 import numpy as np
 import pytest
 
-from parcnn.cuda.kernels import conv_sm90
+from parcnn.cuda.kernels import conv_sm90_sizes
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_sm90_choice import candidates
-from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Shape, Sizes, Variant
+from parcnn.cuda.kernels.conv_sm90_sizes import Sizes
+from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Shape, Variant
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Call, Slot
 from tests.cuda.conv_problems import random_of
@@ -42,47 +43,6 @@ def test_skipped_taps_lie_wholly_in_the_padding() -> None:
                     assert needed <= count <= taps
 
 
-def test_classes_of_a_strided_gradient_meet_every_pair_of_pixels_once() -> None:
-    """dx's pixel h meets the output p by the tap r where h + pad = stride * p + dilation * r."""
-    for extent, pad, stride, dilation, taps in (
-        (7, 1, 2, 1, 3),
-        (9, 0, 3, 2, 4),
-        (8, 3, 4, 2, 3),
-        (5, 2, 1, 3, 2),
-        (1, 1, 3, 1, 1),
-    ):
-        true = {
-            (h, p, r)
-            for h in range(extent)
-            for r in range(taps)
-            for p in range(-40, 40)
-            if h + pad == stride * p + dilation * r
-        }
-        common = gcd(stride, dilation)
-        found = [
-            (kind.first + stride * u, u - kind.pad + i * dilation // common, kind.tap - i * (stride // common))
-            for kind in conv_sm90._residues(extent, pad, stride, dilation, taps)
-            for u in range(ceil((extent - kind.first) / stride))
-            for i in range(kind.taps)
-        ]
-        assert len(found) == len(set(found))
-        assert set(found) == true
-
-
-def test_classes_of_pixels_meet_every_tap_once() -> None:
-    """Output p reads the pixel stride * p + tap - pad."""
-    for taps, pad, stride in ((3, 1, 2), (5, 2, 2), (2, 0, 2), (4, 3, 3), (7, 0, 3), (1, 1, 2)):
-        true = {(p, stride * p + tap - pad, tap) for p in range(20) for tap in range(taps)}
-        found = [
-            (p, (p - part.pad[0] + i) * stride + part.first[0], part.tap + i * stride)
-            for part in tiles._met(taps, pad, stride)
-            for p in range(20)
-            for i in range(part.taps[0])
-        ]
-        assert len(found) == len(set(found))
-        assert set(found) == true
-
-
 def test_blocks_never_exceed_shared_memory_and_always_have_two_stages() -> None:
     for sizes, variant in all_sizes():
         assert variant.x_stages >= 2
@@ -95,7 +55,9 @@ def test_the_producer_runs_far_ahead_where_a_stage_serves_many_taps() -> None:
     problem = Problem(3, 46, 46, 608, 688, 7, 7, (3, 3, 3, 3))
     x, w = Spec((problem.n, problem.h, problem.w, problem.c), "bf16"), Spec((problem.k, 7, 7, problem.c), "bf16")
     op = problem.op("fprop")
-    sizes = conv_sm90._sizes(Call(op, tuple(Slot(s, "arena") for s in (x, w)), (Slot(op.infer(x, w)[0], "arena"),)))
+    sizes = conv_sm90_sizes.sizes_of(
+        Call(op, tuple(Slot(s, "arena") for s in (x, w)), (Slot(op.infer(x, w)[0], "arena"),))
+    )
     variant = tiles.fit(sizes, Shape("window", (8, 23, 1), 64), H200)
     assert variant is not None
     assert (variant.x_stages, variant.w_stages) == (2, tiles.MAX_W_STAGES)

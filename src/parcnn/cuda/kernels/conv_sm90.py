@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil, gcd
-from typing import NamedTuple, cast
+from typing import cast
 
 import numpy as np
 
@@ -14,9 +14,10 @@ from parcnn.cuda.kernels import conv_sm90_choice as choice
 from parcnn.cuda.kernels import conv_sm90_cost as cost
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
+from parcnn.cuda.kernels.conv_common import MAX_SIDE
 from parcnn.cuda.kernels.conv_sm90_cost import Work
-from parcnn.cuda.kernels.conv_sm90_tiles import CLASSES, Class, Footprint, Sizes, Variant
+from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
+from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
@@ -115,7 +116,7 @@ def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
     """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled; rows of moments."""
-    sizes = _sizes(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
+    sizes = sizes_of(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
     if sizes.moments:
         rows = _rows_of_moments(sizes, variant or choice.candidates(sizes, device)[0], device)
         return PARTIAL_MOMENTS * 4 * rows * sizes.k
@@ -124,13 +125,13 @@ def workspace_bytes(
 
 def candidates(call: Call, device: Device) -> list[Variant]:
     """Variants that can run the call, best first (`conv_sm90_choice.candidates`)."""
-    sizes = _sizes(call)
+    sizes = sizes_of(call)
     return list(choice.candidates(sizes, device)) if sizes.classes and sizes.p * sizes.q else []
 
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
-    sizes = _sizes(call)
+    sizes = sizes_of(call)
     passes = 3.0 * (isinstance(call.op, ConvDgrad) and call.op.pool is not None) + 3.0 * (not sizes.classes)
     return passes + (cost.cost_us(sizes, choice.candidates(sizes, device)[0], device) if sizes.classes else 0)
 
@@ -138,7 +139,7 @@ def cost_us(call: Call, device: Device) -> float:
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
     """The convolution; of dgrad with a stride, one for each four classes of pixels, and a pass over those that no tap
     reaches. Before it, a pass that unpools dy where there is a pool. `variant` forces one of `candidates`."""
-    op, sizes = call.op, _sizes(call)
+    op, sizes = call.op, sizes_of(call)
     if 0 in call.outputs[0].spec.shape:
         return []
     if isinstance(op, ConvFprop):
@@ -213,73 +214,6 @@ def _kernel_of_images(tile: tuple[int, int, int], constants: tuple[int, int]) ->
     w, h, n = tile
     kernel = _kernel(w * h * n, 64, 128, tiles.WITHIN_IMAGES, False, constants)
     return replace(kernel, defines=(*kernel.defines, ("IMAGES", n), ("WIDTH", w)))
-
-
-def _sizes(call: Call) -> Sizes:
-    op, filters = call.op, call.inputs[1].spec
-    if isinstance(op, ConvFprop):
-        conv = Conv.of(op, call.inputs[0].spec, filters)
-        p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
-        if op.window:
-            p, q = op.output_hw(conv.h, conv.w, conv.r, conv.s)
-        # Where an axis has one tap, the image is that of the pixels which it meets.
-        met = [taps == 1 and pad % s == 0 for taps, pad, s in zip((conv.r, conv.s), conv.pad, conv.stride, strict=True)]
-        apart = (conv.stride[0] if met[0] else 1, conv.stride[1] if met[1] else 1)
-        stride = (conv.stride[0] // apart[0], conv.stride[1] // apart[1])
-        pad = (conv.pad[0] // apart[0], conv.pad[1] // apart[1])
-        return Sizes(
-            conv.n, ceil(conv.h / apart[0]), ceil(conv.w / apart[1]), conv.c, conv.k, conv.r, conv.s, p, q, stride,
-            conv.dilation, conv.pool is not None, (Class((conv.r, conv.s), pad),), apart=apart, tap_steps=(conv.s, 1),
-            mean=conv.pool == "avg", indices=op.has_indices, window=op.window, moments=op.moments,
-        )  # fmt: skip
-    if isinstance(op, ConvDgrad):
-        conv = Conv.of(op, call.outputs[0].spec, filters)
-        p, q = (2 * conv.p, 2 * conv.q) if conv.pool else (conv.p, conv.q)
-        common = (gcd(conv.stride[0], conv.dilation[0]), gcd(conv.stride[1], conv.dilation[1]))
-        steps = (conv.stride[0] // common[0], conv.stride[1] // common[1])
-        dilation = (conv.dilation[0] // common[0], conv.dilation[1] // common[1])
-        return Sizes(
-            conv.n, p, q, conv.k, conv.c, conv.r, conv.s, conv.h, conv.w, (1, 1), dilation, False, _classes(conv),
-            conv.stride, (-steps[0] * conv.s, -steps[1]), flipped=True,
-        )  # fmt: skip
-    raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
-
-
-def _classes(conv: Conv) -> tuple[Class, ...]:
-    """dgrad's classes that some tap reaches, most taps first."""
-    rows = _residues(conv.h, conv.pad[0], conv.stride[0], conv.dilation[0], conv.r)
-    columns = _residues(conv.w, conv.pad[1], conv.stride[1], conv.dilation[1], conv.s)
-    classes = [
-        Class((h.taps, w.taps), (h.pad, w.pad), h.tap * conv.s + w.tap, (h.first, w.first))
-        for h in rows
-        for w in columns
-    ]
-    return tuple(sorted(classes, key=lambda c: -c.taps[0] * c.taps[1]))
-
-
-class _Residue(NamedTuple):
-    """Class, along one axis."""
-
-    first: int
-    taps: int
-    pad: int
-    tap: int
-
-
-def _residues(extent: int, pad: int, stride: int, dilation: int, taps: int) -> list[_Residue]:
-    """Pixels first, first + stride, ... of an axis that some tap reaches.
-
-    dx's pixel h = first + stride * u meets the output p where h + pad = stride * p + dilation * r: with the taps r in
-    reverse, every (stride / gcd)-th of them, p advances by dilation / gcd from tap to tap, and by one with u.
-    """
-    apart = dilation // gcd(stride, dilation)
-    found = []
-    for first in range(min(stride, extent)):
-        reach = [r for r in range(taps) if (first + pad - r * dilation) % stride == 0]
-        if reach:
-            output = (first + pad - reach[0] * dilation) // stride
-            found.append(_Residue(first, len(reach), (len(reach) - 1) * apart - output, reach[-1]))
-    return found
 
 
 def _partial_offset(op: Op, x: Spec) -> int:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import ceil, inf
 
 from parcnn.cuda.kernels.conv_sm90_cost import cost_us, cycles
+from parcnn.cuda.kernels.conv_sm90_sizes import Sizes
 from parcnn.cuda.kernels.conv_sm90_tiles import (
     IMAGE_TILES,
     MAX_BOX,
@@ -15,7 +16,6 @@ from parcnn.cuda.kernels.conv_sm90_tiles import (
     TAP_PIXELS,
     WINDOW_PIXELS,
     Shape,
-    Sizes,
     Variant,
     can_pair,
     fit,

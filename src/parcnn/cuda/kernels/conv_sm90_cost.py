@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US
+from parcnn.cuda.kernels.conv_sm90_sizes import Sizes
 from parcnn.cuda.kernels.conv_sm90_tiles import (
-    Sizes,
     Variant,
     footprint,
     items,

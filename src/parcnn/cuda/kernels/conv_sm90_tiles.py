@@ -1,4 +1,4 @@
-"""How conv_sm90.cu cuts a convolution: the problem, and the tiles that fit it."""
+"""The tiles that conv_sm90.cu may cut a convolution into: which fit, and what they take."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
+from parcnn.cuda.kernels.conv_sm90_sizes import Class, Sizes
 from parcnn.cuda.launch import Device
 from parcnn.ops.pool import PoolWindow
 
 MAX_BOX = 256  # of TMA, a dimension
-CLASSES = 4  # of a launch: twin of conv_sm90.cuh's
 BARRIER_BYTES, POOLED_BYTES = 512, 512  # with a pool: the list of a tile's pooled pixels, 8 bytes each
 MAX_X_STAGES, MAX_W_STAGES = 8, 12
 # Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step): where a stage
@@ -41,100 +41,6 @@ WITHIN_THREADS = (WITHIN_ROWS, WITHIN_IMAGES)
 PAIRED = 32  # output channels of a tile whose products do two rows of taps at once
 # That copies should be asked for before their product: L2's latency, which grows with what it has to do.
 AHEAD_CYCLES = 2500
-
-
-class Class(NamedTuple):
-    """Outputs that the same taps reach, in each direction every `spread`-th from `first` on: their taps, rows and columns,
-    their padding at the top and the left, and the filter's tap that is their first."""
-
-    taps: tuple[int, int]
-    pad: tuple[int, int]
-    tap: int = 0
-    first: tuple[int, int] = (0, 0)
-
-
-def _met(taps: int, pad: int, stride: int) -> list[Class]:
-    """Along one axis: pixels first, first + stride, ... of an image, and the taps that meet them."""
-    found = []
-    for first in range(stride):
-        meet = [tap for tap in range(taps) if (tap - pad - first) % stride == 0]
-        if meet:
-            found.append(Class((len(meet),) * 2, ((pad + first - meet[0]) // stride,) * 2, meet[0], (first, first)))
-    return found
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The convolution that the kernel computes. Of dgrad: of dy, with the filters' taps reversed and channels exchanged.
-
-    p, q: outputs that are computed, before the pool (then even). They fall into classes, most taps first.
-    """
-
-    n: int
-    h: int
-    w: int
-    c: int
-    k: int
-    r: int
-    s: int
-    p: int
-    q: int
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    pool: bool
-    classes: tuple[Class, ...]
-    spread: tuple[int, int] = (1, 1)
-    tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
-    flipped: bool = False
-    mean: bool = False  # the pool's, which only threads that have whole windows take
-    indices: bool = False  # whether the pool says which elements won
-    window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
-    apart: tuple[int, int] = (1, 1)  # pixels of the tensor x from a pixel of the image to the next, down and along
-    moments: bool = False  # whether the epilogue takes them, which sees no sums of splits
-
-    @property
-    def pooled(self) -> tuple[int, int]:
-        """Rows and columns that are stored."""
-        if self.window:
-            return self.window.output_hw(self.p, self.q)
-        return (self.p // 2, self.q // 2) if self.pool else (self.p, self.q)
-
-    @property
-    def plain(self) -> bool:
-        """Whether taps are neighbouring pixels, of a class where there are such, so that they can share a stage."""
-        apart = self.stride != (1, 1)
-        fits = not apart or (self.h >= self.stride[0] and self.w >= self.stride[1])
-        return fits and len(self.parts) <= CLASSES and self.dilation == (1, 1) and self.taps[0] * self.taps[1] > 1
-
-    @property
-    def parts(self) -> tuple[Class, ...]:
-        """Classes of which a load is, where it serves several taps, most taps first: those of outputs, or with a stride, of the
-        image's pixels that the same taps meet, a stride apart."""
-        if self.stride == (1, 1):
-            return self.classes
-        axes = zip((self.r, self.s), self.classes[0].pad, self.stride, strict=True)
-        rows, columns = (_met(taps, pad, stride) for taps, pad, stride in axes)
-        parts = (
-            Class((h.taps[0], w.taps[0]), (h.pad[0], w.pad[0]), h.tap * self.s + w.tap, (h.first[0], w.first[0]))
-            for h in rows
-            for w in columns
-        )
-        return tuple(sorted(parts, key=lambda part: -part.taps[0] * part.taps[1]))
-
-    @property
-    def taps(self) -> tuple[int, int]:
-        """Rows and columns of the class with the most."""
-        return self.parts[0].taps
-
-    @property
-    def is_3x3(self) -> bool:
-        """Whether each output has a 3x3 filter's taps, for which there are kernels where a stage serves several."""
-        return self.r == self.s == 3 == self.taps[0] == self.taps[1]
-
-    @property
-    def class_outputs(self) -> tuple[int, int]:
-        """Rows and columns of the largest class."""
-        return ceil(self.p / self.spread[0]), ceil(self.q / self.spread[1])
 
 
 class Shape(NamedTuple):
