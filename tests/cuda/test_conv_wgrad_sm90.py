@@ -14,7 +14,7 @@ import pytest
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, Registry, conv_mma_wgrad, conv_unpool, conv_wgrad_sm90
 from parcnn.cuda.kernels.conv_common import Conv, Forced
-from parcnn.cuda.kernels.conv_wgrad_sm90 import FORMS, Form, Variant
+from parcnn.cuda.kernels.conv_wgrad_sm90_tiles import FORMS, MAX_STAGES, WINDOW_WIDTH, Form, Variant, fit, line_of
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
@@ -125,10 +125,10 @@ def of_every_form(problem: Problem, kind: str, device: Device) -> list[Variant]:
         windows_of = [(8, 4, 1), (8, 14, 1), (8, 1, 2), (8, 3, 2), (q, 1, 1), (q, 3, 1)]
         tiles = windows_of if form.window else [(1, 1, 16), (8, 2, 2), (5, 3, 16)]
         for i, tile in enumerate(tiles):
-            even = conv_wgrad_sm90.fit(conv, op.bias, form, tile, device)
+            even = fit(conv, op.bias, form, tile, device)
             if not even:
                 continue
-            line = conv_wgrad_sm90._line(conv, op.bias, even)
+            line = line_of(conv, op.bias, even)
             found += [even, replace(even, stages=2)]
             if form.adders > 1:
                 continue
@@ -172,18 +172,18 @@ def test_blocks_fill_the_device_and_none_is_empty() -> None:
         call = call_of(op, operands_of(ALL[name], kind, random_of(), integers=True))
         conv = Conv.of(op, call.inputs[0].spec, call.outputs[0].spec)
         for variant in conv_wgrad_sm90.candidates(call, H200):
-            line = conv_wgrad_sm90._line(conv, op.bias, variant)
+            line = line_of(conv, op.bias, variant)
             assert 1 <= variant.share <= line.tiles
             assert line.blocks <= H200.sm_count
             assert variant.form.window or np.prod(variant.tile) % 16 == 0
-            assert 2 <= variant.stages <= conv_wgrad_sm90.MAX_STAGES
+            assert 2 <= variant.stages <= MAX_STAGES
 
 
 def test_windows_of_odd_heights_are_of_two_images() -> None:
     """Of one image a step takes two rows: an odd one would read behind its stage, and behind shared memory in the last."""
     conv = Conv.of(op_of(ALL["64 channels"], "bare"), Spec((5, 13, 11, 64), "bf16"), Spec((64, 3, 3, 64)))
     for height, images, fits in ((3, 1, False), (4, 1, True), (3, 2, True)):
-        found = conv_wgrad_sm90.fit(conv, False, FORMS[0], (conv_wgrad_sm90.WINDOW_WIDTH, height, images), H200)
+        found = fit(conv, False, FORMS[0], (WINDOW_WIDTH, height, images), H200)
         assert (found is not None) == fits, (height, images)
 
 
@@ -333,10 +333,10 @@ def test_more_clusters_than_run_at_once(
     problem = Problem(64, 7, 7, 520, 2048, 1, 1, (0, 0, 0, 0))
     op, operands = op_of(problem, kind), operands_of(problem, kind, random_of(kind), integers=True)
     conv = Conv.of(op, Spec((64, 7, 7, 520), "bf16"), Spec((2048, 1, 1, 520)))
-    even = conv_wgrad_sm90.fit(conv, op.bias, form, (1, 1, 64), cuda.device)
+    even = fit(conv, op.bias, form, (1, 1, 64), cuda.device)
     assert even
     variant = replace(even, share=17, aligned=True)
-    assert conv_wgrad_sm90._line(conv, op.bias, variant).blocks * form.sharers > cuda.device.sm_count
+    assert line_of(conv, op.bias, variant).blocks * form.sharers > cuda.device.sm_count
     got = run_op(forced(cuda, variant, monkeypatch), op, bits_of(operands), steps=40)
     for result, wanted in zip(got, on_cpu(op, operands), strict=False):
         np.testing.assert_array_equal(result, wanted)

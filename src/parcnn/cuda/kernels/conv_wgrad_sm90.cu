@@ -49,7 +49,7 @@
 constexpr int WINDOW_TAPS = 3;  // filter rows, and columns, of a window
 
 // ---- Items ----------------------------------------------------------------------------------------------------------
-// Twins of the structs that conv_wgrad_sm90.py builds.
+// Twins of the structs that conv_wgrad_sm90_tiles.py builds.
 
 // Filter rows and the image's, or columns.
 struct Axis {
