@@ -8,7 +8,7 @@ import pytest
 from parcnn.cuda.kernels import shape as family
 from parcnn.ops.base import Spec
 from parcnn.ops.program import Executor
-from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from parcnn.ops.shape import Cat, ChannelPad, ChannelSlice, ToChannelsFirst, ToChannelsLast
 from tests.cuda.compare import executors, random_fixture  # noqa: F401
 from tests.op_runner import run_op
 
@@ -47,6 +47,20 @@ def test_cat_of_rows(executor: Executor, random: np.random.Generator, element: s
     parts = [bits(random, element, 301, 8), bits(random, element, 301, 12)]
     (y,) = run_op(executor, Cat(), parts)
     assert same_bits(y, np.concatenate(parts, axis=-1))
+
+
+@element
+@pytest.mark.parametrize("channels", [(6, 8), (3, 4), (1, 2), (5, 16), (8, 12), (16, 40), (7, 7)])
+def test_pads_channels(
+    executor: Executor, random: np.random.Generator, channels: tuple[int, int], element: str
+) -> None:
+    own, whole = channels
+    x = bits(random, element, 3, 5, 7, own)
+    (y,) = run_op(executor, ChannelPad(whole), [x])
+    assert same_bits(np.ascontiguousarray(y[..., :own]), x)
+    assert not y[..., own:].view(np.uint8).any()
+    (back,) = run_op(executor, ChannelSlice(0, own), [y])
+    assert same_bits(back, x)
 
 
 @element

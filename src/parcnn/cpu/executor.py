@@ -128,6 +128,10 @@ class CpuExecutor:
         self._threads = Workers(self.threads)
         self._blas = ThreadpoolController()
 
+    def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+        """1: any number of channels is as good."""
+        return 1
+
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """True of every fused form that an op can express, but of grouped convolutions only those without a pool, and of
         pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise batch norm and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from parcnn.cpu.workers import Workspace
-from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from parcnn.ops.shape import Cat, ChannelPad, ChannelSlice, ToChannelsFirst, ToChannelsLast
 
 
 def cat(op: Cat, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
@@ -16,6 +16,13 @@ def cat(op: Cat, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace:
 def channel_slice(op: ChannelSlice, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
     """y = x[..., start:stop]."""
     np.copyto(outputs[0], inputs[0][..., op.start : op.stop])
+
+
+def channel_pad(op: ChannelPad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """y[..., :C] = x, zeros behind it."""
+    channels = inputs[0].shape[-1]
+    np.copyto(outputs[0][..., :channels], inputs[0])
+    outputs[0][..., channels:] = 0
 
 
 def to_channels_first(
@@ -34,4 +41,10 @@ def to_channels_last(
     np.copyto(outputs[0], inputs[0].reshape(n, c, h, w).transpose(0, 2, 3, 1))
 
 
-RUN = {Cat: cat, ChannelSlice: channel_slice, ToChannelsFirst: to_channels_first, ToChannelsLast: to_channels_last}
+RUN = {
+    Cat: cat,
+    ChannelSlice: channel_slice,
+    ChannelPad: channel_pad,
+    ToChannelsFirst: to_channels_first,
+    ToChannelsLast: to_channels_last,
+}

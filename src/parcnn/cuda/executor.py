@@ -19,7 +19,7 @@ from parcnn.cuda.arguments import pack
 from parcnn.cuda.compiler import Compiler, Cubin, default_cache
 from parcnn.cuda.driver import Allocation, BoundLaunch, Driver
 from parcnn.cuda.kernels import REGISTRY, Registry, family_name
-from parcnn.cuda.launch import Kernel, Launch, LaunchError, UnpoolingLauncher
+from parcnn.cuda.launch import Kernel, Launch, LaunchError, PaddingLauncher, UnpoolingLauncher
 from parcnn.cuda.null import NullDriver
 from parcnn.cuda.runtime import PycudaDriver
 from parcnn.cuda.tuning import REMEDY, Choice, Tuning, problem_key, user_folder
@@ -334,6 +334,11 @@ class CudaExecutor:
         return cls(driver, memory_limit=memory_limit, registry=registry, tuning=Tuning.of(driver.device))
 
     # What the plan asks
+
+    def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+        """What the family that runs this op pads channels to multiples of at each call; 1: it does not."""
+        launcher, _ = self._choose(_placeless(op, inputs, op.infer(*inputs)))
+        return launcher.PADS_TO if isinstance(launcher, PaddingLauncher) else 1
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether a kernel family runs this form of the op on these operands, and it is no slower than the op's parts."""

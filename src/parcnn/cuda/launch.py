@@ -156,3 +156,12 @@ class UnpoolingLauncher(Launcher, Protocol):
 
     def unpools(self, call: Call, device: Device) -> bool:
         """Whether it would, of a call behind a pool, where one call may do so for both gradients. Takes `variant=`, too."""
+
+
+@runtime_checkable
+class PaddingLauncher(Launcher, Protocol):
+    """A launcher that runs a call on copies of its operands, with channels of zeros."""
+
+    @property
+    def PADS_TO(self) -> int:
+        """What the copies' channels are multiples of."""

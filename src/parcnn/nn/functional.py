@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from numbers import Integral
 from typing import Any, NoReturn
 
 from parcnn.errors import ArgumentError, ShapeError, UnknownNameError, UnsupportedError
-from parcnn.ops.base import ACTIVATIONS, Value, pair
+from parcnn.ops.base import ACTIVATIONS, ZERO_AT_ZERO, Value, image_of, pair
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.loss import CrossEntropy, MeanSquaredError
 from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
@@ -69,10 +70,13 @@ def conv2d(
             got=f"{h + pad[0] + pad[2]}x{w + pad[1] + pad[3]}",
             remedy="use a smaller kernel, more padding, or fewer pools before this layer",
         )
-    operands = [x.trace.variable(weight, Packing((k, c, r, s)))]
+    filters = x.trace.variable(weight, Packing((k, c, r, s)))
+    if groups == k == x.shape[1]:  # depthwise: channels of zeros are groups of their own
+        op = replace(op, groups=filters.shape[0])
+    operands = [x.image(filters.shape[3] * op.groups), filters]
     if bias is not None:
         operands.append(x.trace.variable(bias))
-    (value,) = x.trace.emit(op, x.image, *operands)
+    (value,) = x.trace.emit(op, *operands)
     return Tensor(x.trace, value, (n, k, p, q))
 
 
@@ -134,13 +138,13 @@ def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
         raise ShapeError(
             "the input does not fit the weight", where=x.trace.layer, expected=expected, got=x.shape, remedy=remedy
         )
-    image = x.image
-    n, h, w, c = image.shape
-    operands = [x.trace.variable(weight, Packing((out_features, c, h, w)))]
+    h, w = image_of(x.value) if len(x.value.shape) == 4 else (1, 1)
+    filters = x.trace.variable(weight, Packing((out_features, x.channels, h, w)))
+    operands = [x.image(filters.shape[3]), filters]
     if bias is not None:
         operands.append(x.trace.variable(bias))
-    (value,) = x.trace.emit(ConvFprop(bias=bias is not None), image, *operands)
-    return Tensor(x.trace, value, (n, out_features))
+    (value,) = x.trace.emit(ConvFprop(bias=bias is not None), *operands)
+    return Tensor(x.trace, value, (x.shape[0], out_features))
 
 
 def _pool(x: Tensor, op: PoolFprop) -> Tensor:
@@ -159,7 +163,7 @@ def _pool(x: Tensor, op: PoolFprop) -> Tensor:
             got=f"{h + 2 * op.pad[0]}x{w + 2 * op.pad[1]}",
             remedy="use a smaller window or fewer pools before this layer",
         )
-    value = x.trace.emit(op, x.image)[0]
+    value = x.trace.emit(op, x.exact if op.may_miss else x.value)[0]  # the maximum of no pixels is no zero
     return Tensor(x.trace, value, (n, c, p, q))
 
 
@@ -217,7 +221,7 @@ def adaptive_avg_pool2d(x: Tensor, output_size: OutputSize) -> Tensor:
     _need_image(x, "adaptive_avg_pool2d")
     n, c = x.shape[:2]
     p, q = _output_size(x, output_size)
-    (value,) = x.trace.emit(AdaptiveAvgFprop(out=(p, q)), x.image)
+    (value,) = x.trace.emit(AdaptiveAvgFprop(out=(p, q)), x.value)
     return Tensor(x.trace, value, (n, c, p, q))
 
 
@@ -248,7 +252,7 @@ def _activation(x: Tensor, kind: str) -> Tensor:
     _need_tensor(x, kind)
     if kind not in ACTIVATIONS:
         raise ArgumentError("unknown activation", where=x.trace.layer, expected=ACTIVATIONS, got=kind)
-    (value,) = x.trace.emit(Act(kind), x.value)
+    (value,) = x.trace.emit(Act(kind), x.value if kind in ZERO_AT_ZERO else x.exact)
     return x.with_value(value)
 
 
@@ -312,8 +316,9 @@ def batch_norm(
             got=x.shape,
             remedy=f"num_features={x.shape[1]} fits this input",
         )
-    value = x.value if x.ndim == 4 else x.in_user_order()
     operands = [trace.variable(v) for v in (weight, bias, running_mean, running_var)]
+    is_flat = x.ndim == 2 and prod(x.value.shape[1:-1]) > 1  # an image, whose features are in another order
+    value = (x.with_value(x.in_user_order()) if is_flat else x).with_channels(operands[0].shape[0])
     batch_statistics = training and trace.training
     if batch_statistics and value.spec.size == c:
         raise ShapeError(

@@ -25,6 +25,7 @@ ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
 # Activations whose derivative follows from their output: backward keeps that, never the input. All are monotone, so
 # they commute with a maximum.
 FROM_OUTPUT = ("relu", "tanh", "sigmoid")
+ZERO_AT_ZERO = ("relu", "gelu", "gelu_tanh", "silu", "tanh")  # channels of zeros stay zeros
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class LoadedProgram(Protocol):
 
 
 class Executor(Protocol):
-    """What the plan asks (the first three) and what training uses."""
+    """What the plan asks (the first methods) and what training uses."""
 
     name: str
     concurrent: bool  # whether calls that do not wait for each other may run at the same time
@@ -117,6 +117,10 @@ class Executor(Protocol):
     @property
     def tuning_digest(self) -> str:
         """Names the tables that decide which code runs an op: with others the same sums may round differently. '': none."""
+
+    def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+        """What channels are multiples of in the copies that this convolution, or its gradient, is run on; 1: it needs no
+        copies. A plan then lets tensors have channels of zeros up to it."""
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """Whether the executor runs this fused form on these operands as one call."""

@@ -1,4 +1,4 @@
-"""Moving elements: concatenation along channels, and the two orders of a flattened image."""
+"""Moving elements: concatenation along channels, more channels and fewer, and the two orders of a flattened image."""
 
 from __future__ import annotations
 
@@ -49,8 +49,27 @@ class ChannelSlice(Op):
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         return (Spec((*inputs[0].shape[:-1], self.stop - self.start), inputs[0].dtype),)
 
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        """Of the first channels; those behind them are zeros (`parcnn.plan.channels`), and so is their error."""
+        if self.start:
+            raise NotImplementedError("a slice from the middle has no gradient")
+        return (None,) if dys[0] is None else emit(ChannelPad(inputs[0].shape[-1]), dys[0])
+
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return 2 * outputs[0].nbytes
+
+
+@dataclass(frozen=True)
+class ChannelPad(Op):
+    """y[..., :C] = x, zeros behind it. input: x (..., C); output: y (..., channels)."""
+
+    channels: int = 0
+
+    def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
+        return (Spec((*inputs[0].shape[:-1], self.channels), inputs[0].dtype),)
+
+    def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
+        return (None,) if dys[0] is None else emit(ChannelSlice(0, inputs[0].shape[-1]), dys[0])
 
 
 @dataclass(frozen=True)

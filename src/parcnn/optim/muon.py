@@ -48,6 +48,7 @@ class Muon:
 
     waits = True  # each of its many products is small: a group of weights takes hardly longer than one
     slots = 1
+    is_elementwise = False
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "Muon.lr", "> 0", self.lr)

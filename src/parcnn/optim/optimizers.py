@@ -20,6 +20,7 @@ class OneRule:
     """Base of optimizers that update every parameter alike, by one op: they are their own rule (`parcnn.plan.optimizer`)."""
 
     waits = False
+    is_elementwise = True
 
     def rules(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Self]:
         """The same rule for all."""

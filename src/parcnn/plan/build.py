@@ -16,6 +16,7 @@ from parcnn.ops.shape import View
 from parcnn.ops.update import MAX_GROUP, Update
 from parcnn.plan import memory
 from parcnn.plan.autodiff import differentiate
+from parcnn.plan.channels import stored_shapes
 from parcnn.plan.fuse import drop_indices, fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Group, Optimizer, Rule
@@ -110,12 +111,23 @@ def build(
     options = options or Options()
     if not executor.concurrent:
         options = replace(options, parallel=False)  # side branches would cost memory and bring nothing
-    graph = Graph(mode, dtype or layout.dtype)
-    output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
-    graph.drop_dead([] if result is None else [result.value])
-    cast_filters(graph)
-    if options.fuse:
-        fuse_forward(graph, executor.can_fuse)
+
+    def forward() -> tuple[Graph, Tensor, LossResult | None]:
+        graph = Graph(mode, dtype or layout.dtype)
+        output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
+        graph.drop_dead([] if result is None else [result.value])
+        cast_filters(graph)
+        if options.fuse:
+            fuse_forward(graph, executor.can_fuse)
+        return graph, output, result
+
+    graph, output, result = forward()
+    if not layout.is_settled:
+        pads_to = executor.pads_to if options.pad_channels else lambda *_: 1
+        stored = stored_shapes(graph, _weights(graph, layout), layout.rules, pads_to)
+        layout.settle(stored)
+        if stored:
+            graph, output, result = forward()
     if mode == "train" and result is not None:
         _backward(graph, layout, result, feed, options)
         if not any(isinstance(node.op, Update) for node in graph.nodes):
@@ -171,7 +183,7 @@ def _forward(
         )
     graph.layer = "loss" if graph.mode != "predict" else "output"
     if graph.mode == "predict":
-        value = output.value if output.ndim == 4 else output.in_user_order()
+        value = output.exact if output.ndim == 4 else output.in_user_order()
         if value.dtype != layout.dtype:
             (value,) = graph.emit(Cast(layout.dtype), value)
         out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")

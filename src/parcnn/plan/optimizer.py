@@ -37,6 +37,10 @@ class Rule(Protocol):
     def waits(self) -> bool:
         """Whether an update costs about the same for one parameter as for many, so that gradients wait for each other."""
 
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether elements of a parameter are updated apart: zeros around it, whose gradients are zero, then change nothing."""
+
     def emit(self, emit: Emit, group: Group) -> None:
         """Append the ops that update the group's weights."""
 

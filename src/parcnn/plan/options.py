@@ -15,6 +15,8 @@ class Options:
     inplace: bool = True  # an op may write over an operand that nobody reads later
     parallel: bool = True  # weight gradients and updates run beside the chain of error signals
     graph: bool = True  # a step is captured once and replayed (CUDA graph)
+    # Tensors between layers have channels of zeros where convolutions would otherwise add them at each call.
+    pad_channels: bool = True
     # Gradients wait for one common update until they take this much memory; 0 updates each layer at once. Rules whose update
     # takes as long for one as for many (Muon's) let all of theirs wait.
     update_bytes: int = 1 << 20

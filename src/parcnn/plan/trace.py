@@ -2,6 +2,7 @@
 
 Users see NCHW. A `Tensor` carries that logical shape; its value is physical, NHWC. A flattened image keeps its NHWC value
 as long as nothing needs torch's element order: an activation does not, and a Linear takes the order into its own columns.
+A value may have channels of zeros behind the tensor's own, where weights have (`parcnn.plan.channels`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from parcnn.errors import ShapeError, UnknownNameError, UnsupportedError
 from parcnn.ops.base import Value
 from parcnn.ops.pointwise import Add
 from parcnn.ops.pool import AdaptiveAvgFprop
-from parcnn.ops.shape import Cat, ToChannelsFirst, ToChannelsLast, View
+from parcnn.ops.shape import Cat, ChannelPad, ChannelSlice, ToChannelsFirst, ToChannelsLast, View
 from parcnn.plan.graph import Graph
 from parcnn.plan.variable import Layout, Packing, Variable
 
@@ -112,7 +113,7 @@ class Tensor:
             return Tensor(self.trace, self.value, sizes)
         if sizes[0] == self.shape[0] and len(sizes) == 4 and self.ndim == 2:
             n, c, h, w = sizes
-            if self.value.shape == (n, h, w, c):
+            if self.value.shape[:-1] == (n, h, w) and self.channels == c:
                 return Tensor(self.trace, self.value, sizes)
             flat = self.in_user_order()
             (value,) = self.trace.emit(ToChannelsLast(image=(h, w, c)), flat)
@@ -190,16 +191,34 @@ class Tensor:
     # -- the physical side ---------------------------------------------------------------------------------------
 
     @property
-    def image(self) -> Value:
-        """The value as (N, H, W, C); a plain (N, F) counts as N images of 1x1."""
-        if len(self.value.shape) == 4:
-            return self.value
-        (value,) = self.trace.emit(View(shape=(self.shape[0], 1, 1, self.value.shape[-1])), self.value)
+    def channels(self) -> int:
+        """Channels of the value that are the tensor's own; those behind them are zeros."""
+        return self.numel() // prod(self.value.shape[:-1])
+
+    def with_channels(self, channels: int) -> Value:
+        """The value, with so many channels: its own, and zeros behind them."""
+        value = self.value
+        if channels < value.shape[-1]:
+            (value,) = self.trace.emit(ChannelSlice(0, channels), value)
+        elif channels > value.shape[-1]:
+            (value,) = self.trace.emit(ChannelPad(channels), value)
+        return value
+
+    @property
+    def exact(self) -> Value:
+        """The value, with the tensor's own channels alone."""
+        return self.with_channels(self.channels)
+
+    def image(self, channels: int) -> Value:
+        """The value as (N, H, W, channels), see `with_channels`; a plain (N, F) counts as N images of 1x1."""
+        value = self.with_channels(channels)
+        if len(value.shape) == 2:
+            (value,) = self.trace.emit(View(shape=(self.shape[0], 1, 1, channels)), value)
         return value
 
     def in_user_order(self) -> Value:
         """The value of a (N, F) tensor as (N, F) in torch's order."""
-        value = self.value
+        value = self.exact
         if len(value.shape) == 2:
             return value
         n, h, w, c = value.shape
@@ -246,8 +265,10 @@ def add(a: Tensor, b: object) -> Tensor:
             remedy="bring both to one shape, e.g. by a 1x1 convolution with the same stride",
         )
     left, right = a.value, b.value
-    if left.shape != right.shape:
+    if left.shape[:-1] != right.shape[:-1]:
         left, right = a.in_user_order(), b.in_user_order()
+    elif left.shape != right.shape:
+        left, right = a.exact, b.exact
     (value,) = a.trace.emit(Add(), left, right)
     return a.with_value(value)
 
@@ -281,7 +302,7 @@ def cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
                 got=t.shape,
                 remedy="pool or flatten all to one size first",
             )
-    values = [t.value if t.ndim == 4 else t.in_user_order() for t in tensors]
+    values = [t.exact if t.ndim == 4 else t.in_user_order() for t in tensors]
     (value,) = first.trace.emit(Cat(), *values)
     return Tensor(first.trace, value, (first.shape[0], sum(t.shape[1] for t in tensors), *first.shape[2:]))
 

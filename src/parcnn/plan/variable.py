@@ -6,8 +6,8 @@ device a filter is KRSC, and a Linear that follows a flattened image is the filt
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -54,36 +54,48 @@ class Variable:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a variable lies on a device: `logical` is its shape seen as KCRS, stored as KRSC; () keeps it as it is."""
+    """How a variable lies on a device: `logical` is its shape seen as KCRS, stored as KRSC; () keeps it as it is.
+
+    `stored` is its shape on the device where zeros are behind its channels, () where none are (`parcnn.plan.channels`).
+    """
 
     logical: tuple[int, ...] = ()
+    stored: tuple[int, ...] = ()
 
     def spec(self, variable: Variable, dtype: str) -> Spec:
         """Shape on the device."""
-        if not self.logical:
-            return Spec(variable.shape, dtype)
-        k, c, r, s = self.logical
-        return Spec((k, r, s, c), dtype)
+        return Spec(self.stored or self._shape(variable.shape), dtype)
 
     def pack(self, array: np.ndarray) -> np.ndarray:
         """torch's layout -> the device's."""
-        if not self.logical:
-            return np.ascontiguousarray(array)
-        return np.ascontiguousarray(array.reshape(self.logical).transpose(0, 2, 3, 1))
+        if self.logical:
+            array = array.reshape(self.logical).transpose(0, 2, 3, 1)
+        if self.stored:
+            array = np.pad(array, [(0, whole - own) for whole, own in zip(self.stored, array.shape, strict=True)])
+        return np.ascontiguousarray(array)
 
     def unpack(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The device's layout -> torch's."""
+        own = self._shape(shape)
+        array = array.reshape(self.stored or own)[tuple(map(slice, own))]
+        if self.logical:
+            array = array.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(array).reshape(shape)
+
+    def _shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The device's, without zeros, of a variable of torch's `shape`."""
         if not self.logical:
-            return array.reshape(shape)
+            return shape
         k, c, r, s = self.logical
-        return np.ascontiguousarray(array.reshape(k, r, s, c).transpose(0, 3, 1, 2)).reshape(shape)
+        return k, r, s, c
 
 
 @dataclass
 class Layout:
     """Offsets of a model's variables in the region 'weights' and of its optimizer's state in the region 'optimizer'.
 
-    All plans of a model share one layout. Integer variables (BatchNorm's batch counter) stay on the host.
+    All plans of a model share one layout. Integer variables (BatchNorm's batch counter) stay on the host. The first plan
+    settles which variables have channels of zeros behind their own (`pad`); before that, offsets are not final.
     """
 
     dtype: str
@@ -94,17 +106,16 @@ class Layout:
     rules: dict[Variable, Rule] = field(default_factory=dict)
     state_offsets: dict[Variable, tuple[int, ...]] = field(default_factory=dict)
     optimizer_bytes: int = 0
+    is_settled: bool = False
 
     @classmethod
     def of(cls, variables: Iterable[tuple[str, Variable]], dtype: str) -> Layout:
         """Lay out named variables in order; a variable with two names is kept once."""
         layout = cls(dtype)
         for name, variable in variables:
-            if variable in layout.offsets or variable.data.dtype.kind != "f":
-                continue
-            layout.offsets[variable] = layout.weights_bytes
-            layout.names[variable] = name
-            layout.weights_bytes += align(variable.data.size * ITEM_BYTES[dtype])
+            if variable.data.dtype.kind == "f":
+                layout.names.setdefault(variable, name)
+        layout._place()
         return layout
 
     def copy_offset(self, offset: int, dtype: str) -> int:
@@ -117,14 +128,33 @@ class Layout:
 
     def add_state(self, optimizer: Optimizer) -> None:
         """Reserve the optimizer's tensors for each trainable variable, and keep the rule that updates it."""
-        self.rules, self.state_offsets, self.optimizer_bytes = {}, {}, 0
         trained = {name: variable for variable, name in self.names.items() if variable.requires_grad}
         rules = optimizer.rules({name: variable.shape for name, variable in trained.items()})
-        for name, variable in trained.items():
-            rule = self.rules[variable] = rules[name]
-            step = align(variable.data.size * ITEM_BYTES[self.dtype])
+        self.rules = {variable: rules[name] for name, variable in trained.items()}
+        self._place()
+
+    def settle(self, stored: Mapping[Variable, tuple[int, ...]]) -> None:
+        """Fix the shapes, with zeros, of variables that are bound; offsets are final from now on."""
+        for variable, shape in stored.items():
+            self.packings[variable] = replace(self.packings[variable], stored=shape)
+        self._place()
+        self.is_settled = True
+
+    def _place(self) -> None:
+        """Lay out variables and optimizer state in order."""
+        self.weights_bytes = self.optimizer_bytes = 0
+        self.state_offsets = {}
+        for variable in self.names:
+            self.offsets[variable] = self.weights_bytes
+            self.weights_bytes += self._step(variable)
+        for variable, rule in self.rules.items():
+            step = self._step(variable)
             self.state_offsets[variable] = tuple(self.optimizer_bytes + i * step for i in range(rule.slots))
             self.optimizer_bytes += rule.slots * step
+
+    def _step(self, variable: Variable) -> int:
+        """Bytes from a variable to the next."""
+        return align(self.packings.get(variable, Packing()).spec(variable, self.dtype).nbytes)
 
     def bind(self, variable: Variable, packing: Packing, layer: str = "") -> Spec:
         """Fix how a variable is packed for its use in `layer`, and give its spec on the device.
@@ -138,7 +168,7 @@ class Layout:
                 remedy="assign it to an attribute of a Module, so that it is trained and saved",
             )
         known = self.packings.setdefault(variable, packing)
-        if known != packing:
+        if known.logical != packing.logical:
             raise ShapeError(
                 "one weight is used as two filters of different shape",
                 where=self.names[variable],
@@ -146,4 +176,4 @@ class Layout:
                 got=packing.logical or "a matrix",
                 remedy="give each use a layer of its own, or keep to one image size",
             )
-        return packing.spec(variable, self.dtype)
+        return known.spec(variable, self.dtype)

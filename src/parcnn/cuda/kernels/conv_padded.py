@@ -25,7 +25,7 @@ OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad, ConvWgrad)
 KERNEL = Kernel("conv_padded.cu", "conv_padded")
 THREADS, CHUNK_BYTES = 256, 16
 MOST_COPIES = 5  # twin of conv_padded.cu's
-UNIT = conv_sm90.CHANNEL_UNIT
+PADS_TO = conv_sm90.CHANNEL_UNIT
 _ALIGNMENT = 256  # of tensors in the workspace
 _PASS_US, _BYTES_PER_US = 2.0, 2.6e6  # of a pass: its start, and what it reads and writes
 FAMILIES: dict[type[Op], tuple[Any, ...]] = {
@@ -172,7 +172,7 @@ def _padded(op: Op, inputs: tuple[Spec, ...]) -> tuple[Spec, ...]:
 
 
 def _round_up(channels: int) -> int:
-    return ceil(channels / UNIT) * UNIT
+    return ceil(channels / PADS_TO) * PADS_TO
 
 
 def _unit(spec: Spec) -> int:

@@ -1,5 +1,6 @@
 // Moving elements, as bits.
-//   copy_channels   y[row, y_start + c] = x[row, x_start + c],  c < channels     (Cat: one launch an input; ChannelSlice)
+//   copy_channels   y[row, y_start + c] = x[row, x_start + c],  c < channels     (Cat: one launch an input; ChannelSlice;
+//                   ChannelPad: zero where c >= x_channels)
 //   transpose       y[n, col, row] = x[n, row, col]              (ToChannelsFirst: rows = H*W; ToChannelsLast: rows = C)
 //
 // copy_channels: a thread moves a word of a row; threads run along channels, then rows. Channels count in words.
@@ -18,13 +19,15 @@
 
 #ifdef WORD
 extern "C" __global__ void __launch_bounds__(THREADS)
-copy_channels(const WORD *__restrict__ x, WORD *__restrict__ y, int count, FastDiv by_channels, int x_stride, int x_start,
-              int y_stride, int y_start) {
+copy_channels(const WORD *__restrict__ x, WORD *__restrict__ y, int count, FastDiv by_channels, int x_channels, int x_stride,
+              int x_start, int y_stride, int y_start) {
     await_predecessors();
     int i = blockIdx.x * THREADS + threadIdx.x;
     if (i >= count) return;
     int c, row = divide(i, by_channels, c);
-    store_word(y + (size_t)row * y_stride + y_start + c, load_word<WORD>(x + (size_t)row * x_stride + x_start + c));
+    WORD word = {};
+    if (c < x_channels) word = load_word<WORD>(x + (size_t)row * x_stride + x_start + c);
+    store_word(y + (size_t)row * y_stride + y_start + c, word);
 }
 #else
 #define SIDE (16 / (int)sizeof(BITS))

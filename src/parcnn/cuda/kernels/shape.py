@@ -1,4 +1,4 @@
-"""Launcher of the kernels that move elements: concatenation, channel slices, both orders of a flattened image."""
+"""Launcher of the kernels that move elements: concatenation, channels fewer and more, both orders of a flattened image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from parcnn.cuda.kernels.common import ELEMENTS, WORDS, fast_div, refuse_dtype, 
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch
 from parcnn.ops.base import ITEM_BYTES, Op, Spec
 from parcnn.ops.program import Call, Slot
-from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from parcnn.ops.shape import Cat, ChannelPad, ChannelSlice, ToChannelsFirst, ToChannelsLast
 
-OPS = (Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast)
+OPS = (Cat, ChannelSlice, ChannelPad, ToChannelsFirst, ToChannelsLast)
 
 THREADS = 256
 TILE_SIDE = 32  # of a tile of a matrix that is large both ways
@@ -55,6 +55,8 @@ def launches(call: Call, device: Device) -> list[Launch]:
     x = call.inputs[0]
     if isinstance(op, ChannelSlice):
         return [_copy_channels(x, y, op.stop - op.start, op.start, 0)]
+    if isinstance(op, ChannelPad):
+        return [_copy_channels(x, y, op.channels, 0, 0)]
     rows, cols = _matrix(op, x.spec, y.spec)
     side = _square_side(x.spec.dtype, rows, cols)
     args: tuple[Argument, ...]
@@ -85,12 +87,13 @@ def _transpose_kernel(entry: str, dtype: str) -> Kernel:
 
 
 def _copy_channels(x: Slot, y: Slot, channels: int, x_start: int, y_start: int) -> Launch:
-    """Copy `channels` channels of every row, from channel x_start of x to channel y_start of y."""
-    runs = (channels, x.spec.shape[-1], x_start, y.spec.shape[-1], y_start)
+    """Copy `channels` channels of every row, from channel x_start of x to channel y_start of y; zeros where x has no more."""
+    x_channels = x.spec.shape[-1]
+    runs = (channels, min(channels, x_channels - x_start), x_channels, x_start, y.spec.shape[-1], y_start)
     runs_bytes = [run * ITEM_BYTES[x.spec.dtype] for run in runs]
     nbytes = word_bytes(*runs_bytes)
     words, *places = (run // nbytes for run in runs_bytes)
-    count = x.spec.size // x.spec.shape[-1] * words
+    count = x.spec.size // x_channels * words
     args: tuple[Argument, ...] = (x, y, np.int32(count), fast_div(words), *(np.int32(v) for v in places))
     return Launch(_copy_kernel(nbytes), (-(-count // THREADS), 1, 1), (THREADS, 1, 1), args)
 

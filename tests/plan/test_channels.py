@@ -1,0 +1,244 @@
+"""Channels of zeros between layers: the same losses and gradients as without, and nobody outside sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from hypothesis import event, given, settings
+
+from parcnn import cat, nn
+from parcnn.cpu import CpuExecutor
+from parcnn.nn import functional as F
+from parcnn.ops.base import Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.shape import ChannelPad, ChannelSlice
+from parcnn.optim import SGD, AdamW, Muon
+from parcnn.plan.options import Options
+from parcnn.plan.trace import Tensor
+from parcnn.train.session import Session
+from tests.plan.networks import Problem, networks
+from tests.plan.step import Step, check_gradients, feed_of, step_of
+from tests.plan.test_gradients import CALM
+
+
+class Padding(CpuExecutor):
+    """An executor some of whose convolutions would be run on copies with channels of a multiple."""
+
+    concurrent = True
+    multiple = 4
+    convolutions: tuple[type[Op], ...] = (ConvFprop, ConvDgrad, ConvWgrad)
+
+    def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+        return self.multiple if isinstance(op, self.convolutions) else 1
+
+
+@pytest.fixture
+def padding() -> Iterator[Padding]:
+    executor = Padding(threads=1)
+    yield executor
+    executor.close()
+
+
+def _images(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape)
+
+
+def _classes(n: int, classes: int = 3) -> np.ndarray:
+    return (np.arange(n) % classes).astype(np.int32)
+
+
+def _stored(step: Step) -> dict[str, tuple[int, ...]]:
+    """Shapes, with zeros, of the weights that have any, by name."""
+    layout = step.plan.layout
+    return {layout.names[v]: packing.stored for v, packing in layout.packings.items() if packing.stored}
+
+
+def _zeros_behind(step: Step) -> list[np.ndarray]:
+    """What lies in the executor's memory behind the weights' own elements."""
+    layout, found = step.plan.layout, []
+    for variable, packing in layout.packings.items():
+        if packing.stored:
+            whole = step.regions["weights"].read(packing.spec(variable, layout.dtype), layout.offsets[variable])
+            own = packing.pack(np.ones(variable.shape))
+            found.append(whole[own == 0])
+    return found
+
+
+@pytest.mark.parametrize(("multiple", "convolutions"), [(2, Padding.convolutions), (4, Padding.convolutions), (4, (ConvWgrad,))])
+@settings(CALM, max_examples=60)
+@given(problem=networks())
+def test_gradients_are_the_loss_derivatives(
+    padding: Padding, multiple: int, convolutions: tuple[type[Op], ...], problem: Problem
+) -> None:
+    padding.multiple, padding.convolutions = multiple, convolutions
+    step = step_of(padding, problem.model, problem.images, problem.targets, loss=problem.loss)
+    event(f"{len(_stored(step))} weights with zeros")
+    check_gradients(step, problem.model)
+    for zeros in _zeros_behind(step):
+        assert not zeros.any()
+
+
+@settings(CALM, max_examples=100)
+@given(problem=networks())
+def test_results_are_those_without(cpu: CpuExecutor, padding: Padding, problem: Problem) -> None:
+    for layer in problem.model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # a mask goes by an element's place in memory
+    with_zeros, without = (
+        step_of(executor, problem.model, problem.images, problem.targets, loss=problem.loss)
+        for executor in (padding, cpu)
+    )
+    loss, moved = with_zeros.gradients()
+    expected, expected_moved = without.gradients()
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    for weight, array in moved.items():
+        scale = max(np.abs(a).max() for a in expected_moved.values())
+        np.testing.assert_allclose(array, expected_moved[weight], rtol=1e-9, atol=1e-11 * scale, err_msg=weight)
+
+
+class Wide(nn.Module):
+    """Odd channels in every place that keeps zeros, and borders: input, grouped convolution, sigmoid, cat, loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, padding=1)
+        self.depthwise = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm = nn.BatchNorm2d(6)
+        self.project = nn.Conv2d(6, 7, 1)
+        self.grouped = nn.Conv2d(7, 14, 3, groups=7)
+        self.mix = nn.Conv2d(14, 5, 1)
+        self.gate = nn.Conv2d(5, 5, 1)
+        self.first, self.second = nn.Linear(10 * 4, 21), nn.Linear(21, 3)
+        self.dense_norm = nn.BatchNorm1d(21)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.max_pool2d(F.gelu(self.norm(self.depthwise(x))) + x, 2)
+        x = self.mix(self.grouped(F.silu(self.project(x))))
+        x = cat([x, F.sigmoid(self.gate(x))], 1)
+        x = F.tanh(self.dense_norm(self.first(F.adaptive_avg_pool2d(x, 2).flatten(1))))
+        return self.second(F.dropout(x, 0.5))
+
+
+def test_which_weights_get_zeros(padding: Padding) -> None:
+    step = step_of(padding, Wide(), _images(2, 3, 10, 10), _classes(2))
+    vectors = dict.fromkeys(["weight", "bias", "running_mean", "running_var"], (8,))
+    assert _stored(step) == {
+        "stem.weight": (8, 3, 3, 3), "stem.bias": (8,),
+        "depthwise.weight": (8, 3, 3, 1), "depthwise.bias": (8,),
+        **{f"norm.{name}": shape for name, shape in vectors.items()},
+        "project.weight": (7, 1, 1, 8),  # what it makes goes into groups
+        "first.weight": (24, 2, 2, 10), "first.bias": (24,),
+        **{f"dense_norm.{name}": (24,) for name in vectors},
+        "second.weight": (3, 1, 1, 24),
+    }  # fmt: skip
+    check_gradients(step, Wide())
+    names = [type(call.op) for call in step.plan.program.calls]
+    assert ChannelSlice in names  # of cat's gradient alone
+    assert ChannelPad not in names
+
+
+@pytest.mark.parametrize(
+    ("layers", "stored"),
+    [
+        ([nn.Conv2d(1, 2, 1), nn.Conv2d(2, 8, 1)], {"0.weight": (4, 1, 1, 1), "0.bias": (4,), "1.weight": (8, 1, 1, 4)}),
+        ([nn.Conv2d(1, 9, 1), nn.Conv2d(9, 8, 1)], {"0.weight": (12, 1, 1, 1), "0.bias": (12,), "1.weight": (8, 1, 1, 12)}),
+        ([nn.Conv2d(1, 1, 1), nn.Conv2d(1, 8, 1)], {}),  # three zeros for each channel are too many
+        ([nn.Conv2d(1, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 8, 1)], {}),
+        ([nn.Conv2d(1, 6, 1), nn.MaxPool2d(2, 1, 1, dilation=2), nn.Conv2d(6, 8, 1)], {}),  # -inf where it sees no pixel
+        ([nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6, eps=0.0), nn.Conv2d(6, 8, 1)], {}),  # 0 / 0
+        ([nn.Conv2d(1, 6, 1), nn.Conv2d(6, 8, 1, groups=2)], {}),
+        ([nn.Conv2d(1, 8, 1), nn.Conv2d(8, 4, 1)], {}),
+    ],
+)  # fmt: skip
+def test_what_keeps_its_channels(
+    padding: Padding, layers: Sequence[nn.Module], stored: dict[str, tuple[int, ...]]
+) -> None:
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(layers[-1].out_channels, 3)]
+    step = step_of(padding, nn.Sequential(*layers, *head), _images(2, 1, 4, 4), _classes(2))
+    assert _stored(step) == stored
+
+
+def test_only_where_a_call_would_pad(padding: Padding) -> None:
+    """The channels on both sides of such a convolution, nowhere else; a gradient counts where it is computed."""
+
+    class One(Padding):
+        asked: ClassVar[list[Op]] = []
+
+        def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+            self.asked.append(op)
+            return 4 if isinstance(op, ConvWgrad) and inputs[0].shape[-1] == 6 else 1
+
+    layers = [nn.Conv2d(2, 5, 1), nn.Conv2d(5, 6, 1), nn.ReLU(), nn.Conv2d(6, 7, 1), nn.Conv2d(7, 9, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    step = step_of(One(threads=1), model, _images(2, 2, 4, 4), _classes(2))
+    assert _stored(step) == {
+        "1.weight": (8, 1, 1, 5), "1.bias": (8,), "3.weight": (8, 1, 1, 8), "3.bias": (8,), "4.weight": (9, 1, 1, 8),
+    }  # fmt: skip
+    assert sum(isinstance(op, ConvDgrad) for op in One.asked) == 4  # not of the images
+    layers[3].weight.requires_grad = False
+    assert not _stored(step_of(One(threads=1), model, _images(2, 2, 4, 4), _classes(2)))
+    assert not _stored(step_of(One(threads=1), model, _images(2, 2, 4, 4), _classes(2), mode="eval"))
+
+
+def test_option(padding: Padding) -> None:
+    step = step_of(padding, Wide(), _images(2, 3, 10, 10), _classes(2), options=Options(pad_channels=False))
+    assert not _stored(step)
+
+
+def test_rules_that_look_at_a_weights_shape(cpu: CpuExecutor, padding: Padding) -> None:
+    """Muon's step of a weight depends on its sides; what `others` trains gets its zeros."""
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20, 3))
+    steps = [
+        step_of(executor, model, _images(2, 1, 6, 6), _classes(2), optimizer=Muon(exclude=("0.*", "5.*")))
+        for executor in (padding, cpu)
+    ]
+    assert not _stored(steps[0])  # both sides of the convolution in the middle
+    losses = [step.run(lr=0.1) for step in steps]
+    assert losses[0] == losses[1]
+
+
+class Branching(nn.Module):
+    """Trains with a head beside its own, which reads the same tensor in ways that zeros would change."""
+
+    def __init__(self, aside: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 6, 3), nn.Conv2d(6, 8, 1)
+        self.side = nn.Conv2d(6, 6, 1)
+        self.out = nn.Linear(8, 3)
+        self.aside = aside
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        if self.training:
+            x = self.aside(self.side(x)) + x
+        return self.out(self.b(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("first", ["predict", "train"])
+@pytest.mark.parametrize("aside", [F.relu, F.sigmoid, lambda x: x.flatten(1).view(x.size(0), 6, 3, 3)])
+def test_plans_that_disagree(
+    cpu: CpuExecutor, padding: Padding, aside: Callable[[Tensor], Tensor], first: str
+) -> None:
+    """The first plan of a model decides; a later one adds and drops channels where it reads a tensor in other ways."""
+    images, targets = _images(2, 2, 5, 5), _classes(2)
+    model = Branching(aside)
+    results = []
+    for executor in (padding, cpu):
+        session = Session(model, executor, loss=nn.CrossEntropyLoss(), optimizer=SGD(lr=1.0), precision="fp64")
+        for mode in ("predict", "train") if first == "predict" else ("train", "predict"):
+            model.train(mode == "train")
+            plan = session.plan(mode, 2, feed_of(images, targets))
+            if mode == "train":
+                trained = Step(executor, plan, images, targets)
+        results.append(trained.gradients())
+        if first == "predict" and executor is padding:
+            assert _stored(trained)["a.weight"] == (8, 3, 3, 2)
+            check_gradients(trained, model)
+    (loss, moved), (expected, expected_moved) = results
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    for weight, array in moved.items():
+        np.testing.assert_allclose(array, expected_moved[weight], rtol=1e-9, atol=1e-12, err_msg=weight)
