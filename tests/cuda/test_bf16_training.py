@@ -14,9 +14,12 @@ import parcnn
 from parcnn import data, models, nn, optim
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import conv_padded
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError
+from parcnn.plan.describe import outline
 from parcnn.plan.optimizer import Optimizer
+from parcnn.plan.options import Options
 from parcnn.train import Trainer
 
 
@@ -95,6 +98,17 @@ def norms() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(72 * 9, 10))
 
 
+def odd() -> nn.Module:
+    """Channels that are no multiples of 8, of images, too."""
+    blocks = [
+        layer
+        for c, k in pairwise((20, 44, 36))
+        for layer in (nn.Conv2d(c, k, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    ]
+    top = [nn.Conv2d(36, 92, 3, padding=1), nn.BatchNorm2d(92), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*blocks, *top, nn.Linear(92, 10))
+
+
 @pytest.mark.parametrize(("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32))])
 def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:
     some = noise(32 * 2 + 7, shape)  # and a tail
@@ -109,6 +123,20 @@ def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape:
 def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callable[[], nn.Module]) -> None:
     run = Trainer(network(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
     run.fit(noise(40, (3, 32, 32)), 1)
+
+
+def test_a_network_is_padded_once(null: CudaExecutor) -> None:
+    """Channels between layers are padded with the weights; what is read from outside, and given to it, at each call."""
+
+    def padded(pad_channels: bool) -> set[str]:
+        plan = outline(
+            odd(), mode="train", batch=512, sample=(20, 32, 32), executor=null, loss=nn.CrossEntropyLoss(),
+            optimizer=optim.SGD(), precision="bf16", options=Options(pad_channels=pad_channels),
+        )  # fmt: skip
+        return {call.layer for call in plan.program.calls if conv_padded.KERNEL in null.kernels(call)}
+
+    assert padded(pad_channels=False) == {"0", "3", "6"}
+    assert padded(pad_channels=True) == {"0"}
 
 
 @pytest.mark.parametrize(("precision", "device"), [("bf16", "cpu"), ("fp64", "null"), ("fp8", "cpu")])
@@ -150,6 +178,20 @@ def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tu
         losses[precision] = run.fit(noise(64 * 4, shape), 1).losses
     # Eight bits of mantissa in some ten layers; a wrong gradient or a wrong layer moves the loss by far more.
     np.testing.assert_allclose(losses["bf16"], losses["fp32"], rtol=0.02)
+
+
+@pytest.mark.gpu
+def test_channels_of_zeros_change_no_step(cuda: CudaExecutor) -> None:
+    losses = {}
+    for pad_channels in (False, True):
+        parcnn.manual_seed(3)
+        run = Trainer(
+            odd(), optim.SGD(1e-3, momentum=0.9), device=cuda, precision="bf16", batch_size=64, shuffle=False,
+            options=Options(pad_channels=pad_channels),
+        )  # fmt: skip
+        losses[pad_channels] = run.fit(noise(64 * 4, (20, 16, 16)), 1).losses
+        assert any(packing.stored for packing in run.session.layout.packings.values()) == pad_channels
+    np.testing.assert_allclose(losses[True], losses[False], rtol=0.01)  # other kernels, which sum in another order
 
 
 @pytest.mark.gpu

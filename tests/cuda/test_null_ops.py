@@ -18,7 +18,7 @@ from parcnn.ops.muon import MuonDirection, MuonUpdate
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pointwise import Act, ActDgrad, Add, Cast, Dropout
 from parcnn.ops.pool import AdaptiveAvgDgrad, AdaptiveAvgFprop, PoolDgrad, PoolFprop, PoolWindow
-from parcnn.ops.shape import Cat, ChannelSlice, ToChannelsFirst, ToChannelsLast
+from parcnn.ops.shape import Cat, ChannelPad, ChannelSlice, ToChannelsFirst, ToChannelsLast
 from parcnn.ops.update import AdamUpdate, SgdUpdate
 from tests.op_runner import run_op
 
@@ -124,6 +124,8 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (ToChannelsLast((3, 5, 7)), [f32(2, 105)]),
     (Cat(), [bf16(2, 3, 5), bf16(2, 3, 1), bf16(2, 3, 24)]),
     (ChannelSlice(8, 16), [bf16(2, 3, 24)]),
+    (ChannelPad(8), [f32(2, 3, 5)]),
+    (ChannelPad(16), [bf16(2, 3, 10)]),
     (ToChannelsFirst(), [bf16(2, 4, 4, 16)]),
     (ToChannelsLast((3, 5, 7)), [bf16(2, 105)]),
     (CrossEntropy(), [f32(33, 10), i32(33)]),

@@ -337,6 +337,8 @@ class CudaExecutor:
 
     def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
         """What the family that runs this op pads channels to multiples of at each call; 1: it does not."""
+        if not any(isinstance(launcher, PaddingLauncher) for launcher in self.registry.tunable(op, inputs).values()):
+            return 1
         launcher, _ = self._choose(_placeless(op, inputs, op.infer(*inputs)))
         return launcher.PADS_TO if isinstance(launcher, PaddingLauncher) else 1
 

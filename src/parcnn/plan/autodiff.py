@@ -20,7 +20,7 @@ def differentiate(graph: Graph, loss: Node, wanted: set[Value], ready: Callable[
         for v in node.inputs:
             if v in uses:
                 uses[v] += 1
-    relevant = depends_on(forward, wanted)
+    relevant = _depends_on(forward, wanted)
     grads: dict[Value, Value] = {}
     graph.phase = "backward"
 
@@ -45,7 +45,7 @@ def differentiate(graph: Graph, loss: Node, wanted: set[Value], ready: Callable[
                     ready(v, grads[v])
 
 
-def depends_on(nodes: list[Node], sources: set[Value]) -> set[Value]:
+def _depends_on(nodes: list[Node], sources: set[Value]) -> set[Value]:
     """The sources and every value computed from them."""
     reached = set(sources)
     for node in nodes:

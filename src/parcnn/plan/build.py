@@ -14,9 +14,8 @@ from parcnn.ops.pointwise import Cast
 from parcnn.ops.program import Call, Executor, Program, Slot
 from parcnn.ops.shape import View
 from parcnn.ops.update import MAX_GROUP, Update
-from parcnn.plan import memory
+from parcnn.plan import channels, memory
 from parcnn.plan.autodiff import differentiate
-from parcnn.plan.channels import stored_shapes
 from parcnn.plan.fuse import drop_indices, fuse_backward, fuse_forward
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Group, Optimizer, Rule
@@ -111,23 +110,17 @@ def build(
     options = options or Options()
     if not executor.concurrent:
         options = replace(options, parallel=False)  # side branches would cost memory and bring nothing
-
-    def forward() -> tuple[Graph, Tensor, LossResult | None]:
-        graph = Graph(mode, dtype or layout.dtype)
-        output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
-        graph.drop_dead([] if result is None else [result.value])
-        cast_filters(graph)
-        if options.fuse:
-            fuse_forward(graph, executor.can_fuse)
-        return graph, output, result
-
-    graph, output, result = forward()
+    dtype = dtype or layout.dtype
     if not layout.is_settled:
-        pads_to = executor.pads_to if options.pad_channels else lambda *_: 1
-        stored = stored_shapes(graph, _weights(graph, layout), layout.rules, pads_to)
-        layout.settle(stored)
-        if stored:
-            graph, output, result = forward()
+        graph = Graph(mode, dtype)
+        output, _ = _model(graph, model, batch, feed, layout)
+        layout.settle(_padded(graph, output, layout, executor, options) if options.pad_channels else {})
+    graph = Graph(mode, dtype)
+    output, result = _forward(graph, model, batch, feed, layout, loss, optimizer)
+    graph.drop_dead([] if result is None else [result.value])
+    cast_filters(graph)
+    if options.fuse:
+        fuse_forward(graph, executor.can_fuse)
     if mode == "train" and result is not None:
         _backward(graph, layout, result, feed, options)
         if not any(isinstance(node.op, Update) for node in graph.nodes):
@@ -151,16 +144,20 @@ def build(
     return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive, largest)
 
 
-def _forward(
-    graph: Graph,
-    model: Any,
-    batch: int,
-    feed: Feed,
-    layout: Layout,
-    loss: Callable[[Tensor, Tensor], LossResult] | None,
-    optimizer: Optimizer | None,
-) -> tuple[Tensor, LossResult | None]:
-    """Trace batch, model and loss; the model's output, and the loss where the mode has one."""
+def _padded(
+    graph: Graph, output: Tensor, layout: Layout, executor: Executor, options: Options
+) -> dict[Variable, tuple[int, ...]]:
+    """Which weights get channels of zeros, of a model that `graph` holds: as training wants it, whatever the mode is."""
+    graph.mode = "train"
+    graph.drop_dead([output.value])
+    cast_filters(graph)
+    if options.fuse:
+        fuse_forward(graph, executor.can_fuse)
+    return channels.stored_shapes(graph, output.value, _weights(graph, layout), layout.rules, executor.pads_to)
+
+
+def _model(graph: Graph, model: Any, batch: int, feed: Feed, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Trace a batch and the model; the model's output, and the targets."""
     trace = Trace(graph, layout, {module: name for name, module in model.named_modules()})
     graph.phase = "feed"
     images = graph.place(feed.images, "images", 0, "images")
@@ -181,13 +178,27 @@ def _forward(
             got=type(output).__name__,
             remedy="return the tensor that the loss is computed from",
         )
+    return output, Tensor(trace, target, target.shape)
+
+
+def _forward(
+    graph: Graph,
+    model: Any,
+    batch: int,
+    feed: Feed,
+    layout: Layout,
+    loss: Callable[[Tensor, Tensor], LossResult] | None,
+    optimizer: Optimizer | None,
+) -> tuple[Tensor, LossResult | None]:
+    """Trace batch, model and loss; the model's output, and the loss where the mode has one."""
+    output, target = _model(graph, model, batch, feed, layout)
     graph.layer = "loss" if graph.mode != "predict" else "output"
     if graph.mode == "predict":
         value = output.exact if output.ndim == 4 else output.in_user_order()
         if value.dtype != layout.dtype:
             (value,) = graph.emit(Cast(layout.dtype), value)
         out = graph.place(Spec((feed.order, *value.shape[1:]), value.dtype), "out", 0, "out")
-        graph.emit(WriteOutput(), value, trace.state, out)
+        graph.emit(WriteOutput(), value, _state(graph), out)
         return output.with_value(value), None
     if loss is None or (graph.mode == "train" and optimizer is None):
         raise ArgumentError(
@@ -196,7 +207,7 @@ def _forward(
             expected="loss=nn.CrossEntropyLoss()" + ", optimizer=SGD()" * (graph.mode == "train"),
             got=f"loss={loss}, optimizer={optimizer}",
         )
-    result = loss(output, Tensor(trace, target, target.shape))
+    result = loss(output, target)
     if not any(getattr(result, "value", None) in node.outputs for node in graph.nodes if node.layer == "loss"):
         raise ArgumentError(
             "the loss function returned something else than a loss",
@@ -205,6 +216,11 @@ def _forward(
             got=type(result).__name__,
         )
     return output, result
+
+
+def _state(graph: Graph) -> Value:
+    """Step counters and random key (`parcnn.ops.feed`)."""
+    return next(v for v, place in graph.places.items() if place[0] == "state")
 
 
 def _backward(graph: Graph, layout: Layout, result: LossResult, feed: Feed, options: Options) -> None:
@@ -220,7 +236,7 @@ def _backward(graph: Graph, layout: Layout, result: LossResult, feed: Feed, opti
             remedy="make a new Trainer after requires_grad_()",
         )
     loss = next(node for node in graph.nodes if result.value in node.outputs)
-    state = next(v for v, place in graph.places.items() if place[0] == "state")
+    state = _state(graph)
     hyper = graph.place(Spec((feed.steps, 4), layout.dtype), "hyper", 0, "hyper")
     waiting: dict[Rule, list[tuple[Value, Value]]] = {}
 
@@ -272,7 +288,7 @@ def _save_memory_of_large_layers(graph: Graph, options: Options) -> None:
 def _end_step(graph: Graph, batch: int, feed: Feed, result: LossResult | None) -> None:
     """Append what closes a step: logs and counters."""
     graph.phase, graph.layer = "feed", "step"
-    state = next(v for v, place in graph.places.items() if place[0] == "state")
+    state = _state(graph)
     operands: list[Value] = [state]
     correct = result.correct if result else None
     if result is not None:

@@ -5,27 +5,28 @@ of zero. What layers hand to each other then has them too, and no call pads or c
 gradients are zeros, which an update element by element leaves alone. Nothing outside sees them: a state_dict, a checkpoint,
 an input, an output and a loss have the model's own channels.
 
-The first plan of a model decides. A tensor keeps its own channels where something reads it that more of them would change.
+A tensor keeps its own channels where something reads it that more of them would change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from parcnn.ops.base import ZERO_AT_ZERO, Op, Spec, Value
-from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
+from parcnn.ops.feed import GatherBatch
 from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
 from parcnn.ops.pointwise import Act, Add, Cast, Dropout
 from parcnn.ops.pool import AdaptiveAvgFprop, PoolFprop, PoolWindow
 from parcnn.ops.shape import View
-from parcnn.plan.autodiff import depends_on
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Rule
 from parcnn.plan.variable import Variable
 
+BATCH = 256  # for which convolutions are asked
 MOST_ZEROS = 0.5  # of a tensor's channels: with more, everything else loses what convolutions gain
 
-PadsTo = Callable[[Op, tuple[Spec, ...]], int]
 Axis = tuple[Value, int]  # a dimension of a value that counts channels
 
 
@@ -60,16 +61,22 @@ class _Spaces:
 
 
 def stored_shapes(
-    graph: Graph, weights: Mapping[Value, Variable], rules: Mapping[Variable, Rule], pads_to: PadsTo
+    graph: Graph,
+    output: Value,
+    weights: Mapping[Value, Variable],
+    rules: Mapping[Variable, Rule],
+    pads_to: Callable[[Op, tuple[Spec, ...]], int],
 ) -> dict[Variable, tuple[int, ...]]:
-    """The shapes, with zeros, of the variables that get any (`parcnn.ops.program.Executor.pads_to`).
+    """The shapes, with zeros, of the variables that get any.
 
-    graph: the forward pass with its loss or output, fused, of `weights` without zeros, which `rules` train.
+    graph: a model's forward pass up to its output, fused as for training, of `weights` without zeros, which `rules` train;
+    pads_to: `parcnn.ops.program.Executor.pads_to`.
     """
-    multiples = _multiples(graph, weights, pads_to)
+    multiples = _multiples(graph, pads_to)
     if not multiples:
         return {}
     spaces = _Spaces()
+    spaces.fix(_channels(output))
     for node in graph.nodes:
         _read(node, spaces)
     for weight, variable in weights.items():
@@ -89,25 +96,29 @@ def stored_shapes(
     return shapes
 
 
-def _multiples(graph: Graph, weights: Mapping[Value, Variable], pads_to: PadsTo) -> dict[Axis, int]:
+def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> dict[Axis, int]:
     """What the channels are padded to of each convolution that would be run on copies, or one of its gradients."""
-    trained = {weight for weight, variable in weights.items() if variable.requires_grad}
-    relevant = depends_on(graph.nodes, trained) if graph.mode == "train" else set()
+    images = {v for node in graph.nodes if isinstance(node.op, GatherBatch) for v in node.outputs}
     multiples = {}
     for node in graph.nodes:
         if not isinstance(node.op, ConvFprop):
             continue
-        (x, w), y = node.inputs[:2], node.outputs[0]
+        (x, *weights), y = node.inputs, node.outputs[0]
         backward = Graph(graph.mode, graph.dtype)
-        if y in relevant:
-            node.op.grad(backward.emit, node.inputs, node.outputs, (Value(y.spec),))
-        runs = {ConvFprop: True, ConvDgrad: x in relevant, ConvWgrad: w in relevant}
+        node.op.grad(backward.emit, node.inputs, node.outputs, (Value(y.spec),))
         for convolution in (node, *backward.nodes):
-            if runs.get(type(convolution.op)):
-                multiple = pads_to(convolution.op, tuple(v.spec for v in convolution.inputs))
+            needless = isinstance(convolution.op, ConvDgrad) and x in images
+            if isinstance(convolution.op, ConvGeometry) and not needless:
+                specs = (v.spec if v in weights else _of_usual_batch(v.spec) for v in convolution.inputs)
+                multiple = pads_to(convolution.op, tuple(specs))
                 if multiple > 1:
                     multiples[_channels(x)] = multiples[_channels(y)] = multiple
     return multiples
+
+
+def _of_usual_batch(spec: Spec) -> Spec:
+    """Of a batch that no plan's own is: what is decided holds for all, and results do not depend on which came first."""
+    return replace(spec, shape=(BATCH, *spec.shape[1:]))
 
 
 def _channels(value: Value) -> Axis:

@@ -1,4 +1,4 @@
-"""Tracing: a model's forward() runs once on symbolic tensors, which write down what is done to them.
+"""Tracing: a model's forward() runs on symbolic tensors, which write down what is done to them.
 
 Users see NCHW. A `Tensor` carries that logical shape; its value is physical, NHWC. A flattened image keeps its NHWC value
 as long as nothing needs torch's element order: an activation does not, and a Linear takes the order into its own columns.

@@ -94,8 +94,8 @@ class Packing:
 class Layout:
     """Offsets of a model's variables in the region 'weights' and of its optimizer's state in the region 'optimizer'.
 
-    All plans of a model share one layout. Integer variables (BatchNorm's batch counter) stay on the host. The first plan
-    settles which variables have channels of zeros behind their own (`pad`); before that, offsets are not final.
+    All plans of a model share one layout. Integer variables (BatchNorm's batch counter) stay on the host. With the first
+    plan it is settled which variables have channels of zeros behind their own; before that, offsets are not final.
     """
 
     dtype: str
