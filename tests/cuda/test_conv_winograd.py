@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from parcnn.cuda.kernels import conv_wgrad, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
@@ -15,6 +17,7 @@ from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.cuda.launch import Kernel
 from parcnn.ops.base import ACTIVATIONS, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from tests.cuda import conv_problems
 from tests.cuda.compare import WHERE, CheckedEmulation, MakeExecutor, check, makers, normal, on_cpu, random_fixture  # noqa: F401
 from tests.cuda.test_conv import Problem, call_of
 from tests.op_runner import run_op
@@ -89,6 +92,13 @@ class ForcedWgrad(Forced):
         return [*self.family.variants(), SUM_KERNEL]
 
 
+def forced(tiles: int, splits: int) -> ForcedWgrad:
+    """The filter gradient of so many tiles, in up to so many splits."""
+    steps = ceil(tiles / conv_winograd_wgrad.DEPTH)
+    splits = ceil(steps / ceil(steps / min(splits, steps)))  # none is empty
+    return ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(splits))
+
+
 @problems
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -96,10 +106,7 @@ def test_wgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem
     op, arrays = filter_gradient(problem, random, bias)
     p, q = problem.output_hw(None)
     tiles = problem.n * ceil(p / 2) * ceil(q / 2)
-    steps = ceil(tiles / conv_winograd_wgrad.DEPTH)
-    splits = ceil(steps / ceil(steps / min(splits, steps)))  # none is empty
-    launcher = ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(splits))
-    check(make([launcher]), op, arrays, ulps=ulps(tiles, FILTERS))
+    check(make([forced(tiles, splits)]), op, arrays, ulps=ulps(tiles, FILTERS))
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS])
@@ -142,6 +149,57 @@ def test_what_is_not_finite_stays_where_it_was(make: MakeExecutor, random: np.ra
 def test_refusals_say_why(op: Op, shape: tuple[int, ...], reason: str) -> None:
     call = call_of(op, [np.zeros((2, 9, 9, shape[3]), np.float32), np.zeros(shape, np.float32)])
     assert reason in (conv_winograd.supports(op, call.input_specs) or "")
+
+
+@pytest.mark.parametrize(
+    ("image", "pad", "taken"),
+    [
+        ((1, 9), (1, 1, 1, 1), False),
+        ((1, 9), (2, 1, 2, 1), True),
+        ((2, 9), (1, 1, 0, 0), False),
+        ((9, 2), (0, 1, 0, 0), False),
+        ((1, 1), (2, 2, 2, 2), True),
+        ((1, 1), (1, 1, 1, 1), False),
+        ((2, 2), (1, 1, 1, 1), True),
+        ((3, 3), (0, 0, 0, 0), True),
+    ],
+)
+def test_taps_that_meet_no_pixel(image: tuple[int, int], pad: tuple[int, int, int, int], taken: bool) -> None:
+    """Their gradients are zeros, not what is left of a difference: with Adam a step would be as long as any other."""
+    x = np.ones((1, *image, 1))
+    op = ConvWgrad(pad=pad, filter=(3, 3))
+    dy = np.ones((1, *ConvFprop(pad=pad).output_hw(*image, 3, 3), 1))
+    (met,) = on_cpu(op, [x, dy])
+    assert met.all() == taken
+    specs = (Spec((4, *image, 8)), Spec((4, *dy.shape[1:3], 8)))
+    assert (conv_winograd_wgrad.supports(op, specs) is None) == taken
+
+
+@st.composite
+def random_problems(draw: st.DrawFn) -> conv_problems.Problem:
+    """Of any size from one pixel on; about half of the tiles of such images lie on a border."""
+    pad = draw(st.tuples(*[st.integers(0, 3)] * 4))
+    sides = [draw(st.integers(max(1, 3 - pad[i] - pad[i + 2]), 12)) for i in (0, 1)]
+    return conv_problems.Problem(draw(st.integers(1, 8)), *sides, *(8 * draw(st.integers(1, 3)) for _ in "ck"), pad=pad)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    problem=random_problems(),
+    kind=st.sampled_from(["fprop", "dgrad", "wgrad"]),
+    splits=st.integers(1, 4),
+    number=st.integers(0, 2**32 - 1),
+)
+def test_random_problems(
+    make: MakeExecutor, problem: conv_problems.Problem, kind: str, splits: int, number: int
+) -> None:
+    """Each output is held to its own terms."""
+    random, op = np.random.default_rng(number), problem.op(kind)
+    operands = problem.operands(op, conv_problems.normal(random), random)
+    n, p, q, _ = operands[1 if kind == "wgrad" else 0].shape
+    family = forced(n * ceil(p / 2) * ceil(q / 2), splits) if kind == "wgrad" else conv_winograd
+    if family.supports(op, conv_problems.specs_of(op, operands, "f32")) is None:
+        conv_problems.check_close(make([family]), op, operands, "f32")
 
 
 def test_filters_of_too_many_elements() -> None:

@@ -64,9 +64,17 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return reason
     if not all(spec.size for spec in (*inputs, *outputs)):
         return "there is nothing to compute"
+    sides = zip(x.shape[1:3], dy.shape[1:3], op.pad[:2], strict=True)
+    if not all(_meets(tap, *side) for side in sides for tap in range(3)):
+        return "the gradient of a tap that meets no pixel is zero, which Winograd's sums only come near to"
     if x.shape[3] % 4 or dy.shape[3] % 4:
         return f"Winograd's filter gradient takes multiples of 4 channels, not {x.shape[3]} and {dy.shape[3]}"
     return None
+
+
+def _meets(tap: int, pixels: int, outputs: int, pad: int) -> bool:
+    """Whether a tap's row (or column) of some output is one of the image's."""
+    return max(0, pad - tap) < min(outputs, pixels + pad - tap)
 
 
 def workspace_bytes(
