@@ -26,6 +26,7 @@ __device__ __forceinline__ u32 beats_bf16x2(u32 v, u32 best) {
     asm("set.eq.u32.bf16x2 %0, %1, %1;" : "=r"(is_number) : "r"(best));
     return not_less_or_equal & is_number;
 }
+#endif
 
 // A 2x2 window of two channels, row-major, of rounded values: its maximum, at least `floor`, and which is the first that has
 // its very bits: NaN has but one form here, and zeros are positive where there is a floor, or the sum of anything.
@@ -40,4 +41,3 @@ struct Best {
         index = (one_or_three >> 15 & 0x00010001u) | (two_or_three >> 14 & 0x00020002u);
     }
 };
-#endif

@@ -256,7 +256,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #if MOMENTS
     constexpr float *partial = nullptr;  // moments are not taken of splits
 #endif
-    extern __shared__ __align__(1024) u8 shared[];
+    ALIGNED_SHARED(u8, shared);
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
     const Barriers bar(g, x_base + g.barrier_offset);
     const int consumer = threadIdx.x >> 7, thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31;
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
 
     if (consumer == 2) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        give_registers<56>();
 #if OF_PIXELS
         const PixelMaps pixels = {{&x, &x1, &x2, &x3}};
         if (thread == 0) produce(g, order, pixels, w, bar, x_base, w_base, slot, k_group);
@@ -302,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             write_tiles(g, order, outputs, bar, x_base, x_base + g.staging_offset + (warp - 1) * g.own_staging * g.staging_bytes, slot, k_group, warp - 1);
 #endif
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        take_registers<224>();
         constexpr u32 w_descriptor = 8 * W_ROW_BYTES >> 4 | W_SWIZZLE << 30;
         const u32 w_own = descriptor_low(w_base + (ALTERNATE ? 0 : consumer * W_GROUP_BYTES));
         Ring x_ring, w_ring;

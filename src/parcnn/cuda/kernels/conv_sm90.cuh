@@ -83,7 +83,9 @@ template <typename T> __device__ __forceinline__ T in_register(T v) {
     return v;
 }
 __device__ __forceinline__ float in_register(float v) {
+#ifndef HOST_EMULATION
     asm volatile("" : "+f"(v));
+#endif
     return v;
 }
 

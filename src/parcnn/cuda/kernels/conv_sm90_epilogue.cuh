@@ -8,13 +8,13 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
+#ifndef HOST_EMULATION
 // Maximum; NaN where one is NaN.
 __device__ __forceinline__ float max_number(float a, float b) {
     float d;
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
     return d;
 }
-__device__ __forceinline__ float max_number(float a, float b, float c, float d) { return max_number(max_number(a, b), max_number(c, d)); }
 
 // ReLU of two floats, rounded. No zero is negative where no float was -0.
 __device__ __forceinline__ u32 relu_bf16x2(float low, float high) {
@@ -22,6 +22,8 @@ __device__ __forceinline__ u32 relu_bf16x2(float low, float high) {
     asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
     return two;
 }
+#endif
+__device__ __forceinline__ float max_number(float a, float b, float c, float d) { return max_number(max_number(a, b), max_number(c, d)); }
 
 // `Best` of values that ReLU gave: as integers they are in the same order, NaN is the largest, and in a difference no half
 // borrows from the other.

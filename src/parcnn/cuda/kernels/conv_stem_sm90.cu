@@ -34,8 +34,6 @@
 #endif
 // A block starts with so many a thread, for 128 of each warpgroup's; who asks for more than the others have left waits forever.
 static_assert(PRODUCERS * PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= (PRODUCERS + 2) * (PRODUCERS == 2 ? 128 : 168), "registers of a block");
-#define TEXT(number) TEXT_OF(number)
-#define TEXT_OF(number) #number
 #include "conv_stem_sm90.cuh"
 #include "sm90_wgmma.cuh"
 
@@ -45,6 +43,7 @@ static_assert(PRODUCERS * PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= (PRODUC
 #define ROW16 (RUNS * PIXELS)     // in sixteen bytes
 #define STAGING_BYTES (PIXELS * 128)
 
+#ifndef HOST_EMULATION
 // sums[64][PIXELS] += filters[64][16] * columns[16][PIXELS] by a warpgroup.
 __device__ __forceinline__ void multiply(float (&d)[PIXELS / 2], const u32 (&a)[4], u64 b, u32 add) {
 #if PIXELS == 112
@@ -59,6 +58,7 @@ __device__ __forceinline__ void multiply(float (&d)[PIXELS / 2], const u32 (&a)[
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 #endif
 }
+#endif
 
 __device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
     return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
@@ -70,6 +70,7 @@ __device__ __forceinline__ u32 pack_indices(uint4 index) {
     return (nibbles | nibbles >> 14) & 0xffff;
 }
 
+#ifndef HOST_EMULATION
 // NaN where either is.
 __device__ __forceinline__ float max_of(float a, float b) {
     float d;
@@ -90,6 +91,7 @@ __device__ __forceinline__ u32 differ_positive(u32 a, u32 b) {
     asm("set.neu.u32.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a ^ b), "r"(0u));
     return d;
 }
+#endif
 
 // `Best` of what `round_positive` gives.
 struct BestOfPositive {
@@ -140,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     conv_stem_sm90(const u16 *__restrict__ x, const u16 *__restrict__ w, const float *__restrict__ bias, u16 *__restrict__ y,
                    u8 *__restrict__ idx, const __grid_constant__ TensorMap y_map,
                    const __grid_constant__ Problem g) {
-    extern __shared__ __align__(1024) char shared[];
+    ALIGNED_SHARED(char, shared);
     __shared__ u64 barriers[ROW_BARRIERS];
     __shared__ Place places[PIXELS];
     const u32 staging = shared_address(shared), ring = staging + 2 * STAGING_BYTES, zeros = ring + (2 * g.pairs + g.twice) * ROW_BYTES;
@@ -153,12 +155,12 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     await_predecessors();
     __syncthreads();
     if (group < PRODUCERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 " TEXT(PRODUCER_REGISTERS) ";");
+        give_registers<PRODUCER_REGISTERS>();
         make_rows<false>(g, x, rows);
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 " TEXT(CONSUMER_REGISTERS) ";");
+    take_registers<CONSUMER_REGISTERS>();
     const int rows_of_strip = g.by_rows.d, advance = 2 * g.stride_h;
     const Share share(g);
     const int begin = share.begin, end = share.end;

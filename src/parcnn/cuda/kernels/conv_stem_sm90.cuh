@@ -60,6 +60,16 @@ __device__ __forceinline__ bool is_there(Place place, int q, int out_q, int n, i
     return q + (place.column & 0xffff) < out_q && n + (place.column >> 16) < images;
 }
 
+#ifndef HOST_EMULATION
+__device__ __forceinline__ void store_shared2(u32 at, u16 v) { asm volatile("st.shared.u16 [%0], %1;" ::"r"(at), "h"(v) : "memory"); }
+
+__device__ __forceinline__ void copy_bytes(u32 to, u64 from, u32 nbytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(nbytes),
+                 "r"(barrier)
+                 : "memory");
+}
+#endif
+
 // An image's part of a strip, of which a lane copies rows: the images' rows and bytes are counted from the part's first column,
 // which may lie in the padding.
 struct Part {
@@ -85,20 +95,14 @@ struct Part {
             const u64 tensor_end = (u64)(x + (u64)g.n * g.h * g.row), until = from + nbytes;
             if (until > tensor_end) {  // within the last sixteen
                 nbytes -= 16;
-                for (u64 at = until - 16; at < tensor_end; at += 2)
-                    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to + (u32)(at - from)), "h"(*reinterpret_cast<const u16 *>(at)) : "memory");
+                for (u64 at = until - 16; at < tensor_end; at += 2) store_shared2(to + (u32)(at - from), *reinterpret_cast<const u16 *>(at));
             }
         }
         return nbytes;
     }
 };
 
-__device__ __forceinline__ void copy_bytes(u32 to, u64 from, u32 nbytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(nbytes),
-                 "r"(barrier)
-                 : "memory");
-}
-
+#ifndef HOST_EMULATION
 __device__ __forceinline__ u32 load_shared4(u32 at) {
     u32 v;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
@@ -123,6 +127,20 @@ __device__ __forceinline__ void barrier_wait_both(u32 a, u32 parity_a, u32 b, u3
                  : "memory");
 }
 
+__device__ __forceinline__ int block_number() {
+    int block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+}
+
+// The signs of bytes of v, as bytes: those that the selector's four digits name, 8 to 11. (__byte_perm has no such digits.)
+__device__ __forceinline__ u32 signs_of(u32 v, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(v), "r"(selector));
+    return d;
+}
+#endif
+
 // Wait until the rows that an item reads, from `slot` of the ring on, are there; `parity`: of that place. Two warpgroups make rows by turns, two at a
 // time and each in order: so wait for the last of both.
 __device__ __forceinline__ void await_rows(const Problem &g, u32 full, int slot, u32 parity) {
@@ -141,19 +159,10 @@ __device__ __forceinline__ u32 opaque(u32 v) {
 struct Share {
     int begin, end;
     __device__ __forceinline__ explicit Share(const Problem &g) {
-        int block;
-        asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-        block = __shfl_sync(0xffffffffu, block, 0);  // the same in all lanes, as the compiler shall know
+        const int block = __shfl_sync(0xffffffffu, block_number(), 0);  // the same in all lanes, as the compiler shall know
         begin = block * g.items + min(block, g.extra), end = begin + g.items + (block < g.extra);
     }
 };
-
-// The signs of bytes of v, as bytes: those that the selector's four digits name, 8 to 11. (__byte_perm has no such digits.)
-__device__ __forceinline__ u32 signs_of(u32 v, u32 selector) {
-    u32 d;
-    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(d) : "r"(v), "r"(selector));
-    return d;
-}
 
 // Barriers and buffers of rows, as addresses of shared memory.
 struct Rows {

@@ -54,10 +54,14 @@ struct Errors {
     int count;
 };
 
+#ifndef HOST_EMULATION
 // Copy 16 bytes beside the arithmetic, or write zeros where `live` is false (`source` is then not read).
 __device__ __forceinline__ void copy_chunk(u32 to, const u16 *source, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(source), "r"(live ? 16 : 0) : "memory");
 }
+
+__device__ __forceinline__ void store_shared4(u32 at, u32 v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(v) : "memory"); }
+#endif
 
 // The words of a pooled error's eight filters that belong to a pixel of the window, of which `winners` has two bits for each.
 __device__ __forceinline__ u32 route(u32 pair, u32 winners, int position) {
@@ -132,15 +136,15 @@ __device__ __forceinline__ void bring_errors(const Problem &g, const u16 *dy, co
                 copy_chunk(to + fill.stage * 2 * ERROR_BYTES + e * ERROR_BYTES + i * PIXELS_AT_ONCE * 128, is_row ? from + place.to + e * out_q * g.k : dy, is_row);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        copy_async_commit();
         if (item > share.begin) {
-            asm volatile("cp.async.wait_group 1;" ::: "memory");
+            copy_async_wait<1>();
             arrive(filled);
             filled = fill.stage;
         }
         fill.next(memory.count);
     }
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    copy_async_wait<0>();
     if (share.begin < share.end) arrive(filled);
 #endif
 }
@@ -148,7 +152,7 @@ __device__ __forceinline__ void bring_errors(const Problem &g, const u16 *dy, co
 extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     conv_stem_sm90_wgrad(const u16 *__restrict__ x, const u16 *__restrict__ dy, const u8 *__restrict__ idx, float *__restrict__ partial,
                          const Problem g, int stages, int row_size) {
-    extern __shared__ __align__(1024) char shared[];
+    ALIGNED_SHARED(char, shared);
     __shared__ u64 barriers[ROW_BARRIERS + 2 * MOST_STAGES];
     __shared__ Place places[PIXELS];
     const u32 errors_at = shared_address(shared), ring = errors_at + stages * 2 * ERROR_BYTES, raw = ring + (2 * g.pairs + g.twice) * ROW_BYTES;
@@ -162,11 +166,11 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
         rows.init(g, 4);
     }
     list_places<POOL>(g, places);
-    if (threadIdx.x <= 4 * RUNS) asm volatile("st.shared.u32 [%0], %1;" ::"r"(zeros + 4 * threadIdx.x), "r"(0) : "memory");
+    if (threadIdx.x <= 4 * RUNS) store_shared4(zeros + 4 * threadIdx.x, 0);
     await_predecessors();
     __syncthreads();
     if (group < PRODUCERS) {
-        if (PRODUCERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        if (PRODUCERS == 2) give_registers<88>();
         make_rows<true>(g, x, rows);
         return;
     }
@@ -175,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
         return;
     }
 
-    if (PRODUCERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    if (PRODUCERS == 2) take_registers<208>();
     const Share share(g);
     const int rows_of_strip = g.by_rows.d, advance = 2 * g.stride_h, ring_rows = 2 * g.pairs;
     const u32 a_high = descriptor_high(1024, SWIZZLE_128B), b_high = descriptor_high(PLANE, 0);

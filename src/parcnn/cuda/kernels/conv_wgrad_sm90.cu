@@ -222,6 +222,7 @@ __device__ __forceinline__ void clear(u32 at, int nbytes) {
 
 // ---- Blocks that share ------------------------------------------------------------------------------------------------
 
+#ifndef HOST_EMULATION
 // Arrive at the barrier at the same place of the cluster's `block`. It orders nothing beyond the own block: a release for the
 // cluster is a fence of the whole GPU, a microsecond.
 __device__ __forceinline__ void barrier_arrive_at(int block, u32 barrier) {
@@ -236,6 +237,7 @@ __device__ __forceinline__ void load_tile_to(u16 blocks, u32 to, const TensorMap
                  "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(blocks)
                  : "memory");
 }
+#endif
 
 // A warp has read a stage: of all blocks whose copies it comes from.
 __device__ __forceinline__ void release(u32 empty, int lane) {
@@ -254,7 +256,7 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
     conv_wgrad_sm90(const __grid_constant__ TensorMap x00, const __grid_constant__ TensorMap x01, const __grid_constant__ TensorMap x10,
                     const __grid_constant__ TensorMap x11, const __grid_constant__ TensorMap dy, float *__restrict__ dw,
                     float *__restrict__ db, float *__restrict__ partial, const __grid_constant__ Problem g) {
-    extern __shared__ __align__(1024) u8 shared[];
+    ALIGNED_SHARED(u8, shared);
     const u32 base = shared_address(shared), full = base + g.ring_bytes, empty = full + 8 * g.stages;
     const u32 ring_read = empty + 8 * g.stages, sums_here = ring_read + 8;  // the other's ring; its sums
     const int group = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
@@ -293,8 +295,8 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
     Ring ring;
 
     if (group == CONSUMERS) {
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        if (CONSUMERS == 3) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (CONSUMERS == 2) give_registers<64>();
+        if (CONSUMERS == 3) give_registers<56>();
         if (warp == 0 && lane == 0) {
             const Axis &rows = g.items.rows, &columns = g.items.columns;
             for (int at = begin; at < end;) {
@@ -362,8 +364,8 @@ __launch_bounds__(128 * (CONSUMERS + 1), 1)
             }
         }
     } else {
-        if (CONSUMERS == 2) asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-        if (CONSUMERS == 3) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+        if (CONSUMERS == 2) take_registers<216>();
+        if (CONSUMERS == 3) take_registers<152>();
         const u32 own_x = base + (WINDOW ? group * g.x_row_bytes : 0);
         const u32 own_dy = base + dy_offset + (WINDOW ? 0 : group * g.dy_chunk_bytes);
         float sums[COLUMNS / 2];

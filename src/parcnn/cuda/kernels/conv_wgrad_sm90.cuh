@@ -42,6 +42,7 @@ __device__ __forceinline__ void add_lanes(float (&sums)[8]) {
 
 // ---- Another block ----------------------------------------------------------------------------------------------------
 
+#ifndef HOST_EMULATION
 // Where an address of the own shared memory is in that of the cluster's `block`.
 __device__ __forceinline__ u32 address_at(int block, u32 at) {
     u32 there;
@@ -60,3 +61,4 @@ __device__ __forceinline__ void push16(u32 there, float4 v, u32 barrier) {
 __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed;\n barrier.cluster.wait.acquire;" ::: "memory");
 }
+#endif

@@ -46,6 +46,7 @@ struct Problem {
     FastDiv by_panel, by_row;  // items of a panel, of one of its rows: channels of some filters follow each other
 };
 
+#ifndef HOST_EMULATION
 // A chunk of SPAN channels of PIXELS pixels.
 __device__ __forceinline__ void load_chunk(u32 to, const TensorMap &map, u32 barrier, int channel, int pixel) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3,%4}], [%2];" ::"r"(to),
@@ -56,11 +57,12 @@ __device__ __forceinline__ void load_chunk(u32 to, const TensorMap &map, u32 bar
 __device__ __forceinline__ void store_shared8(u32 at, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at), "f"(x), "f"(y) : "memory");
 }
+#endif
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARPS, 1)
     conv_wgrad_sm90_halves(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap dy, float *__restrict__ dw,
                            float *__restrict__ db, const __grid_constant__ Problem g) {
-    extern __shared__ __align__(1024) u8 shared[];
+    ALIGNED_SHARED(u8, shared);
     const u32 base = shared_address(shared), sums_at = base + STAGES * STAGE_BYTES, bias_at = sums_at + CONSUMERS * SUMS_BYTES;
     // Barriers: of stages; of what each warp gets, the consumers' and those of db.
     const u32 full = bias_at + FILTERS / SPAN * BIAS_BYTES, empty = full + 8 * STAGES, sums_here = empty + 8 * STAGES;

@@ -51,6 +51,14 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Have fewer (more) registers a thread, of all threads of a warpgroup; the block has them, or waits for those that others give.
+template <int Registers> __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers)); }
+template <int Registers> __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers)); }
+
+// Names the block's dynamic shared memory, aligned to what swizzles span.
+#define ALIGNED_SHARED(type, name) extern __shared__ __align__(1024) type name[]
+#else
+#define ALIGNED_SHARED(type, name) DYNAMIC_SHARED(type, name)
 #endif
 
 // A place in a ring of stages, and the parity of the phase in which it is filled.

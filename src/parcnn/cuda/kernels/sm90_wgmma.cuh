@@ -178,6 +178,7 @@
 #define WGMMA_STRING_(a) #a
 #define WGMMA_STRING(a) WGMMA_STRING_(a)
 
+#ifndef HOST_EMULATION
 // Define `name(sums, a, b, add)` for N columns. Tiles in shared memory are [m][k] and [n][k], with TransA = 1 [k][m], with
 // TransB = 1 [k][n].
 #define DEFINE_WGMMA(name, N, TransA, TransB)                                                                            \
@@ -197,6 +198,7 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int Pending> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
+#endif
 
 // Upper half of an operand's descriptor: bytes between groups of eight rows, and the swizzle (PTX ISA, "Matrix descriptor").
 // A tile that TMA wrote may start at any of its rows: the swizzle acts on address bits, so the base offset stays 0.
