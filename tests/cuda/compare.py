@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from parcnn.cpu import CpuExecutor
 from parcnn.cuda.kernels import Registry
-from parcnn.cuda.launch import Launch, Launcher
+from parcnn.cuda.launch import Kernel, Launch, Launcher
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.program import Call, Executor
 from tests.cuda.bf16 import from_bits, to_bits, values_of
@@ -58,6 +59,36 @@ def makers(emulated: Callable[[Launcher], Launcher] = lambda launcher: launcher)
         )
 
     return fixture
+
+
+def places(names: str, cases: Sequence[tuple[Any, ...]], emulated: Callable[..., bool]) -> pytest.MarkDecorator:
+    """Cases for a fixture `make` of `makers`: on the device all, in the emulation, whose compiler takes its time, some."""
+    on_device = [("gpu", *case) for case in cases]
+    on_host = [(order, *case) for case in cases if emulated(*case) for order in ("ascending", "descending")]
+    return pytest.mark.parametrize(
+        ("make", *names.split()),
+        [
+            pytest.param(*case, marks=[pytest.mark.gpu] * (case[0] == "gpu"), id=" ".join(map(str, case)))
+            for case in on_host + on_device
+        ],
+        indirect=["make"],
+    )
+
+
+def emulates(make: MakeExecutor) -> bool:
+    """Whether it makes executors of the emulation."""
+    return isinstance(make([]), runner.EmulationExecutor)
+
+
+def listing(kernels: Iterable[Kernel]) -> Callable[[Any], Any]:
+    """What makes of a family one that lists others' kernels, too, which it launches."""
+    names, added = ("OPS", "supports", "workspace_bytes", "launches"), list(kernels)
+
+    def of(family: Any) -> Any:
+        methods = {name: getattr(family, name) for name in names}
+        return SimpleNamespace(**methods, variants=lambda: [*family.variants(), *added])
+
+    return of
 
 
 def executors(family: ModuleType) -> Callable[..., Executor]:

@@ -1,152 +1,365 @@
-// Twins of sm90.cuh's instructions for cuda_emulation.h: mbarriers, and tensor copies without swizzles (runner.py, `tensor_map`).
+// Twins of sm90.cuh's instructions for cuda_emulation.h: mbarriers, tensor copies, named barriers, registers of warpgroups, clusters.
 //
-// Copies are made as late as they may be: when a thread waits for them.
+// Addresses of shared memory are 32-bit as on the device: static, then dynamic; from bit 24 on, what `mapa` gives: 1 + the block
+// of the cluster. In ascending order of the threads copies are made as late as they may be, when a thread waits for them: who
+// reads too early finds NaN. In descending order they are made at once: who gives a stage back too early finds the next one's.
 #pragma once
 
-#include <map>
+#include <array>
 
 #include "host_emulation/cuda_emulation.h"
 
-struct TensorMap;
-
 namespace emulation {
 
-// What a wait in `sm90.cuh` calls an address: from the static shared memory's start, or from the dynamic one's.
-constexpr unsigned DYNAMIC = 1u << 24;
+constexpr unsigned STATIC_START = 1024, OF_TEMPLATES = 1u << 20, OF_BLOCK = 1u << 24;
+// Static variables of function templates, which g++ puts into no section: all within so many bytes from the first one's address.
+constexpr unsigned TEMPLATES_BYTES = 8192;
+static const char *of_templates;
 
-struct TensorCopy {
-    unsigned to;
-    const unsigned long long *map;
-    int at[4];
-};
+inline size_t static_bytes() { return __stop_emulated_shared - __start_emulated_shared; }
+inline unsigned dynamic_start() {
+    return (unsigned)((STATIC_START + static_bytes() + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT);
+}
+
+inline int block_of(unsigned address) { return address >= OF_BLOCK ? (int)(address / OF_BLOCK) - 1 : self->block; }
+
+// `nbytes` at an address, which is a multiple of them.
+inline char *at_shared(unsigned address, unsigned nbytes) {
+    const Block &block = blocks[block_of(address)];
+    const unsigned at = address % OF_BLOCK, dynamic = dynamic_start();
+    if (at % nbytes) fail("an access of " + std::to_string(nbytes) + " bytes of shared memory at an address not aligned to it");
+    if (block.live == 0) fail("an access to the shared memory of a block that has ended");
+    if (at >= dynamic && at + nbytes <= dynamic + dynamic_bytes) return block.shared + (at - dynamic);
+    if (at >= OF_TEMPLATES && at + nbytes <= OF_TEMPLATES + TEMPLATES_BYTES) return const_cast<char *>(of_templates) + (at - OF_TEMPLATES);
+    if (at < STATIC_START || at + nbytes > STATIC_START + static_bytes())
+        fail("an access to shared memory that there is not, " + std::to_string((int)(at - dynamic)) + " from the dynamic's start");
+    return __start_emulated_shared + (at - STATIC_START);
+}
+
+template <class T> T read_shared(unsigned address) {
+    T value;
+    memcpy(&value, at_shared(address, sizeof(T)), sizeof(T));
+    return value;
+}
+template <class T> void write_shared(unsigned address, const T &value) { memcpy(at_shared(address, sizeof(T)), &value, sizeof(T)); }
+
+// ---- mbarriers -----------------------------------------------------------------------------------------------------
 
 struct MemoryBarrier {
-    int arrivals = 0, missing = 0;
+    int arrivals = 0, missing = 0, waiters = 0;
     long long nbytes = 0;  // that copies have not yet brought
-    unsigned phase = 0;
-    std::vector<TensorCopy> copies;
+    unsigned phases = 0;   // that are complete
+    std::vector<std::function<long long()>> copies;  // that are under way; each returns its bytes
 
     void arrive(int count) {
-        progress = true;
         missing -= count;
         if (missing < 0) fail("more arrivals at a memory barrier than it takes");
         complete();
     }
-
     void complete() {
-        if (missing > 0 || nbytes != 0) return;
-        phase ^= 1;
+        if (missing > 0 || nbytes > 0) return;
+        if (nbytes < 0) fail("copies bring more bytes than a memory barrier expects");
+        ++phases;
         missing = arrivals;
+    }
+    void land() {
+        for (const auto &copy : std::exchange(copies, {})) {
+            nbytes -= copy();
+            complete();
+        }
+    }
+    template <class Copies> void begin(Copies copy) {
+        copies.push_back(copy);
+        if (descending_order || waiters > 0) land();
     }
 };
 
-static std::map<unsigned, MemoryBarrier> memory_barriers;
+static std::vector<std::map<unsigned, MemoryBarrier>> memory_barriers;  // of each block
 
-inline char *at_shared(unsigned address) {
-    return address >= DYNAMIC ? dynamic_shared + (address - DYNAMIC) : __start_emulated_shared + address;
+inline MemoryBarrier &memory_barrier(unsigned address) {
+    at_shared(address, 8);
+    auto &of_block = memory_barriers[block_of(address)];
+    const auto found = of_block.find(address % OF_BLOCK);
+    if (found == of_block.end()) fail("a memory barrier that was not set up");
+    return found->second;
 }
 
-// Copies the box to shared memory, innermost dimension first, or out of it; what lies outside of the tensor is zero, and is not
-// written. Returns its bytes.
-inline long long copy_tensor(const TensorCopy &copy, bool out = false) {
-    const unsigned long long *map = copy.map;
-    const int rank = (int)map[1];
-    char *const first = at_shared(copy.to);
-    check_aligned(first, 128);
-    long long boxes = 1;
-    for (int d = 0; d < rank; ++d) boxes *= map[2 + 3 * d + 2];
-    for (long long i = 0; i < boxes; ++i) {
-        long long rest = i, offset = 0;
-        bool inside = true;
-        for (int d = 0; d < rank; ++d) {
-            const unsigned long long *dimension = map + 2 + 3 * d;
-            const long long at = copy.at[d] + rest % (long long)dimension[2];
-            rest /= (long long)dimension[2];
-            inside = inside && at >= 0 && at < (long long)dimension[0];
-            offset += at * (long long)dimension[1];
-        }
-        if (out) {
-            if (inside) memcpy(reinterpret_cast<char *>(map[0]) + offset, first + 2 * i, 2);
-            continue;
-        }
-        unsigned short element = 0;
-        if (inside) memcpy(&element, reinterpret_cast<const char *>(map[0]) + offset, 2);
-        memcpy(first + 2 * i, &element, 2);
+// ---- Tensor copies ---------------------------------------------------------------------------------------------------
+
+// A box of a tensor, as runner.py's `tensor_map` describes it.
+struct Box {
+    std::array<unsigned long long, 16> map;
+    int at[4];
+
+    template <class Map> Box(const Map &of, std::array<int, 4> first) {
+        static_assert(sizeof of == sizeof map, "a tensor map");
+        memcpy(&map, &of, sizeof map);
+        std::copy(first.begin(), first.end(), at);
     }
-    return 2 * boxes;
+    // Between the tensor and shared memory, 16 bytes at a time. What lies outside of the tensor is zero, and is not written.
+    long long copy(unsigned to, bool out) const {
+        const int rank = (int)(map[1] & 255), swizzle = (int)(map[1] >> 8);  // bytes that it spans
+        const auto dimension = [&](int d) { return map.data() + 2 + 3 * d; };  // extent; stride in bytes; elements in shared memory and their step
+        if (to % 128) fail("a tensor copy to an address of shared memory that is not a multiple of 128");
+        const long long run = (unsigned)dimension(0)[2];
+        long long rows = 1;
+        for (int d = 1; d < rank; ++d) rows *= (unsigned)dimension(d)[2];
+        for (long long row = 0; row < rows; ++row) {
+            long long rest = row, offset = 0;
+            bool inside = true;
+            for (int d = 1; d < rank; ++d) {
+                const long long extent = dimension(d)[0], stride = dimension(d)[1], count = (unsigned)dimension(d)[2], step = dimension(d)[2] >> 32;
+                const long long position = at[d] + rest % count * step;
+                rest /= count;
+                inside = inside && position >= 0 && position < extent;
+                offset += position * stride;
+            }
+            for (long long first = 0; first < run; first += 8) {
+                const unsigned plain = to + (unsigned)(row * run + first) * 2;
+                const unsigned mask = swizzle == 128 ? 7 : swizzle == 64 ? 3 : 0;
+                char *const shared = at_shared(plain ^ (plain >> 7 & mask) << 4, 16);
+                const long long begin = at[0] + first, extent = inside ? (long long)dimension(0)[0] : 0;
+                const long long from = std::clamp(-begin, 0ll, 8ll), end = std::clamp(extent - begin, from, 8ll);
+                char *const memory = reinterpret_cast<char *>(map[0]) + offset + 2 * begin;
+                if (out) {
+                    if (end > from) memcpy(memory + 2 * from, shared + 2 * from, 2 * (end - from));
+                    continue;
+                }
+                memset(shared, 0, 16);
+                if (end > from) memcpy(shared + 2 * from, memory + 2 * from, 2 * (end - from));
+            }
+        }
+        return 2 * run * rows;
+    }
+};
+
+template <class Map> void load_box(unsigned to, const Map &map, unsigned barrier, std::array<int, 4> first) {
+    const unsigned in_cluster = to % OF_BLOCK + (unsigned)(block_of(to) + 1) * OF_BLOCK;  // whoever makes the copy
+    memory_barrier(barrier).begin([in_cluster, box = Box(map, first)] { return box.copy(in_cluster, false); });
 }
 
-inline void copies_land(MemoryBarrier &barrier) {
-    if (barrier.copies.empty()) return;
-    for (const TensorCopy &copy : barrier.copies) barrier.nbytes -= copy_tensor(copy);
-    barrier.copies.clear();
-    progress = true;
-    barrier.complete();
+// ---- Of threads: groups of stores; of blocks: barriers by number, registers that no thread has ----------------------------
+
+static std::vector<std::deque<std::function<void()>>> stores;  // of each fiber
+struct NumberedBarrier {
+    Barrier barrier;
+    int threads = 0;
+};
+static std::vector<std::array<NumberedBarrier, 16>> numbered;
+static std::vector<unsigned> spare_registers;
+static std::vector<unsigned> registers;  // of each fiber
+static Barrier cluster_barrier;
+
+inline void store(std::function<void()> copy) {
+    if (descending_order) std::exchange(copy, [] {})();
+    stores[self - fibers.data()].push_back(std::move(copy));
 }
 
-static std::map<int, std::deque<TensorCopy>> written_out;  // by thread
+inline NumberedBarrier &come(int id, int threads) {
+    if (id < 0 || id > 15 || threads % 32) fail("no such named barrier");
+    NumberedBarrier &barrier = numbered[self->block][id];
+    if (barrier.barrier.arrived > 0 && barrier.threads != threads) fail("a named barrier of different numbers of threads");
+    barrier.threads = threads;
+    return barrier;
+}
+
+inline void begin_sm90() {
+    memory_barriers.assign(blocks.size(), {});
+    stores.assign(fibers.size(), {});
+    numbered.assign(blocks.size(), {});
+    cluster_barrier = {};
+    spare_registers.assign(blocks.size(), 0);
+    registers.assign(fibers.size(), (unsigned)(65536 / (fibers.size() / blocks.size()) / 8 * 8));
+}
+
+inline std::string end_sm90() {
+    for (const auto &of_block : memory_barriers)
+        for (const auto &[address, barrier] : of_block)
+            if (!barrier.copies.empty()) return "a block ends while copies to it are under way";
+    for (const auto &of_thread : stores)
+        if (!of_thread.empty()) return "a thread ends while what it stores may not have been read";
+    return "";
+}
+
+inline std::string awaited_barriers() {
+    std::string all;
+    for (const auto &of_block : memory_barriers)
+        for (const auto &[address, barrier] : of_block)
+            if (barrier.waiters)
+                all += " the one " + std::to_string((int)(address - dynamic_start())) + " bytes from the dynamic shared memory's start lacks " +
+                       std::to_string(barrier.missing) + " arrivals, " + std::to_string(barrier.nbytes) + " bytes;";
+    return all;
+}
+
+static const bool is_sm90 = (at_begin.push_back(begin_sm90), at_end.push_back(end_sm90), at_deadlock.push_back(awaited_barriers), true);
+
+// Of lanes 8i .. 8i+7 the addresses of the i-th matrix' rows: use(i, e, element) is called for the lane's own elements.
+template <class Use> void transposed_elements(unsigned at, int matrices, Use use) {
+    static unsigned rows[32][32];
+    unsigned(&own_rows)[32] = rows[current / 32];
+    const int lane = current % 32;
+    own_rows[lane] = at;
+    wait_warp(~0u);
+    for (int i = 0; i < matrices; ++i)
+        for (int e = 0; e < 2; ++e)
+            use(i, e, reinterpret_cast<unsigned short *>(at_shared(own_rows[8 * i + lane % 4 * 2 + e], 16)) + lane / 4);
+    wait_warp(~0u);
+}
+
+template <int Count> void store_matrices(unsigned at, const unsigned (&m)[Count]) {
+    transposed_elements(at, Count, [&](int i, int e, unsigned short *element) { *element = (unsigned short)(m[i] >> 16 * e); });
+}
+
+template <int Count> void load_matrices(unsigned at, unsigned (&m)[Count]) {
+    std::fill(m, m + Count, 0);
+    transposed_elements(at, Count, [&](int i, int e, const unsigned short *element) { m[i] |= (unsigned)*element << 16 * e; });
+}
 
 }  // namespace emulation
 
 inline unsigned shared_address(const void *p) {
     const char *at = static_cast<const char *>(p);
-    if (at >= __start_emulated_shared && at < __stop_emulated_shared) return (unsigned)(at - __start_emulated_shared);
-    return emulation::DYNAMIC + (unsigned)(at - emulation::dynamic_shared);
+    if (at >= __start_emulated_shared && at < __stop_emulated_shared) return emulation::STATIC_START + (unsigned)(at - __start_emulated_shared);
+    if (at >= emulation::dynamic_shared && at < emulation::dynamic_shared + emulation::dynamic_bytes)
+        return emulation::dynamic_start() + (unsigned)(at - emulation::dynamic_shared);
+    if (!emulation::of_templates) emulation::of_templates = at;
+    return emulation::OF_TEMPLATES + (unsigned)(at - emulation::of_templates);
 }
 
 inline void barrier_init(unsigned barrier, unsigned arrivals) {
-    emulation::memory_barriers[barrier] = emulation::MemoryBarrier();
-    emulation::memory_barriers[barrier].arrivals = emulation::memory_barriers[barrier].missing = (int)arrivals;
+    emulation::at_shared(barrier, 8);
+    emulation::MemoryBarrier &own = emulation::memory_barriers[emulation::self->block][barrier];
+    own = {};
+    own.arrivals = own.missing = (int)arrivals;
 }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(unsigned barrier, unsigned count = 1) { emulation::memory_barriers[barrier].arrive((int)count); }
+inline void barrier_arrive(unsigned barrier, unsigned count = 1) { emulation::memory_barrier(barrier).arrive((int)count); }
 inline void barrier_expect(unsigned barrier, unsigned nbytes) {
-    emulation::memory_barriers[barrier].nbytes += nbytes;
-    emulation::memory_barriers[barrier].arrive(1);
+    emulation::MemoryBarrier &own = emulation::memory_barrier(barrier);
+    own.nbytes += nbytes;
+    own.arrive(1);
 }
 inline void barrier_wait(unsigned barrier, unsigned parity) {
-    emulation::MemoryBarrier &waited = emulation::memory_barriers[barrier];
-    while (waited.phase == parity) {
-        emulation::copies_land(waited);
-        if (waited.phase == parity) emulation::yield();
-    }
-    emulation::progress = true;
+    emulation::MemoryBarrier &awaited = emulation::memory_barrier(barrier);
+    if (awaited.phases % 2 == parity) awaited.land();
+    if (awaited.phases % 2 != parity) return;
+    ++awaited.waiters;
+    emulation::await_change(awaited.phases, awaited.phases, "a memory barrier");
+    --awaited.waiters;
 }
+inline void barrier_wait_both(unsigned a, unsigned parity_a, unsigned b, unsigned parity_b) {
+    barrier_wait(a, parity_a);
+    barrier_wait(b, parity_b);
+}
+inline void named_barrier(int id, int threads) { emulation::wait(emulation::come(id, threads).barrier, threads, "a named barrier"); }
+inline void named_barrier_arrive(int id, int threads) {
+    emulation::Barrier &barrier = emulation::come(id, threads).barrier;
+    if (++barrier.arrived == threads) emulation::open(barrier);
+}
+
+template <int Registers> void give_registers() {
+    unsigned &own = emulation::registers[emulation::self - emulation::fibers.data()];
+    if (own < Registers) emulation::fail("a warpgroup gives registers that it has not");
+    emulation::spare_registers[emulation::self->block] += own - Registers;
+    own = Registers;
+}
+template <int Registers> void take_registers() {
+    unsigned &own = emulation::registers[emulation::self - emulation::fibers.data()], &spare = emulation::spare_registers[emulation::self->block];
+    if (own > Registers) emulation::fail("a warpgroup takes fewer registers than it has");
+    while (spare < Registers - own) emulation::await_change(spare, spare, "registers");
+    spare -= Registers - own, own = Registers;
+}
+
+inline bool elect() { return threadIdx.x % 32 == 0; }
+struct TensorMap;
 inline void prefetch(const TensorMap &) {}
 inline void prefetch(const void *p, unsigned nbytes) {
     emulation::check_aligned(p, 16);
     emulation::check_aligned(reinterpret_cast<const void *>((unsigned long long)nbytes), 16);
 }
-inline bool elect() { return threadIdx.x % 32 == 0; }
-inline void load_tile(unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1, int c2, int c3) {
-    emulation::memory_barriers[barrier].copies.push_back(
-        {to, reinterpret_cast<const unsigned long long *>(&map), {c0, c1, c2, c3}});
+template <class Map> void prefetch_tile(const Map &, int, int, int, int) {}
+template <class Map> void load_chunk(unsigned to, const Map &map, unsigned barrier, int c0, int c1) {
+    emulation::load_box(to, map, barrier, {c0, c1, 0, 0});
 }
-inline void store_tile(const TensorMap &map, unsigned from, int c0, int c1, int c2, int c3) {
-    emulation::written_out[emulation::current].push_back(
-        {from, reinterpret_cast<const unsigned long long *>(&map), {c0, c1, c2, c3}});
+template <class Map> void load_tile(unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2) {
+    emulation::load_box(to, map, barrier, {c0, c1, c2, 0});
 }
-template <int PENDING> void store_wait() {
-    auto &copies = emulation::written_out[emulation::current];
-    for (; copies.size() > PENDING; copies.pop_front())
-        if (copies.front().map) emulation::copy_tensor(copies.front(), true);
+template <class Map> void load_tile(unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2, int c3) {
+    emulation::load_box(to, map, barrier, {c0, c1, c2, c3});
 }
-inline void store_nothing() {
-    emulation::written_out[emulation::current].push_back({0, nullptr, {}});
+inline void copy_bytes(unsigned to, unsigned long long from, unsigned nbytes, unsigned barrier) {
+    if (from % 16 || nbytes % 16 || nbytes == 0) emulation::fail("a copy of bytes that are no multiple of 16");
+    const unsigned in_cluster = to + (unsigned)(emulation::self->block + 1) * emulation::OF_BLOCK;
+    emulation::memory_barrier(barrier).begin([=] {
+        for (unsigned i = 0; i < nbytes; i += 16) memcpy(emulation::at_shared(in_cluster + i, 16), reinterpret_cast<const char *>(from) + i, 16);
+        return (long long)nbytes;
+    });
+}
+template <class Map> void store_tile(const Map &map, unsigned from, int c0, int c1, int c2, int c3) {
+    emulation::store([from, box = emulation::Box(map, {c0, c1, c2, c3})] { box.copy(from, true); });
+}
+inline void store_nothing() { emulation::store([] {}); }
+template <int Pending> void store_wait() {
+    auto &own = emulation::stores[emulation::self - emulation::fibers.data()];
+    for (; own.size() > Pending; own.pop_front()) own.front()();
 }
 inline void fence_async() {}
-inline void named_barrier(int, int) { __syncthreads(); }  // of all threads
-inline void named_barrier_arrive(int, int) { __syncthreads(); }
-template <int Words> void store_shared(unsigned at, const unsigned (&v)[Words]) {
-    emulation::check_aligned(emulation::at_shared(at), sizeof v);
-    memcpy(emulation::at_shared(at), v, sizeof v);
+
+inline unsigned load_shared4(unsigned at) { return emulation::read_shared<unsigned>(at); }
+inline uint4 load_shared16(unsigned at) { return emulation::read_shared<uint4>(at); }
+inline void store_shared16(unsigned at, float4 v) { emulation::write_shared(at, v); }
+inline void store_shared8(unsigned at, float x, float y) { emulation::write_shared(at, float2{x, y}); }
+inline void store_shared4(unsigned at, unsigned v) { emulation::write_shared(at, v); }
+inline void store_shared2(unsigned at, unsigned short v) { emulation::write_shared(at, v); }
+inline void store_shared_words(unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) { emulation::write_shared(at, uint4{a, b, c, d}); }
+inline void store_shared_words_if(bool is_live, unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) {
+    if (is_live) store_shared_words(at, a, b, c, d);
 }
-inline unsigned max_bf16x2(unsigned a, unsigned b) {
-    unsigned result = 0;
-    for (int shift = 0; shift < 32; shift += 16) {
-        float v = __uint_as_float(a >> shift << 16), w = __uint_as_float(b >> shift << 16);
-        unsigned larger = v != v || w != w ? 0x7fffu : (v > w ? a : b) >> shift & 0xffffu;
-        result |= larger << shift;
-    }
-    return result;
+inline void store_shared(unsigned at, const unsigned (&v)[1]) { emulation::write_shared(at, v[0]); }
+inline void store_shared(unsigned at, const unsigned (&v)[2]) { emulation::write_shared(at, uint2{v[0], v[1]}); }
+inline void store_global16(void *to, uint4 v) {
+    emulation::check_aligned(to, 16);
+    memcpy(to, &v, 16);
 }
+inline void store_matrices(unsigned at, unsigned m0, unsigned m1) { emulation::store_matrices<2>(at, {m0, m1}); }
+inline void store_matrices(unsigned at, unsigned m0, unsigned m1, unsigned m2, unsigned m3) { emulation::store_matrices<4>(at, {m0, m1, m2, m3}); }
+inline void load_matrices(unsigned at, unsigned &m0, unsigned &m1) {
+    unsigned m[2];
+    emulation::load_matrices(at, m);
+    m0 = m[0], m1 = m[1];
+}
+inline void load_matrices(unsigned at, unsigned &m0, unsigned &m1, unsigned &m2, unsigned &m3) {
+    unsigned m[4];
+    emulation::load_matrices(at, m);
+    m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3];
+}
+
+inline void copy_chunk(unsigned to, const unsigned short *source, bool is_live) {
+    emulation::copy_async(emulation::at_shared(to, 16), is_live ? source : nullptr, 16);
+}
+inline int block_number() { return (int)blockIdx.x; }
+
+// ---- Clusters ----------------------------------------------------------------------------------------------------------
+
+inline unsigned address_at(int block, unsigned at) {
+    if (block < 0 || block >= (int)emulation::blocks.size()) emulation::fail("the cluster has no such block");
+    return at + (unsigned)(block + 1) * emulation::OF_BLOCK;
+}
+inline void barrier_arrive_at(int block, unsigned barrier) { barrier_arrive(address_at(block, barrier)); }
+template <class Map>
+void load_tile_to(unsigned short blocks, unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2, int c3) {
+    for (int block = 0; block < 16; ++block)
+        if (blocks >> block & 1) load_tile(address_at(block, to), map, address_at(block, barrier), c0, c1, c2, c3);
+}
+inline void push16(unsigned there, float4 v, unsigned barrier) {
+    emulation::memory_barrier(barrier).begin([=] {
+        emulation::write_shared(there, v);
+        return 16ll;
+    });
+}
+inline void cluster_meet() {
+    emulation::wait(emulation::cluster_barrier, (int)emulation::fibers.size(), "its cluster");
+}
+
+#include "pairs_emulation.h"
+#include "wgmma_emulation.h"

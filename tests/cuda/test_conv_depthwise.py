@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,17 @@ from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Executor, Slot
 from tests.cuda.bf16 import stored, values_of
-from tests.cuda.compare import WHERE, CheckedEmulation, MakeExecutor, check, makers, normal, random_fixture, specs_of  # noqa: F401
+from tests.cuda.compare import (  # noqa: F401
+    WHERE,
+    CheckedEmulation,
+    MakeExecutor,
+    check,
+    listing,
+    makers,
+    normal,
+    random_fixture,
+    specs_of,
+)
 from tests.cuda.host_emulation import runner
 from tests.op_runner import run_op
 
@@ -89,14 +98,7 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
-def with_sum(family: Any) -> Any:
-    """A family that lists conv_wgrad's sum among its kernels."""
-    names = ("OPS", "supports", "workspace_bytes", "launches")
-    return SimpleNamespace(
-        **{name: getattr(family, name) for name in names}, variants=lambda: [*family.variants(), SUM_KERNEL]
-    )
-
-
+with_sum = listing([SUM_KERNEL])
 make_fixture = makers(with_sum)
 
 

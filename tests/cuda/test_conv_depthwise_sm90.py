@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import ceil, prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -160,7 +159,6 @@ def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Mak
         return on_device
     if not runner.available():
         pytest.skip("the emulation needs g++")
-    monkeypatch.setattr(runner, "HEADER", Path(__file__).with_name("sm90_emulation.h"))
     return lambda family: CheckedEmulation([with_sum(family)], descending=request.param == "descending")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -122,11 +121,10 @@ def full(problem: Problem, kind: str, pool: str | None) -> Any:
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
+def emulated() -> MakeExecutor:
     """Makes executors on the host's emulation, with twins of the tensor cores' instructions."""
     if not runner.available():
         pytest.skip("the emulation needs g++")
-    monkeypatch.setattr(runner, "HEADER", Path(__file__).with_name("mma_emulation.h"))
     return lambda launchers: runner.EmulationExecutor(launchers, sm_count=4)
 
 

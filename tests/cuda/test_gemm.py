@@ -7,7 +7,6 @@ Small integers have exact sums, so the kernels must give the oracle's very bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,11 +58,10 @@ def operands_of(op: MatMul, sizes: Sizes, tensor: Callable[..., np.ndarray]) -> 
 
 
 @pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> MakeExecutor:
+def emulated() -> MakeExecutor:
     """Makes executors on the host's emulation, with twins of the tensor cores' instructions."""
     if not runner.available():
         pytest.skip("the emulation needs g++")
-    monkeypatch.setattr(runner, "HEADER", Path(__file__).with_name("mma_emulation.h"))
     return lambda *launchers: runner.EmulationExecutor(launchers, sm_count=4)
 
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,13 +20,20 @@ from pathlib import Path
 import numpy as np
 
 import parcnn.cuda.kernels
+from parcnn.cuda.arguments import pack
+from parcnn.cuda.cubin import Parameter
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Launcher, Pointer, Struct, TensorMap
-from parcnn.cuda.tensormap import ALIGNMENT, NBYTES, check
+from parcnn.cuda.tensormap import NBYTES
 from parcnn.ops.base import ITEM_BYTES, PACKED, Op, Spec
 from parcnn.ops.program import Call, Program, Slot
 
 KERNELS = Path(parcnn.cuda.kernels.__file__).parent
-HEADER = Path(__file__).with_name("cuda_emulation.h")
+TWINS = Path(__file__).with_name("cuda_emulation.h")
+# Headers of kernels, and where the twins of what they have in PTX are.
+MORE_TWINS = {name: Path(__file__).parents[1] / twins for name, twins in (
+    ("conv_mma.cuh", "mma_emulation.h"), ("sm90.cuh", "sm90_emulation.h")
+)}  # fmt: skip
+MOST_PARAMETERS = 64
 GUARD = 4096  # bytes before and after each tensor
 POISON = 0xFF  # a float of these bytes is NaN
 # Products and sums are contracted to fused ones, as nvcc does: rounding is then about what a GPU's is.
@@ -44,10 +52,16 @@ def available() -> bool:
 @functools.cache
 def compiled(kernel: Kernel) -> ctypes.CDLL:
     """The kernel as a host library, from the temporary folder's cache where it was built before."""
-    source, header = KERNELS / kernel.source, precompiled(HEADER)
-    text = "".join(f"#define {k} {v}\n" for k, v in kernel.defines) + f'#include "{source}"\nEMULATE({kernel.entry})\n'
-    headers = [path.read_text() for path in sorted(KERNELS.glob("*.cuh"))]
-    library = _folder() / f"{kernel.entry}-{_digest(text, header.name, source.read_text(), *headers)}.so"
+    source, headers = KERNELS / kernel.source, included(kernel.source)
+    header = precompiled(next((twins for name, twins in MORE_TWINS.items() if name in headers), TWINS))
+    text = "".join(f"#define {k} {v}\n" for k, v in kernel.defines) + f'#include "{source}"\n'
+    for cluster in re.findall(r"__cluster_dims__\(([^,]+),", source.read_text()):
+        text += f"#if {cluster} > 1\n#define BLOCKS_OF_CLUSTER {cluster}\n#endif\n"
+    text += (
+        f"#ifndef BLOCKS_OF_CLUSTER\n#define BLOCKS_OF_CLUSTER 1\n#endif\nEMULATE({kernel.entry}, BLOCKS_OF_CLUSTER)\n"
+    )
+    texts = [source.read_text(), *((KERNELS / name).read_text() for name in headers)]
+    library = _folder() / f"{kernel.entry}-{_digest(text, header.name, *texts)}.so"
     if not library.exists():
         code = library.with_suffix(f".{os.getpid()}.cpp")
         code.write_text(text)
@@ -56,6 +70,13 @@ def compiled(kernel: Kernel) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.restype = ctypes.c_char_p
     return loaded
+
+
+@functools.cache
+def included(source: str) -> tuple[str, ...]:
+    """The kernels' headers that a source includes, or one of its headers does."""
+    names = set(re.findall(r'^#include "(.+)"', (KERNELS / source).read_text(), re.MULTILINE))
+    return tuple(sorted(names.union(*(included(name) for name in names))))
 
 
 @functools.cache
@@ -142,36 +163,21 @@ def named_slots(args: Iterable[Argument]) -> Iterable[Slot]:
             yield arg
 
 
-def pack(args: Iterable[Argument], memory: Guarded, data: bytearray) -> int:
-    """Append arguments as C lays out a struct; returns the alignment."""
-    alignment = 1
-    for arg in args:
-        if isinstance(arg, Struct):
-            inner = bytearray()
-            own = pack(arg.fields, memory, inner)
-            inner.extend(bytes(-len(inner) % own))
-            raw = bytes(inner)
-        elif isinstance(arg, np.generic):
-            raw, own = arg.tobytes(), arg.nbytes
-        elif isinstance(arg, TensorMap):
-            raw, own = tensor_map(arg, memory.address(arg.slot)), ALIGNMENT
-        else:
-            pointer = Pointer(arg) if isinstance(arg, Slot) else arg
-            address = memory.address(pointer.slot) + pointer.offset if pointer else 0
-            raw, own = address.to_bytes(8, "little"), 8
-        data.extend(bytes(-len(data) % own) + raw)
-        alignment = max(alignment, own)
-    return alignment
+def parameters(library: ctypes.CDLL) -> list[Parameter]:
+    """Where a kernel's arguments lie in their block."""
+    table = (ctypes.c_uint * 2 * MOST_PARAMETERS)()
+    return [Parameter(*table[i]) for i in range(library.parameters(table))]
 
 
 def tensor_map(arg: TensorMap, address: int) -> bytes:
-    """What sm90_emulation.h reads: address, rank; then for each dimension extent, stride in bytes, box."""
-    check(arg, address, "emulation")
-    if arg.swizzle or set(arg.element_strides) > {1}:
-        raise EmulationError(f"the emulation knows neither swizzles nor strides of a box: {arg}")
+    """What sm90_emulation.h reads: address, rank and swizzle; of each dimension extent, stride in bytes, elements and step."""
+    steps = arg.element_strides or (1,) * len(arg.dims)
+    if len(arg.dims) > 4 or steps[0] > 1:
+        raise EmulationError(f"the emulation knows neither five dimensions nor a stride in the innermost: {arg}")
+    words = [address, len(arg.dims) | {None: 0, "64B": 64, "128B": 128}[arg.swizzle] << 8]
     strides = (ITEM_BYTES[arg.dtype], *arg.strides_bytes)
-    words = [address + arg.offset, len(arg.dims)]
-    words += [word for dimension in zip(arg.dims, strides, arg.box, strict=True) for word in dimension]
+    for extent, stride, box, step in zip(arg.dims, strides, arg.box, steps, strict=True):
+        words += [extent, stride, -(-box // step) | step << 32]
     return np.array(words, np.uint64).tobytes().ljust(NBYTES, b"\0")
 
 
@@ -179,15 +185,12 @@ def run_launch(
     launch: Launch, regions: Mapping[str, np.ndarray], written: Sequence[Slot], *, descending: bool = False
 ) -> None:
     """Run one launch on regions of bytes; `written` are the slots that it may change."""
-    memory = Guarded(named_slots(launch.args), regions)
-    args = bytearray()
-    pack(launch.args, memory, args)
-    emulate = compiled(launch.kernel).emulate
+    memory, library = Guarded(named_slots(launch.args), regions), compiled(launch.kernel)
+    args = pack(launch.args, parameters(library), memory.address, tensor_map, launch.kernel.label)
     u32x3 = ctypes.c_uint * 3
-    fault = emulate(
-        u32x3(*launch.grid), u32x3(*launch.block), ctypes.c_size_t(launch.shared_bytes), bytes(args),
-        ctypes.c_size_t(len(args)), int(descending),
-    )  # fmt: skip
+    fault = library.emulate(
+        u32x3(*launch.grid), u32x3(*launch.block), ctypes.c_size_t(launch.shared_bytes), args.data, int(descending)
+    )
     if fault:
         raise EmulationError(f"{launch.kernel.label}: {fault.decode()}")
     memory.write_back(regions, written, launch.kernel.label)
