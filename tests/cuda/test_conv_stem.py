@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -99,23 +100,29 @@ def test_rounds_once(make: MakeExecutor, name: str, act: str | None, pool: str |
 
 
 def check_not_finite(executor: Executor, name: str) -> None:
-    """NaN and infinities reach the outputs that they reach in float64, and no other: not those whose runs end before them."""
+    """NaN and infinities reach the outputs that they reach in float64, and no other: not those whose runs end before them.
+    Biases too: an infinite one makes NaN of a sum that is the other infinity, and of a window's maximum with it."""
     problem = PROBLEMS[name]
-    for pool in (None, "max"):
-        op = problem.op("fprop", pool, act="relu")
-        x, w = problem.operands(op, ternary(random_of(name)), random_of(name))
+    for pool, act, has_bias in itertools.product((None, "max"), (None, "relu"), (False, True)):
+        op = problem.op("fprop", pool, bias=has_bias, act=act)
+        x, w, *bias = problem.operands(op, ternary(random_of(name)), random_of(name))
         x[0, 1, 1, 0], x[1, 0, 0, 0], x[1, 4, 4, 0], x[0, 9, 20, -1] = np.nan, np.inf, -np.inf, np.inf
         w[...] = 1
+        for b in bias:
+            b[:3] = np.inf, -np.inf, np.nan
         geometry = {"stride": problem.stride, "pad": problem.pad, "dilation": problem.dilation}
         with np.errstate(invalid="ignore"):
-            true = reference.act("relu", reference.conv(x, w, **geometry))
+            true = reference.act(act, reference.conv(x, w, *bias, **geometry))
             value, index = reference.pool2x2(true, pool) if pool else (true, None)
-        got, *winners = run_op(executor, op, bits_of(op, [x, w]))
         assert np.isnan(value).any()
         assert np.isinf(value).any()
+        got, *winners = run_op(executor, op, bits_of(op, [x, w, *bias]))
         np.testing.assert_array_equal(got, to_bits(value + 0.0))
         for winner in winners:
             np.testing.assert_array_equal(winner[~np.isnan(value)], index[~np.isnan(value)])
+        if pool:
+            (alone,) = run_op(executor, replace(op, indices=False), bits_of(op, [x, w, *bias]))
+            np.testing.assert_array_equal(alone, got)
 
 
 @pytest.mark.parametrize("name", ["lenet conv 1", "cifarnet stem", "resnet stem"])

@@ -252,14 +252,20 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
                     else
                         pool<false>(sums, bias0, bias1, matrix);
                 } else {  // rounding keeps the order, so the maximum may come first
+                    float shift[2] = {bias0, bias1};
+                    if (max(bias0, bias1) == __int_as_float(0x7f800000)) {  // with it, the maximum of sums says not yet which are NaN
+#pragma unroll
+                        for (int i = 0; i < PIXELS / 2; ++i) sums[0][i] += shift[i / 2 % 2], sums[1][i] += shift[i / 2 % 2];
+                        shift[0] = shift[1] = 0.0f;
+                    }
 #pragma unroll
                     for (int j = 0; j < PIXELS / 8; j += 2) {
                         u32 value[2];
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
-                            const float *a = sums[0] + 4 * j + 2 * e, *b = sums[1] + 4 * j + 2 * e, shift = e ? bias1 : bias0;
+                            const float *a = sums[0] + 4 * j + 2 * e, *b = sums[1] + 4 * j + 2 * e;
                             const float first = max_of(max_of(a[0], a[1]), max_of(b[0], b[1])), second = max_of(max_of(a[4], a[5]), max_of(b[4], b[5]));
-                            value[e] = max_bf16x2(round_bf16x2(first + shift, second + shift), floor);
+                            value[e] = max_bf16x2(round_bf16x2(first + shift[e], second + shift[e]), floor);
                         }
                         store_matrices(matrix + j * 512, value[0], value[1]);
                     }
