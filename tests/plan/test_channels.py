@@ -12,6 +12,7 @@ from hypothesis import event, given, settings
 
 from parcnn import cat, data, manual_seed, nn
 from parcnn.cpu import CpuExecutor
+from parcnn.errors import ShapeError
 from parcnn.nn import functional as F
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -244,6 +245,28 @@ def test_plans_that_disagree(cpu: CpuExecutor, padding: Padding, aside: Callable
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     for weight, array in moved.items():
         np.testing.assert_allclose(array, expected_moved[weight], rtol=1e-9, atol=1e-12, err_msg=weight)
+
+
+def test_zeros_are_no_values_of_a_batch_norm(padding: Padding) -> None:
+    """A last batch of one image has one value a channel, with zeros behind it or without."""
+    layers = [nn.Conv2d(2, 6, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    session = Session(model, padding, loss=nn.CrossEntropyLoss(), optimizer=SGD(), precision="fp64")
+    feed = feed_of(_images(3, 2, 4, 4), _classes(3))
+    plan = session.plan("train", 2, feed)
+    assert plan.layout.packings[model[2].weight].stored == (8,)
+    with pytest.raises(ShapeError, match="more than one value"):
+        session.plan("train", 1, feed)
+
+
+def test_one_channel_is_no_depthwise_convolution(padding: Padding) -> None:
+    padding.multiple = 2
+    layers = [nn.Conv2d(2, 1, 1), nn.Conv2d(1, 1, 3), nn.Conv2d(1, 2, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    step = step_of(padding, model, _images(2, 2, 4, 4), _classes(2))
+    assert _stored(step)["1.weight"] == (2, 3, 3, 2)
+    assert not any(isinstance(call.op, ChannelPad) for call in step.plan.program.calls)
+    check_gradients(step, model)
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.1, momentum=0.9, weight_decay=0.01), AdamW(0.01)], ids=repr)

@@ -71,7 +71,7 @@ def conv2d(
             remedy="use a smaller kernel, more padding, or fewer pools before this layer",
         )
     filters = x.trace.variable(weight, Packing((k, c, r, s)))
-    if groups == k == x.shape[1]:  # depthwise: channels of zeros are groups of their own
+    if 1 < groups == k == x.shape[1]:  # depthwise: channels of zeros are groups of their own
         op = replace(op, groups=filters.shape[0])
     operands = [x.image(filters.shape[3] * op.groups), filters]
     if bias is not None:
@@ -320,7 +320,7 @@ def batch_norm(
     is_flat = x.ndim == 2 and prod(x.value.shape[1:-1]) > 1  # an image, whose features are in another order
     value = (x.with_value(x.in_user_order()) if is_flat else x).with_channels(operands[0].shape[0])
     batch_statistics = training and trace.training
-    if batch_statistics and value.spec.size == c:
+    if batch_statistics and x.numel() == c:
         raise ShapeError(
             "batch norm needs more than one value a channel in training",
             where=trace.layer,
