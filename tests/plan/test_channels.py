@@ -189,6 +189,20 @@ def test_only_where_a_call_would_pad(padding: Padding) -> None:
     assert _stored(step_of(One(threads=1), model, _images(1, 2, 4, 4), _classes(1), mode="eval")) == _stored(step)
 
 
+@pytest.mark.parametrize("first", ["train", "eval", "predict"])
+def test_any_plan_decides_alike(first: str) -> None:
+    """In training a convolution takes moments for the batch norm behind it, which no convolution on copies does."""
+
+    class WithoutMoments(Padding):
+        def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
+            return 4 if isinstance(op, ConvFprop) and not op.moments and inputs[1].shape[1:3] == (3, 3) else 1
+
+    layers = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    step = step_of(WithoutMoments(threads=1), nn.Sequential(*layers), _images(2, 4, 4, 4), _classes(2), mode=first)
+    vectors = {f"1.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")}
+    assert _stored(step) == {"0.weight": (8, 3, 3, 4), "0.bias": (8,), **vectors, "5.weight": (4, 1, 1, 8)}
+
+
 def test_option(padding: Padding) -> None:
     step = step_of(padding, Wide(), _images(2, 3, 10, 10), _classes(2), options=Options(pad_channels=False))
     assert not _stored(step)

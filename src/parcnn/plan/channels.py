@@ -104,9 +104,10 @@ def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> 
         if not isinstance(node.op, ConvFprop):
             continue
         (x, *weights), y = node.inputs, node.outputs[0]
-        backward = Graph(graph.mode, graph.dtype)
-        node.op.grad(backward.emit, node.inputs, node.outputs, (Value(y.spec),))
-        for convolution in (node, *backward.nodes):
+        asked = Graph(graph.mode, graph.dtype)
+        asked.emit(replace(node.op, moments=False), *node.inputs)  # moments are taken in training alone
+        node.op.grad(asked.emit, node.inputs, node.outputs, (Value(y.spec),))
+        for convolution in asked.nodes:
             needless = isinstance(convolution.op, ConvDgrad) and x in images
             if isinstance(convolution.op, ConvGeometry) and not needless:
                 specs = (v.spec if v in weights else _of_usual_batch(v.spec) for v in convolution.inputs)
