@@ -16,15 +16,17 @@ from parcnn.errors import ShapeError
 from parcnn.nn import functional as F
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.pool import PoolFprop
 from parcnn.ops.shape import ChannelPad, ChannelSlice
 from parcnn.optim import SGD, AdamW, Muon
+from parcnn.plan import channels
 from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
 from parcnn.plan.trace import Tensor
 from parcnn.train import Trainer
 from parcnn.train.session import Session
 from tests.plan.networks import Problem, networks
-from tests.plan.step import Step, check_gradients, feed_of, step_of
+from tests.plan.step import Step, check_gradients, feed_of, make_plan, step_of
 from tests.plan.test_gradients import CALM
 
 
@@ -155,6 +157,8 @@ def test_which_weights_get_zeros(padding: Padding) -> None:
         ([nn.Conv2d(1, 9, 1), nn.Conv2d(9, 8, 1)], {"0.weight": (12, 1, 1, 1), "0.bias": (12,), "1.weight": (8, 1, 1, 12)}),
         ([nn.Conv2d(1, 1, 1), nn.Conv2d(1, 8, 1)], {}),  # three zeros for each channel are too many
         ([nn.Conv2d(1, 6, 1), nn.Sigmoid(), nn.Conv2d(6, 8, 1)], {}),
+        ([nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.Sigmoid(), nn.Conv2d(6, 8, 1)], {}),
+        ([nn.Conv2d(1, 6, 1), nn.Sigmoid(), nn.MaxPool2d(3, 1, 1), nn.Conv2d(6, 8, 1)], {}),
         ([nn.Conv2d(1, 6, 1), nn.MaxPool2d(2, 1, 1, dilation=2), nn.Conv2d(6, 8, 1)], {}),  # -inf where it sees no pixel
         ([nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6, eps=0.0), nn.Conv2d(6, 8, 1)], {}),  # 0 / 0
         ([nn.Conv2d(1, 6, 1), nn.Conv2d(6, 8, 1, groups=2)], {}),
@@ -169,14 +173,70 @@ def test_what_keeps_its_channels(
     assert _stored(step) == stored
 
 
+class TwoSided(nn.Module):
+    """Two convolutions, and what `join` makes of them for a third."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], widths: tuple[int, int] = (6, 6)) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(1, width, 1) for width in widths)
+        self.out, self.join = nn.Conv2d(6, 8, 1), join
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.join(self.a(x), self.b(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda a, b: F.relu(a) + F.sigmoid(b),
+        lambda a, b: F.sigmoid(b) + F.relu(a),
+        lambda a, b: F.sigmoid(a + b),
+    ],
+)
+def test_sums_have_the_channels_of_both_sides(padding: Padding, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+    assert _stored(step_of(padding, TwoSided(join), _images(2, 1, 4, 4), _classes(2))) == {}
+
+
+def test_a_filter_of_groups_and_of_all_channels(padding: Padding) -> None:
+    """Zeros behind the channels of each group are no zeros behind all."""
+
+    class Regrouped(TwoSided):
+        def forward(self, x: Tensor) -> Tensor:
+            return (F.conv2d(self.a(x), self.out.weight) + F.conv2d(self.b(x), self.out.weight, groups=2)).mean((2, 3))
+
+    step = step_of(padding, model := Regrouped(F.relu, (6, 12)), _images(2, 1, 4, 4), _classes(2))
+    assert _stored(step) == {}
+    check_gradients(step, model)
+
+
+@pytest.mark.parametrize("between", [[], [nn.BatchNorm2d(6)]])
+def test_fused_windows_of_no_pixels(between: Sequence[nn.Module]) -> None:
+    """Their maximum is -inf, in what convolution or batch norm it may be fused."""
+
+    class FusesAll(Padding):
+        def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+            return True
+
+        def workspace_bytes(self, op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
+            return 0
+
+    layers = [nn.Conv2d(1, 6, 1), *between, nn.MaxPool2d(2, 1, 1, dilation=2), nn.Conv2d(6, 8, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    plan = make_plan(FusesAll(threads=1), model, _images(2, 1, 4, 4), _classes(2))
+    assert not any(isinstance(call.op, PoolFprop) for call in plan.program.calls)
+    assert not any(packing.stored for packing in plan.layout.packings.values())
+
+
 def test_only_where_a_call_would_pad(padding: Padding) -> None:
     """The channels on both sides of such a convolution, nowhere else; a gradient counts where it is computed."""
 
     class One(Padding):
         asked: ClassVar[list[Op]] = []
+        batches: ClassVar[set[int]] = set()
 
         def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
             self.asked.append(op)
+            self.batches.add(inputs[0].shape[0])
             return 4 if isinstance(op, ConvWgrad) and inputs[0].shape[-1] == 6 else 1
 
     layers = [nn.Conv2d(2, 5, 1), nn.Conv2d(5, 6, 1), nn.ReLU(), nn.Conv2d(6, 7, 1), nn.Conv2d(7, 9, 1)]
@@ -186,6 +246,7 @@ def test_only_where_a_call_would_pad(padding: Padding) -> None:
         "1.weight": (8, 1, 1, 5), "1.bias": (8,), "3.weight": (8, 1, 1, 8), "3.bias": (8,), "4.weight": (9, 1, 1, 8),
     }  # fmt: skip
     assert sum(isinstance(op, ConvDgrad) for op in One.asked) == 4  # not of the images
+    assert One.batches == {channels.BATCH}  # whatever the plan's is
     assert _stored(step_of(One(threads=1), model, _images(1, 2, 4, 4), _classes(1), mode="eval")) == _stored(step)
 
 
@@ -233,12 +294,21 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         if self.training:
-            x = self.aside(self.side(x)) + x
+            x = self.aside(x) + self.side(x)
         return self.out(self.b(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize("first", ["predict", "train"])
-@pytest.mark.parametrize("aside", [F.relu, F.sigmoid, lambda x: x.flatten(1).view(x.size(0), 6, 3, 3)])
+@pytest.mark.parametrize(
+    "aside",
+    [
+        F.relu,
+        F.sigmoid,
+        lambda x: x.flatten(1).view(x.size(0), 6, 3, 3),
+        lambda x: x.flatten(1).view(x.size(0), 6, 9, 1).flatten(1).view(x.size(0), 6, 3, 3),  # by way of torch's order
+        lambda x: F.avg_pool2d(cat([x, x], 1).flatten(1).view(x.size(0), 6, 6, 3), (2, 1)),
+    ],
+)
 def test_plans_that_disagree(cpu: CpuExecutor, padding: Padding, aside: Callable[[Tensor], Tensor], first: str) -> None:
     """The first plan of a model decides; a later one adds and drops channels where it reads a tensor in other ways."""
     images, targets = _images(2, 2, 5, 5), _classes(2)

@@ -3,7 +3,8 @@
 Weights get them, once, behind their own: filters of zeros, zeros for the channels that such filters make, biases and scales
 of zero. What layers hand to each other then has them too, and no call pads or crops. They stay zeros: their errors and their
 gradients are zeros, which an update element by element leaves alone. Nothing outside sees them: a state_dict, a checkpoint,
-an input, an output and a loss have the model's own channels.
+an input, an output and a loss have the model's own channels. Only infinities tell: zero times infinity is NaN, so of an
+image with an infinite pixel, or a sum that overflows, more may become NaN than without.
 
 A tensor keeps its own channels where something reads it that more of them would change.
 """
@@ -19,7 +20,6 @@ from parcnn.ops.feed import GatherBatch
 from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
 from parcnn.ops.pointwise import Act, Add, Cast, Dropout
 from parcnn.ops.pool import AdaptiveAvgFprop, PoolFprop, PoolWindow
-from parcnn.ops.shape import View
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Rule
 from parcnn.plan.variable import Variable
@@ -114,6 +114,7 @@ def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> 
                 multiple = pads_to(convolution.op, tuple(specs))
                 if multiple > 1:
                     multiples[_channels(x)] = multiples[_channels(y)] = multiple
+                    break
     return multiples
 
 
@@ -167,8 +168,6 @@ def _keeps_zeros(node: Node) -> bool:
         case BatchNormTrain() | BatchNormInfer() as norm:
             window = norm.window if isinstance(norm, BatchNormTrain) else None
             return norm.eps > 0 and _is_zero_at_zero(norm.act, window)
-        case View(shape):
-            return shape[-1] == node.inputs[0].shape[-1]
     return isinstance(node.op, AdaptiveAvgFprop | Dropout)
 
 

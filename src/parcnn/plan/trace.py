@@ -113,7 +113,7 @@ class Tensor:
             return Tensor(self.trace, self.value, sizes)
         if sizes[0] == self.shape[0] and len(sizes) == 4 and self.ndim == 2:
             n, c, h, w = sizes
-            if self.value.shape[:-1] == (n, h, w) and self.channels == c:
+            if self.value.shape[:-1] == (n, h, w):  # then its own channels are as many, too
                 return Tensor(self.trace, self.value, sizes)
             flat = self.in_user_order()
             (value,) = self.trace.emit(ToChannelsLast(image=(h, w, c)), flat)
@@ -185,7 +185,7 @@ class Tensor:
         raise UnsupportedError(
             "a condition on a tensor's values",
             where=self.trace.layer,
-            remedy="forward() is traced once, with shapes only; branch on shapes or on attributes of the module",
+            remedy="forward() is traced, with shapes only; branch on shapes or on attributes of the module",
         )
 
     # -- the physical side ---------------------------------------------------------------------------------------
