@@ -30,7 +30,8 @@ class Buffer(Variable):
 class Module:
     """Base of all layers and networks. Subclasses assign layers and parameters in __init__ and compute in forward().
 
-    forward() runs once for each kind of plan, on symbolic tensors (`parcnn.plan.trace.Tensor`).
+    forward() runs once for each kind of plan, and once more before the first, on symbolic tensors
+    (`parcnn.plan.trace.Tensor`).
     """
 
     training: bool

@@ -71,7 +71,7 @@ class Dropout(Op):
     """y = x * keep / (1 - p). inputs: x, state. No mask is stored: backward is the same op on dy.
 
     keep[i] = word[i % 4] >= p * 2**32, where word = philox4x32(counter = (i // 4, stream, state[1], 0), key = state[3:5]) and
-    i counts the physical elements (`parcnn.ops.philox`).
+    i counts the physical elements (`parcnn.ops.philox`), channels of zeros (`parcnn.plan.channels`) among them.
     """
 
     p: float = 0.5

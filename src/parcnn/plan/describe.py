@@ -21,7 +21,8 @@ class CallRow:
     """One call of a program.
 
     shape: of its first output, as users see it: NCHW, filters KCRS, and (N, features) where the image is 1x1; () of a call
-    that only overwrites. place: byte offset in the arena of what it writes first, or the region where that lies.
+    that only overwrites. Channels of zeros (`parcnn.plan.channels`) count, here and in what follows.
+    place: byte offset in the arena of what it writes first, or the region where that lies.
     flops: floating-point operations, a multiply-add being two. bytes: fewest that can be moved. after: calls it waits for.
     """
 
