@@ -197,6 +197,11 @@ def test_sums_have_the_channels_of_both_sides(padding: Padding, join: Callable[[
     assert _stored(step_of(padding, TwoSided(join), _images(2, 1, 4, 4), _classes(2))) == {}
 
 
+def test_what_nobody_reads_has_no_say(padding: Padding) -> None:
+    step = step_of(padding, TwoSided(lambda a, b: (F.sigmoid(a), a + b)[1]), _images(2, 1, 4, 4), _classes(2))
+    assert _stored(step)["a.weight"] == _stored(step)["b.weight"] == (8, 1, 1, 1)
+
+
 def test_a_filter_of_groups_and_of_all_channels(padding: Padding) -> None:
     """Zeros behind the channels of each group are no zeros behind all."""
 
@@ -251,17 +256,19 @@ def test_only_where_a_call_would_pad(padding: Padding) -> None:
 
 
 @pytest.mark.parametrize("first", ["train", "eval", "predict"])
-def test_any_plan_decides_alike(first: str) -> None:
-    """In training a convolution takes moments for the batch norm behind it, which no convolution on copies does."""
+@pytest.mark.parametrize(("layer", "act"), [(nn.BatchNorm2d(6), None), (nn.GELU(), None), (nn.ReLU(), "relu")])
+def test_any_plan_decides_alike(layer: nn.Module, act: str | None, first: str) -> None:
+    """In training a convolution takes moments for the batch norm behind it, which none on copies does; without, a GELU."""
 
-    class WithoutMoments(Padding):
+    class Choosy(Padding):
         def pads_to(self, op: Op, inputs: tuple[Spec, ...]) -> int:
-            return 4 if isinstance(op, ConvFprop) and not op.moments and inputs[1].shape[1:3] == (3, 3) else 1
+            wanted = isinstance(op, ConvFprop) and not op.moments and op.act == act and inputs[1].shape[1:3] == (3, 3)
+            return 4 if wanted else 1
 
-    layers = [nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
-    step = step_of(WithoutMoments(threads=1), nn.Sequential(*layers), _images(2, 4, 4, 4), _classes(2), mode=first)
-    vectors = {f"1.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")}
-    assert _stored(step) == {"0.weight": (8, 3, 3, 4), "0.bias": (8,), **vectors, "5.weight": (4, 1, 1, 8)}
+    layers = [nn.Conv2d(4, 6, 3), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    step = step_of(Choosy(threads=1), nn.Sequential(*layers), _images(2, 4, 4, 4), _classes(2), mode=first)
+    vectors = {f"1.{name}": (8,) for name, _ in layer.named_variables() if name != "num_batches_tracked"}
+    assert _stored(step) == {"0.weight": (8, 3, 3, 4), "0.bias": (8,), **vectors, "4.weight": (4, 1, 1, 8)}
 
 
 def test_option(padding: Padding) -> None:
@@ -294,8 +301,10 @@ class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.a(x))
         if self.training:
-            x = self.aside(x) + self.side(x)
-        return self.out(self.b(x).mean((2, 3)))
+            x = self.b(self.aside(x)) + self.b(self.side(x))
+        else:
+            x = self.b(x)
+        return self.out(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("first", ["predict", "train"])
@@ -304,6 +313,7 @@ class Branching(nn.Module):
     [
         F.relu,
         F.sigmoid,
+        nn.BatchNorm2d(6),
         lambda x: x.flatten(1).view(x.size(0), 6, 3, 3),
         lambda x: x.flatten(1).view(x.size(0), 6, 9, 1).flatten(1).view(x.size(0), 6, 3, 3),  # by way of torch's order
         lambda x: F.avg_pool2d(cat([x, x], 1).flatten(1).view(x.size(0), 6, 6, 3), (2, 1)),
@@ -324,11 +334,32 @@ def test_plans_that_disagree(cpu: CpuExecutor, padding: Padding, aside: Callable
         results.append(trained.gradients())
         if first == "predict" and executor is padding:
             assert _stored(trained)["a.weight"] == (8, 3, 3, 2)
+            assert not any(zeros.any() for zeros in _zeros_behind(trained))
             check_gradients(trained, model)
     (loss, moved), (expected, expected_moved) = results
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     for weight, array in moved.items():
         np.testing.assert_allclose(array, expected_moved[weight], rtol=1e-9, atol=1e-12, err_msg=weight)
+
+
+def test_a_later_output(cpu: CpuExecutor, padding: Padding) -> None:
+    """What training keeps between layers, a prediction may give."""
+
+    class Features(TwoSided):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.training else self.join(self.a(x), self.b(x))
+
+    images, found = _images(4, 1, 4, 4), []
+    for executor in (padding, cpu):
+        manual_seed(3)
+        model = Features(lambda a, b: F.relu(a + b))
+        run = Trainer(model, SGD(0.1), device=executor, precision="fp64", batch_size=2, shuffle=False)
+        run.fit(data.from_arrays(images, np.arange(4) % 3), 1)
+        model.eval()
+        found.append(run.predict(images))
+        assert found[-1].shape == (4, 6, 4, 4)
+        assert any(packing.stored for packing in run.session.layout.packings.values()) == (executor is padding)
+    np.testing.assert_allclose(*found, rtol=1e-12, atol=1e-15)
 
 
 def test_zeros_are_no_values_of_a_batch_norm(padding: Padding) -> None:

@@ -20,6 +20,7 @@ from parcnn.ops.base import Spec
 from parcnn.plan.build import build
 from parcnn.plan.describe import describe
 from parcnn.plan.trace import Tensor
+from parcnn.train import Trainer
 from tests.plan.step import Step, feed_of, lay_out, make_plan
 
 Compute = Callable[[Tensor], Any]
@@ -353,6 +354,17 @@ def test_batch_norm_of_single_values_is_for_inference(cpu: CpuExecutor) -> None:
         make_plan(cpu, model, images, targets)
     _check(caught.value, "2")
     assert make_plan(cpu, model, images, targets, mode="eval").output_shape == (1, 4)
+
+
+def test_batch_norm_of_a_flattened_image_has_torchs_order(cpu: CpuExecutor) -> None:
+    """One scale for each pixel of each channel."""
+    norm = nn.BatchNorm1d(2 * 3 * 2)
+    scales = np.arange(1.0, 13.0)
+    norm.weight.assign(scales)
+    images = np.random.default_rng(0).standard_normal((3, 2, 3, 2))
+    run = Trainer(nn.Sequential(nn.Flatten(), norm), device=cpu, precision="fp64")
+    expected = images.reshape(3, 12) * scales / np.sqrt(1 + norm.eps)
+    np.testing.assert_allclose(run.predict(images), expected, rtol=1e-12)
 
 
 def test_labels_and_losses_that_do_not_fit(cpu: CpuExecutor) -> None:
