@@ -12,7 +12,7 @@ from hypothesis import event, given, settings
 
 from parcnn import cat, data, manual_seed, nn
 from parcnn.cpu import CpuExecutor
-from parcnn.errors import ShapeError
+from parcnn.errors import ShapeError, UnsupportedError
 from parcnn.nn import functional as F
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
@@ -340,6 +340,30 @@ def test_plans_that_disagree(cpu: CpuExecutor, padding: Padding, aside: Callable
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     for weight, array in moved.items():
         np.testing.assert_allclose(array, expected_moved[weight], rtol=1e-9, atol=1e-12, err_msg=weight)
+
+
+@pytest.mark.parametrize("shared", ["filters", "bias"])
+def test_zeros_that_do_not_fit_a_later_layer(padding: Padding, shared: str) -> None:
+    """What layers share, and only the first plan's gave zeros, is refused."""
+
+    class Sharing(TwoSided):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, weight = self.a(x), self.b(x), self.out.weight
+            y = F.conv2d(a, weight)
+            if self.training:
+                y = y + (F.conv2d(b, weight, groups=2) if shared == "filters" else F.conv2d(a, weight, self.a.bias))
+            return y.mean((2, 3))
+
+    model = Sharing(F.relu, (6, 12))
+    model.out = nn.Conv2d(6, 6, 1)
+    session = Session(model, padding, loss=nn.CrossEntropyLoss(), optimizer=SGD(), precision="fp64")
+    feed = feed_of(_images(2, 1, 4, 4), _classes(2))
+    model.eval()
+    session.plan("predict", 2, feed)
+    model.train()
+    with pytest.raises(UnsupportedError, match="shared with a layer of an earlier plan") as caught:
+        session.plan("train", 2, feed)
+    assert "pad_channels=False" in str(caught.value)
 
 
 def test_a_later_output(cpu: CpuExecutor, padding: Padding) -> None:

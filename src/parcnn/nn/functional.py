@@ -43,7 +43,8 @@ def conv2d(
 
     padding: an int, a pair, 'valid', or 'same' (stride 1; an odd total puts one more row and column at the end).
     groups: the first K/groups filters see the first C/groups channels, and so on; groups = C is a depthwise convolution.
-    Raises ShapeError (channels, kernel larger than the padded image), ArgumentError (also where groups does not divide K).
+    Raises ShapeError (channels, kernel larger than the padded image), ArgumentError (also where groups does not divide K),
+    UnsupportedError (a weight that layers share got zeros by an earlier plan that lacks this one: `parcnn.plan.channels`).
     """
     _need_image(x, "conv2d")
     where = x.trace.layer
@@ -72,12 +73,31 @@ def conv2d(
         )
     filters = x.trace.variable(weight, Packing((k, c, r, s)))
     if 1 < groups == k == x.shape[1]:  # depthwise: channels of zeros are groups of their own
-        op = replace(op, groups=filters.shape[0])
+        op, k = replace(op, groups=filters.shape[0]), filters.shape[0]
+    if groups > 1:  # zeros behind a group's channels would not be behind all
+        _need_same_zeros(filters, (k, r, s, c), where)
+    return Tensor(x.trace, _convolve(x, op, filters, bias), (n, weight.shape[0], p, q))
+
+
+def _convolve(x: Tensor, op: ConvFprop, filters: Value, bias: Variable | None) -> Value:
+    """Emit a convolution, on the channels that its filters have, zeros among them. Raises UnsupportedError."""
     operands = [x.image(filters.shape[3] * op.groups), filters]
     if bias is not None:
         operands.append(x.trace.variable(bias))
-    (value,) = x.trace.emit(op, *operands)
-    return Tensor(x.trace, value, (n, k, p, q))
+        _need_same_zeros(operands[2], filters.shape[:1], x.trace.layer)
+    return x.trace.emit(op, *operands)[0]
+
+
+def _need_same_zeros(weight: Value, shape: tuple[int, ...], where: str) -> None:
+    """Raise UnsupportedError where a weight that layers share has zeros that fit those of the first plan alone."""
+    if weight.shape != shape:
+        raise UnsupportedError(
+            f"{weight.label} is shared with a layer of an earlier plan, where it got channels of zeros",
+            where=where,
+            expected=f"{shape} in memory",
+            got=weight.shape,
+            remedy="give Options(pad_channels=False)",
+        )
 
 
 def conv_groups(groups: Any, channels: int, what: str, where: str) -> None:
@@ -128,7 +148,7 @@ def _sizes(name: str, value: int | tuple[int, ...], least: int, where: str) -> t
 def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
     """x (N, in) @ weight (out, in)^T + bias. Runs as a convolution: after a flattened image its filter covers that image.
 
-    Raises ShapeError when the features differ.
+    Raises ShapeError when the features differ, UnsupportedError as `conv2d` does.
     """
     _need_tensor(x, "linear")
     out_features, in_features = weight.shape
@@ -140,10 +160,7 @@ def linear(x: Tensor, weight: Variable, bias: Variable | None = None) -> Tensor:
         )
     h, w = image_of(x.value) if len(x.value.shape) == 4 else (1, 1)
     filters = x.trace.variable(weight, Packing((out_features, x.channels, h, w)))
-    operands = [x.image(filters.shape[3]), filters]
-    if bias is not None:
-        operands.append(x.trace.variable(bias))
-    (value,) = x.trace.emit(ConvFprop(bias=bias is not None), *operands)
+    value = _convolve(x, ConvFprop(bias=bias is not None), filters, bias)
     return Tensor(x.trace, value, (x.shape[0], out_features))
 
 
