@@ -28,16 +28,15 @@ from parcnn.ops.base import ITEM_BYTES, PACKED, Op, Spec
 from parcnn.ops.program import Call, Program, Slot
 
 KERNELS = Path(parcnn.cuda.kernels.__file__).parent
-TWINS = Path(__file__).with_name("cuda_emulation.h")
+FOLDER = Path(__file__).parent
 # Headers of kernels, and where the twins of what they have in PTX are.
-MORE_TWINS = {name: Path(__file__).parents[1] / twins for name, twins in (
-    ("conv_mma.cuh", "mma_emulation.h"), ("sm90.cuh", "sm90_emulation.h")
-)}  # fmt: skip
+TWINS = {"conv_mma.cuh": "mma_emulation.h", "sm90.cuh": "sm90_emulation.h"}
 MOST_PARAMETERS = 64
 GUARD = 4096  # bytes before and after each tensor
 POISON = 0xFF  # a float of these bytes is NaN
 # Products and sums are contracted to fused ones, as nvcc does: rounding is then about what a GPU's is.
 FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=fast", "-fPIC", "-w", "-fno-strict-aliasing")
+FLAGS += ("-fvisibility-inlines-hidden",)  # what a kernel includes is its own, not another's of the same name
 
 
 class EmulationError(AssertionError):
@@ -53,7 +52,7 @@ def available() -> bool:
 def compiled(kernel: Kernel) -> ctypes.CDLL:
     """The kernel as a host library, from the temporary folder's cache where it was built before."""
     source, headers = KERNELS / kernel.source, included(kernel.source)
-    header = precompiled(next((twins for name, twins in MORE_TWINS.items() if name in headers), TWINS))
+    header = precompiled(next((twins for name, twins in TWINS.items() if name in headers), "cuda_emulation.h"))
     text = "".join(f"#define {k} {v}\n" for k, v in kernel.defines) + f'#include "{source}"\n'
     for cluster in re.findall(r"__cluster_dims__\(([^,]+),", source.read_text()):
         text += f"#if {cluster} > 1\n#define BLOCKS_OF_CLUSTER {cluster}\n#endif\n"
@@ -67,6 +66,7 @@ def compiled(kernel: Kernel) -> ctypes.CDLL:
         code.write_text(text)
         _build(library, kernel.label, "-shared", "-I", str(KERNELS), "-include", str(header), str(code))
         code.unlink()
+    load_emulation()
     loaded = ctypes.CDLL(str(library))
     loaded.emulate.restype = ctypes.c_char_p
     return loaded
@@ -80,18 +80,28 @@ def included(source: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def precompiled(header: Path) -> Path:
-    """A header that includes `header`, and has been read by g++ before: most kernels are shorter than what it includes."""
-    folders = (Path(__file__).parent, header.parent)
-    texts = [path.read_text() for folder in folders for path in sorted(folder.glob("*_emulation.h"))]
+def load_emulation() -> None:
+    """What all kernels' libraries call."""
+    sources = sorted(FOLDER.glob("*.cpp"))
+    texts = [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*.h")))]
+    library = _folder() / f"emulation-{_digest(*texts)}.so"
+    if not library.exists():
+        _build(library, "the emulation", "-shared", *map(str, sources))
+    ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def precompiled(name: str) -> Path:
+    """A header that includes one of the emulation's, and has been read by g++ before: most kernels are shorter than it."""
+    header = FOLDER / name
     text = f'#include "{header}"\n'
-    found = _folder() / f"{header.stem}-{_digest(text, *texts)}.h"
+    found = _folder() / f"{header.stem}-{_digest(text, *(path.read_text() for path in sorted(FOLDER.glob('*.h'))))}.h"
     kept = found.with_suffix(".h.gch")
     if not kept.exists():
         own = found.with_suffix(f".{os.getpid()}.h")
         own.write_text(text)
         own.replace(found)
-        _build(kept, header.name, "-x", "c++-header", str(found))
+        _build(kept, name, "-x", "c++-header", str(found))
     return found
 
 

@@ -1,47 +1,41 @@
-// Twins of sm90.cuh's instructions for cuda_emulation.h: mbarriers, tensor copies, named barriers, registers of warpgroups, clusters.
-//
-// Addresses of shared memory are 32-bit as on the device: static, then dynamic; from bit 24 on, what `mapa` gives: 1 + the block
-// of the cluster. In ascending order of the threads copies are made as late as they may be, when a thread waits for them: who
-// reads too early finds NaN. In descending order they are made at once: who gives a stage back too early finds the next one's.
-#pragma once
+// Hopper's copy engine, barriers, registers and clusters: sm90_emulation.h.
+#include "sm90_emulation.h"
 
 #include <array>
+#include <map>
 
-#include "host_emulation/cuda_emulation.h"
+#include "shared_memory.h"
+#include "state.h"
+
+struct TensorMap {
+    std::array<unsigned long long, 16> words;  // as runner.py's `tensor_map` describes a tensor
+};
 
 namespace emulation {
 
-constexpr unsigned STATIC_START = 1024, OF_TEMPLATES = 1u << 20, OF_BLOCK = 1u << 24;
+// ---- Addresses -------------------------------------------------------------------------------------------------------
+
+constexpr unsigned STATIC_START = 1024, ALIGNMENT = 1024, OF_TEMPLATES = 1u << 20;
 // Static variables of function templates, which g++ puts into no section: all within so many bytes from the first one's address.
 constexpr unsigned TEMPLATES_BYTES = 8192;
 static const char *of_templates;
 
-inline size_t static_bytes() { return __stop_emulated_shared - __start_emulated_shared; }
-inline unsigned dynamic_start() {
-    return (unsigned)((STATIC_START + static_bytes() + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT);
+unsigned dynamic_start() {
+    const unsigned static_bytes = (unsigned)(launched.static_end - launched.static_start);
+    return (STATIC_START + static_bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-inline int block_of(unsigned address) { return address >= OF_BLOCK ? (int)(address / OF_BLOCK) - 1 : self->block; }
-
-// `nbytes` at an address, which is a multiple of them.
-inline char *at_shared(unsigned address, unsigned nbytes) {
+char *at_shared(unsigned address, unsigned nbytes) {
     const Block &block = blocks[block_of(address)];
     const unsigned at = address % OF_BLOCK, dynamic = dynamic_start();
     if (at % nbytes) fail("an access of " + std::to_string(nbytes) + " bytes of shared memory at an address not aligned to it");
     if (block.live == 0) fail("an access to the shared memory of a block that has ended");
-    if (at >= dynamic && at + nbytes <= dynamic + dynamic_bytes) return block.shared + (at - dynamic);
+    if (at >= dynamic && at + nbytes <= dynamic + launched.shared_bytes) return block.shared + (at - dynamic);
     if (at >= OF_TEMPLATES && at + nbytes <= OF_TEMPLATES + TEMPLATES_BYTES) return const_cast<char *>(of_templates) + (at - OF_TEMPLATES);
-    if (at < STATIC_START || at + nbytes > STATIC_START + static_bytes())
+    if (at < STATIC_START || at + nbytes > STATIC_START + (launched.static_end - launched.static_start))
         fail("an access to shared memory that there is not, " + std::to_string((int)(at - dynamic)) + " from the dynamic's start");
-    return __start_emulated_shared + (at - STATIC_START);
+    return launched.static_start + (at - STATIC_START);
 }
-
-template <class T> T read_shared(unsigned address) {
-    T value;
-    memcpy(&value, at_shared(address, sizeof(T)), sizeof(T));
-    return value;
-}
-template <class T> void write_shared(unsigned address, const T &value) { memcpy(at_shared(address, sizeof(T)), &value, sizeof(T)); }
 
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
 
@@ -70,13 +64,13 @@ struct MemoryBarrier {
     }
     template <class Copies> void begin(Copies copy) {
         copies.push_back(copy);
-        if (descending_order || waiters > 0) land();
+        if (launched.descending || waiters > 0) land();
     }
 };
 
 static std::vector<std::map<unsigned, MemoryBarrier>> memory_barriers;  // of each block
 
-inline MemoryBarrier &memory_barrier(unsigned address) {
+static MemoryBarrier &memory_barrier(unsigned address) {
     at_shared(address, 8);
     auto &of_block = memory_barriers[block_of(address)];
     const auto found = of_block.find(address % OF_BLOCK);
@@ -88,16 +82,12 @@ inline MemoryBarrier &memory_barrier(unsigned address) {
 
 // A box of a tensor, as runner.py's `tensor_map` describes it.
 struct Box {
-    std::array<unsigned long long, 16> map;
-    int at[4];
+    TensorMap tensor;
+    std::array<int, 4> at;
 
-    template <class Map> Box(const Map &of, std::array<int, 4> first) {
-        static_assert(sizeof of == sizeof map, "a tensor map");
-        memcpy(&map, &of, sizeof map);
-        std::copy(first.begin(), first.end(), at);
-    }
     // Between the tensor and shared memory, 16 bytes at a time. What lies outside of the tensor is zero, and is not written.
     long long copy(unsigned to, bool out) const {
+        const auto &map = tensor.words;
         const int rank = (int)(map[1] & 255), swizzle = (int)(map[1] >> 8);  // bytes that it spans
         const auto dimension = [&](int d) { return map.data() + 2 + 3 * d; };  // extent; stride in bytes; elements in shared memory and their step
         if (to % 128) fail("a tensor copy to an address of shared memory that is not a multiple of 128");
@@ -133,9 +123,9 @@ struct Box {
     }
 };
 
-template <class Map> void load_box(unsigned to, const Map &map, unsigned barrier, std::array<int, 4> first) {
+static void load_box(unsigned to, const TensorMap &map, unsigned barrier, std::array<int, 4> first) {
     const unsigned in_cluster = to % OF_BLOCK + (unsigned)(block_of(to) + 1) * OF_BLOCK;  // whoever makes the copy
-    memory_barrier(barrier).begin([in_cluster, box = Box(map, first)] { return box.copy(in_cluster, false); });
+    memory_barrier(barrier).begin([in_cluster, box = Box{map, first}] { return box.copy(in_cluster, false); });
 }
 
 // ---- Of threads: groups of stores; of blocks: barriers by number, registers that no thread has ----------------------------
@@ -150,12 +140,12 @@ static std::vector<unsigned> spare_registers;
 static std::vector<unsigned> registers;  // of each fiber
 static Barrier cluster_barrier;
 
-inline void store(std::function<void()> copy) {
-    if (descending_order) std::exchange(copy, [] {})();
-    stores[self - fibers.data()].push_back(std::move(copy));
+static void store(std::function<void()> copy) {
+    if (launched.descending) std::exchange(copy, [] {})();
+    stores[number_of(self)].push_back(std::move(copy));
 }
 
-inline NumberedBarrier &come(int id, int threads) {
+static NumberedBarrier &come(int id, int threads) {
     if (id < 0 || id > 15 || threads % 32) fail("no such named barrier");
     NumberedBarrier &barrier = numbered[self->block][id];
     if (barrier.barrier.arrived > 0 && barrier.threads != threads) fail("a named barrier of different numbers of threads");
@@ -163,7 +153,8 @@ inline NumberedBarrier &come(int id, int threads) {
     return barrier;
 }
 
-inline void begin_sm90() {
+static void begin_sm90() {
+    of_templates = nullptr;
     memory_barriers.assign(blocks.size(), {});
     stores.assign(fibers.size(), {});
     numbered.assign(blocks.size(), {});
@@ -172,7 +163,7 @@ inline void begin_sm90() {
     registers.assign(fibers.size(), (unsigned)(65536 / (fibers.size() / blocks.size()) / 8 * 8));
 }
 
-inline std::string end_sm90() {
+static std::string end_sm90() {
     for (const auto &of_block : memory_barriers)
         for (const auto &[address, barrier] : of_block)
             if (!barrier.copies.empty()) return "a block ends while copies to it are under way";
@@ -181,7 +172,7 @@ inline std::string end_sm90() {
     return "";
 }
 
-inline std::string awaited_barriers() {
+static std::string awaited_barriers() {
     std::string all;
     for (const auto &of_block : memory_barriers)
         for (const auto &[address, barrier] : of_block)
@@ -191,7 +182,7 @@ inline std::string awaited_barriers() {
     return all;
 }
 
-static const bool is_sm90 = (at_begin.push_back(begin_sm90), at_end.push_back(end_sm90), at_deadlock.push_back(awaited_barriers), true);
+static const bool is_hooked = add_hooks({begin_sm90, end_sm90, awaited_barriers});
 
 // Of lanes 8i .. 8i+7 the addresses of the i-th matrix' rows: use(i, e, element) is called for the lane's own elements.
 template <class Use> void transposed_elements(unsigned at, int matrices, Use use) {
@@ -217,29 +208,28 @@ template <int Count> void load_matrices(unsigned at, unsigned (&m)[Count]) {
 
 }  // namespace emulation
 
-inline unsigned shared_address(const void *p) {
+unsigned shared_address(const void *p) {
+    using namespace emulation;
     const char *at = static_cast<const char *>(p);
-    if (at >= __start_emulated_shared && at < __stop_emulated_shared) return emulation::STATIC_START + (unsigned)(at - __start_emulated_shared);
-    if (at >= emulation::dynamic_shared && at < emulation::dynamic_shared + emulation::dynamic_bytes)
-        return emulation::dynamic_start() + (unsigned)(at - emulation::dynamic_shared);
-    if (!emulation::of_templates) emulation::of_templates = at;
-    return emulation::OF_TEMPLATES + (unsigned)(at - emulation::of_templates);
+    if (at >= launched.static_start && at < launched.static_end) return STATIC_START + (unsigned)(at - launched.static_start);
+    if (at >= dynamic_shared && at < dynamic_shared + launched.shared_bytes) return dynamic_start() + (unsigned)(at - dynamic_shared);
+    if (!of_templates) of_templates = at;
+    return OF_TEMPLATES + (unsigned)(at - of_templates);
 }
 
-inline void barrier_init(unsigned barrier, unsigned arrivals) {
+void barrier_init(unsigned barrier, unsigned arrivals) {
     emulation::at_shared(barrier, 8);
     emulation::MemoryBarrier &own = emulation::memory_barriers[emulation::self->block][barrier];
     own = {};
     own.arrivals = own.missing = (int)arrivals;
 }
-inline void barrier_init_fence() {}
-inline void barrier_arrive(unsigned barrier, unsigned count = 1) { emulation::memory_barrier(barrier).arrive((int)count); }
-inline void barrier_expect(unsigned barrier, unsigned nbytes) {
+void barrier_arrive(unsigned barrier, unsigned count) { emulation::memory_barrier(barrier).arrive((int)count); }
+void barrier_expect(unsigned barrier, unsigned nbytes) {
     emulation::MemoryBarrier &own = emulation::memory_barrier(barrier);
     own.nbytes += nbytes;
     own.arrive(1);
 }
-inline void barrier_wait(unsigned barrier, unsigned parity) {
+void barrier_wait(unsigned barrier, unsigned parity) {
     emulation::MemoryBarrier &awaited = emulation::memory_barrier(barrier);
     if (awaited.phases % 2 == parity) awaited.land();
     if (awaited.phases % 2 != parity) return;
@@ -247,47 +237,45 @@ inline void barrier_wait(unsigned barrier, unsigned parity) {
     emulation::await_change(awaited.phases, awaited.phases, "a memory barrier");
     --awaited.waiters;
 }
-inline void barrier_wait_both(unsigned a, unsigned parity_a, unsigned b, unsigned parity_b) {
-    barrier_wait(a, parity_a);
-    barrier_wait(b, parity_b);
-}
-inline void named_barrier(int id, int threads) { emulation::wait(emulation::come(id, threads).barrier, threads, "a named barrier"); }
-inline void named_barrier_arrive(int id, int threads) {
+void named_barrier(int id, int threads) { emulation::wait(emulation::come(id, threads).barrier, threads, "a named barrier"); }
+void named_barrier_arrive(int id, int threads) {
     emulation::Barrier &barrier = emulation::come(id, threads).barrier;
     if (++barrier.arrived == threads) emulation::open(barrier);
 }
 
-template <int Registers> void give_registers() {
-    unsigned &own = emulation::registers[emulation::self - emulation::fibers.data()];
-    if (own < Registers) emulation::fail("a warpgroup gives registers that it has not");
-    emulation::spare_registers[emulation::self->block] += own - Registers;
-    own = Registers;
-}
-template <int Registers> void take_registers() {
-    unsigned &own = emulation::registers[emulation::self - emulation::fibers.data()], &spare = emulation::spare_registers[emulation::self->block];
-    if (own > Registers) emulation::fail("a warpgroup takes fewer registers than it has");
-    while (spare < Registers - own) emulation::await_change(spare, spare, "registers");
-    spare -= Registers - own, own = Registers;
+namespace emulation {
+
+void give_registers(unsigned count) {
+    unsigned &own = registers[number_of(self)];
+    if (own < count) fail("a warpgroup gives registers that it has not");
+    spare_registers[self->block] += own - count;
+    own = count;
 }
 
-inline bool elect() { return threadIdx.x % 32 == 0; }
-struct TensorMap;
-inline void prefetch(const TensorMap &) {}
-inline void prefetch(const void *p, unsigned nbytes) {
-    emulation::check_aligned(p, 16);
-    emulation::check_aligned(reinterpret_cast<const void *>((unsigned long long)nbytes), 16);
+void take_registers(unsigned count) {
+    unsigned &own = registers[number_of(self)], &spare = spare_registers[self->block];
+    if (own > count) fail("a warpgroup takes fewer registers than it has");
+    while (spare < count - own) await_change(spare, spare, "registers");
+    spare -= count - own, own = count;
 }
-template <class Map> void prefetch_tile(const Map &, int, int, int, int) {}
-template <class Map> void load_chunk(unsigned to, const Map &map, unsigned barrier, int c0, int c1) {
+
+void await_stores(size_t pending) {
+    auto &own = stores[number_of(self)];
+    for (; own.size() > pending; own.pop_front()) own.front()();
+}
+
+}  // namespace emulation
+
+void load_chunk(unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1) {
     emulation::load_box(to, map, barrier, {c0, c1, 0, 0});
 }
-template <class Map> void load_tile(unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2) {
+void load_tile(unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1, int c2) {
     emulation::load_box(to, map, barrier, {c0, c1, c2, 0});
 }
-template <class Map> void load_tile(unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2, int c3) {
+void load_tile(unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1, int c2, int c3) {
     emulation::load_box(to, map, barrier, {c0, c1, c2, c3});
 }
-inline void copy_bytes(unsigned to, unsigned long long from, unsigned nbytes, unsigned barrier) {
+void copy_bytes(unsigned to, unsigned long long from, unsigned nbytes, unsigned barrier) {
     if (from % 16 || nbytes % 16 || nbytes == 0) emulation::fail("a copy of bytes that are no multiple of 16");
     const unsigned in_cluster = to + (unsigned)(emulation::self->block + 1) * emulation::OF_BLOCK;
     emulation::memory_barrier(barrier).begin([=] {
@@ -295,71 +283,54 @@ inline void copy_bytes(unsigned to, unsigned long long from, unsigned nbytes, un
         return (long long)nbytes;
     });
 }
-template <class Map> void store_tile(const Map &map, unsigned from, int c0, int c1, int c2, int c3) {
-    emulation::store([from, box = emulation::Box(map, {c0, c1, c2, c3})] { box.copy(from, true); });
+void store_tile(const TensorMap &map, unsigned from, int c0, int c1, int c2, int c3) {
+    emulation::store([from, box = emulation::Box{map, {c0, c1, c2, c3}}] { box.copy(from, true); });
 }
-inline void store_nothing() { emulation::store([] {}); }
-template <int Pending> void store_wait() {
-    auto &own = emulation::stores[emulation::self - emulation::fibers.data()];
-    for (; own.size() > Pending; own.pop_front()) own.front()();
-}
-inline void fence_async() {}
+void store_nothing() { emulation::store([] {}); }
 
-inline unsigned load_shared4(unsigned at) { return emulation::read_shared<unsigned>(at); }
-inline uint4 load_shared16(unsigned at) { return emulation::read_shared<uint4>(at); }
-inline void store_shared16(unsigned at, float4 v) { emulation::write_shared(at, v); }
-inline void store_shared8(unsigned at, float x, float y) { emulation::write_shared(at, float2{x, y}); }
-inline void store_shared4(unsigned at, unsigned v) { emulation::write_shared(at, v); }
-inline void store_shared2(unsigned at, unsigned short v) { emulation::write_shared(at, v); }
-inline void store_shared_words(unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) { emulation::write_shared(at, uint4{a, b, c, d}); }
-inline void store_shared_words_if(bool is_live, unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) {
-    if (is_live) store_shared_words(at, a, b, c, d);
-}
-inline void store_shared(unsigned at, const unsigned (&v)[1]) { emulation::write_shared(at, v[0]); }
-inline void store_shared(unsigned at, const unsigned (&v)[2]) { emulation::write_shared(at, uint2{v[0], v[1]}); }
-inline void store_global16(void *to, uint4 v) {
-    emulation::check_aligned(to, 16);
-    memcpy(to, &v, 16);
-}
-inline void store_matrices(unsigned at, unsigned m0, unsigned m1) { emulation::store_matrices<2>(at, {m0, m1}); }
-inline void store_matrices(unsigned at, unsigned m0, unsigned m1, unsigned m2, unsigned m3) { emulation::store_matrices<4>(at, {m0, m1, m2, m3}); }
-inline void load_matrices(unsigned at, unsigned &m0, unsigned &m1) {
+unsigned load_shared4(unsigned at) { return emulation::read_shared<unsigned>(at); }
+uint4 load_shared16(unsigned at) { return emulation::read_shared<uint4>(at); }
+void store_shared16(unsigned at, float4 v) { emulation::write_shared(at, v); }
+void store_shared8(unsigned at, float x, float y) { emulation::write_shared(at, float2{x, y}); }
+void store_shared4(unsigned at, unsigned v) { emulation::write_shared(at, v); }
+void store_shared2(unsigned at, unsigned short v) { emulation::write_shared(at, v); }
+void store_shared_words(unsigned at, unsigned a, unsigned b, unsigned c, unsigned d) { emulation::write_shared(at, uint4{a, b, c, d}); }
+void store_shared(unsigned at, const unsigned (&v)[1]) { emulation::write_shared(at, v[0]); }
+void store_shared(unsigned at, const unsigned (&v)[2]) { emulation::write_shared(at, uint2{v[0], v[1]}); }
+void store_matrices(unsigned at, unsigned m0, unsigned m1) { emulation::store_matrices<2>(at, {m0, m1}); }
+void store_matrices(unsigned at, unsigned m0, unsigned m1, unsigned m2, unsigned m3) { emulation::store_matrices<4>(at, {m0, m1, m2, m3}); }
+void load_matrices(unsigned at, unsigned &m0, unsigned &m1) {
     unsigned m[2];
     emulation::load_matrices(at, m);
     m0 = m[0], m1 = m[1];
 }
-inline void load_matrices(unsigned at, unsigned &m0, unsigned &m1, unsigned &m2, unsigned &m3) {
+void load_matrices(unsigned at, unsigned &m0, unsigned &m1, unsigned &m2, unsigned &m3) {
     unsigned m[4];
     emulation::load_matrices(at, m);
     m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3];
 }
 
-inline void copy_chunk(unsigned to, const unsigned short *source, bool is_live) {
+void copy_chunk(unsigned to, const unsigned short *source, bool is_live) {
     emulation::copy_async(emulation::at_shared(to, 16), is_live ? source : nullptr, 16);
 }
-inline int block_number() { return (int)blockIdx.x; }
 
 // ---- Clusters ----------------------------------------------------------------------------------------------------------
 
-inline unsigned address_at(int block, unsigned at) {
+unsigned address_at(int block, unsigned at) {
     if (block < 0 || block >= (int)emulation::blocks.size()) emulation::fail("the cluster has no such block");
     return at + (unsigned)(block + 1) * emulation::OF_BLOCK;
 }
-inline void barrier_arrive_at(int block, unsigned barrier) { barrier_arrive(address_at(block, barrier)); }
-template <class Map>
-void load_tile_to(unsigned short blocks, unsigned to, const Map &map, unsigned barrier, int c0, int c1, int c2, int c3) {
+void barrier_arrive_at(int block, unsigned barrier) { barrier_arrive(address_at(block, barrier)); }
+void load_tile_to(unsigned short blocks, unsigned to, const TensorMap &map, unsigned barrier, int c0, int c1, int c2, int c3) {
     for (int block = 0; block < 16; ++block)
         if (blocks >> block & 1) load_tile(address_at(block, to), map, address_at(block, barrier), c0, c1, c2, c3);
 }
-inline void push16(unsigned there, float4 v, unsigned barrier) {
+void push16(unsigned there, float4 v, unsigned barrier) {
     emulation::memory_barrier(barrier).begin([=] {
         emulation::write_shared(there, v);
         return 16ll;
     });
 }
-inline void cluster_meet() {
+void cluster_meet() {
     emulation::wait(emulation::cluster_barrier, (int)emulation::fibers.size(), "its cluster");
 }
-
-#include "pairs_emulation.h"
-#include "wgmma_emulation.h"

@@ -1,7 +1,7 @@
 // Twins of bf16_pairs.cuh's instructions and their like for cuda_emulation.h: maxima of numbers, comparisons of pairs, ReLU.
 #pragma once
 
-#include "host_emulation/cuda_emulation.h"
+#include "cuda_emulation.h"
 
 namespace emulation {
 

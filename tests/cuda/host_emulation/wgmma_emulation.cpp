@@ -1,27 +1,15 @@
-// Twins of sm90_wgmma.cuh's instructions for cuda_emulation.h: products of a warpgroup whose operands lie in shared memory.
-//
-// A warp's quarter of a product is made when the warp waits for it, of what its operands are then. Sums of a product's 16 terms are
-// added one after the other in fp32, fused.
-#pragma once
+// Products of warpgroups: wgmma_emulation.h.
+#include "wgmma_emulation.h"
 
-#include "sm90_emulation.h"
+#include "shared_memory.h"
 
 namespace emulation {
-
-// What a thread knows of a product.
-struct Product {
-    unsigned long long a, b;  // descriptors
-    float *sums;
-    unsigned words[4];        // of A, where it comes from registers
-    bool in_registers, add, a_transposed, b_transposed;
-    int columns;
-};
 
 static std::vector<std::vector<Product>> open_products;                // of each fiber
 static std::vector<std::deque<std::vector<Product>>> product_groups;  // committed
 
 // The operand's rows first .. first + count - 1 of 16 terms each, of M or N (PTX ISA, "Shared Memory Matrix Layout"): put(row, term, bits).
-template <class Put> void read_operand(unsigned long long descriptor, bool transposed, int first, int count, Put put) {
+template <class Put> static void read_operand(unsigned long long descriptor, bool transposed, int first, int count, Put put) {
     const unsigned start = (unsigned)(descriptor & 0x3fff) << 4, leading = (unsigned)(descriptor >> 16 & 0x3fff) << 4;
     const unsigned stride = (unsigned)(descriptor >> 32 & 0x3fff) << 4, swizzle = (unsigned)(descriptor >> 62);
     if (descriptor >> 49 & 7) fail("a base offset of a descriptor");
@@ -45,11 +33,11 @@ template <class Put> void read_operand(unsigned long long descriptor, bool trans
 }
 
 // All groups of the warp's but the last `pending`, by the last of its threads that came to wait.
-inline void make_products(int pending) {
+static void make_products(int pending) {
     typedef float Eight __attribute__((vector_size(32), aligned(32)));
     static float left[16][16];
     static Eight b[16][32], sums[16][32];
-    const size_t warp = (self - fibers.data()) / 32 * 32;
+    const size_t warp = number_of(self) / 32 * 32;
     const auto value = [](unsigned short bits) { return __uint_as_float((unsigned)bits << 16); };
     const auto sum = [&](int lane, int i) -> float & {  // the lane's i-th
         return reinterpret_cast<float *>(sums[lane / 4 + i / 2 % 2 * 8])[i / 4 * 8 + lane % 4 * 2 + i % 2];
@@ -94,38 +82,28 @@ inline void make_products(int pending) {
     }
 }
 
-inline void begin_wgmma() {
+static void begin_wgmma() {
     open_products.assign(fibers.size(), {});
     product_groups.assign(fibers.size(), {});
 }
 
-inline std::string end_wgmma() {
+static std::string end_wgmma() {
     for (size_t i = 0; i < fibers.size(); ++i)
         if (!open_products[i].empty() || !product_groups[i].empty()) return "a thread ends while products of its warp are under way";
     return "";
 }
 
-static const bool is_wgmma = (at_begin.push_back(begin_wgmma), at_end.push_back(end_wgmma), true);
+static const bool is_hooked = add_hooks({begin_wgmma, end_wgmma, [] { return std::string(); }});
 
-inline void multiply(const Product &product) { open_products[self - fibers.data()].push_back(product); }
+void multiply(const Product &product) { open_products[number_of(self)].push_back(product); }
+
+void await_products(int pending) {
+    wait(own_warp().barrier, 32, "its warp's products", [=] { make_products(pending); });
+}
 
 }  // namespace emulation
 
-#define DEFINE_WGMMA(name, N, TransA, TransB)                                                                     \
-    inline void name(float (&sums)[N / 2], unsigned long long a, unsigned long long b, unsigned add) {            \
-        emulation::multiply({a, b, sums, {}, false, add != 0, TransA != 0, TransB != 0, N});                      \
-    }
-
-// A from registers.
-template <int Sums> void multiply(float (&sums)[Sums], const unsigned (&a)[4], unsigned long long b, unsigned add) {
-    emulation::multiply({0, b, sums, {a[0], a[1], a[2], a[3]}, true, add != 0, false, false, 2 * Sums});
-}
-
-inline void wgmma_fence() {}
-inline void wgmma_commit() {
-    const size_t own = emulation::self - emulation::fibers.data();
-    emulation::product_groups[own].push_back(std::exchange(emulation::open_products[own], {}));
-}
-template <int Pending> void wgmma_wait() {
-    emulation::wait(emulation::own_warp().barrier, 32, "its warp's products", [] { emulation::make_products(Pending); });
+void wgmma_commit() {
+    using namespace emulation;
+    product_groups[number_of(self)].push_back(std::exchange(open_products[number_of(self)], {}));
 }

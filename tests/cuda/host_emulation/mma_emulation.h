@@ -4,7 +4,7 @@
 // and rounded once: a GPU rounds no finer.
 #pragma once
 
-#include "host_emulation/cuda_emulation.h"
+#include "cuda_emulation.h"
 
 namespace emulation {
 
