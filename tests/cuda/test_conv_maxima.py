@@ -8,10 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import (
-    REGISTRY,
-    Registry,
     conv_fprop,
     conv_mma_fprop,
     conv_padded,
@@ -22,7 +19,7 @@ from parcnn.cuda.kernels import (
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.program import Executor
 from tests.cuda.bf16 import stored
-from tests.cuda.compare import MakeExecutor, makers
+from tests.cuda.compare import MakeExecutor, makers, places
 from tests.cuda.conv_problems import Arrays, Problem, normal
 from tests.op_runner import run_op
 
@@ -62,21 +59,16 @@ def test_in_fp32(make: MakeExecutor, family: ModuleType, problem: Problem, act: 
     check_same_values(make([family]), problem, act, "f32")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("act", [None, "relu"])
-@pytest.mark.parametrize(
-    ("family", "problem"),
-    [
-        (conv_fprop, Problem(3, 12, 12, 1, 6, 5, 5)),
-        (conv_mma_fprop, Problem(3, 7, 9, 24, 20, pad=(1, 1, 1, 1))),
-        (conv_stem, Problem(3, 17, 19, 3, 20, 5, 5, (2, 2, 2, 2))),
-        (conv_stem_sm90, Problem(3, 17, 19, 3, 64, 7, 7, (3, 3, 3, 3), (2, 2))),
-        (conv_padded, Problem(3, 7, 9, 20, 36, pad=(1, 1, 1, 1))),
-    ],
-    ids=["direct", "mma", "stem", "stem_sm90", "padded"],
-)
-def test_in_bf16(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, family: ModuleType, problem: Problem, act: str | None
-) -> None:
-    monkeypatch.setattr(cuda, "registry", Registry([family], REGISTRY.folder))
-    check_same_values(cuda, problem, act, "bf16")
+BF16 = {
+    "direct": (conv_fprop, Problem(3, 12, 12, 1, 6, 5, 5)),
+    "mma": (conv_mma_fprop, Problem(3, 7, 9, 24, 20, pad=(1, 1, 1, 1))),
+    "stem": (conv_stem, Problem(3, 17, 19, 3, 20, 5, 5, (2, 2, 2, 2))),
+    "stem_sm90": (conv_stem_sm90, Problem(3, 17, 19, 3, 64, 7, 7, (3, 3, 3, 3), (2, 2))),
+    "padded": (conv_padded, Problem(3, 7, 9, 20, 36, pad=(1, 1, 1, 1))),
+}
+
+
+@places("name act", [(name, act) for name in BF16 for act in (None, "relu")], lambda name, act: name == "stem_sm90")
+def test_in_bf16(make: MakeExecutor, name: str, act: str | None) -> None:
+    family, problem = BF16[name]
+    check_same_values(make([family]), problem, act, "bf16")

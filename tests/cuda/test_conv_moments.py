@@ -12,6 +12,7 @@ from parcnn import data, nn, optim
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import REGISTRY, conv_sm90
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
+from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_choice import candidates
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop
@@ -20,9 +21,11 @@ from parcnn.plan.describe import outline
 from parcnn.plan.options import Options
 from parcnn.train import Trainer
 from tests.cuda.bf16 import from_bits, to_bits
+from tests.cuda.compare import MakeExecutor, emulates, makers, places
 from tests.cuda.test_conv_sm90 import H200, PROBLEMS, Problem, bits_of, call_of, forced, on_cpu, random_of, sizes_of
 from tests.op_runner import run_op
 
+make_fixture = makers()
 UNIT = 2.0**-24  # the rounding of one operation in fp32
 STEPS = 48 + 16 + 32  # of the longest chain of such: the tiles of a block, threads and quotients, the merging of rows
 TILE = 64 * UNIT  # a thread's pixels of a tile, one added to the next
@@ -141,18 +144,17 @@ def test_a_plan_takes_them_of_large_tensors(null: CudaExecutor, batch: int, take
     assert [call.op.moments for call in calls if isinstance(call.op, BatchNormTrain)] == [taken]
 
 
-# On the device
+# On the host's emulation and the device
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [*PROBLEMS, *LARGE])
-def test_moments_are_those_of_the_stored_values(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@places("name", [(name,) for name in (*PROBLEMS, *LARGE)], lambda name: name in ("64 channels", "images of 3x3"))
+def test_moments_are_those_of_the_stored_values(make: MakeExecutor, name: str) -> None:
     """y is the plain kernel's, bit for bit; so are the moments, each time."""
     problem = {**PROBLEMS, **LARGE}[name]
     operands = problem.normals("fused", random_of(name))
     op, bits = with_moments(problem, "fused"), bits_of(problem.op("fused"), operands)
-    for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
-        executor = forced(cuda, variant, monkeypatch)
+    for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        executor = make([Forced(conv_sm90, variant)])
         y, moments = run_op(executor, op, bits)
         (plain,) = run_op(executor, problem.op("fused"), bits)
         np.testing.assert_array_equal(y, plain, err_msg=str(variant))
@@ -161,16 +163,19 @@ def test_moments_are_those_of_the_stored_values(cuda: CudaExecutor, monkeypatch:
             np.testing.assert_array_equal(run_op(executor, op, bits)[1], moments, err_msg=str(variant))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["64 channels", "odd blocks of channels", "64 to 192 pointwise"])
-def test_moments_of_integers(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@places(
+    "name",
+    [("64 channels",), ("odd blocks of channels",), ("64 to 192 pointwise",)],
+    lambda name: name != "64 to 192 pointwise",
+)
+def test_moments_of_integers(make: MakeExecutor, name: str) -> None:
     """The oracle's, which sees the same y; a channel of one value only has no spread at all."""
     problem = PROBLEMS[name]
     op, operands = with_moments(problem, "fused"), problem.integers("fused", random_of(name))
     operands[1][3], operands[2][3] = 0, 3
     y, (mean, m2) = on_cpu(op, operands)
-    for variant in conv_sm90.candidates(call_of(op, operands), cuda.device):
-        got, moments = run_op(forced(cuda, variant, monkeypatch), op, bits_of(op, operands))
+    for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        got, moments = run_op(make([Forced(conv_sm90, variant)]), op, bits_of(op, operands))
         np.testing.assert_array_equal(from_bits(got), y)
         np.testing.assert_allclose(moments[0], mean, rtol=STEPS * UNIT, atol=STEPS * UNIT)
         np.testing.assert_allclose(moments[1], m2, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""bf16 convolutions of few channels on Hopper: launches on the null driver, results on the device."""
+"""bf16 convolutions of few channels on Hopper: on the host's emulation and the null driver, and on the device."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
+from tests.cuda.compare import MakeExecutor, emulates, listing, makers, places
 from tests.cuda.test_conv_mma import (
     H200,
     Problem,
@@ -32,6 +33,7 @@ from tests.cuda.test_conv_mma import (
 from tests.cuda.test_conv_stem import GEOMETRY, PROBLEMS, call_of, call_specs, check_not_finite, problems
 from tests.op_runner import run_op
 
+make_fixture = makers(listing([SUM_KERNEL]))
 FAMILIES: dict[str, Any] = {"fprop": conv_stem_sm90, "wgrad": conv_stem_sm90_wgrad}
 
 
@@ -49,14 +51,14 @@ def op_of(name: str, kind: str, pool: str | None) -> tuple[Problem, Any]:
 
 
 CASES = [
-    pytest.param(name, kind, pool, id=f"{name} {kind} {pool or 'plain'}")
+    (name, kind, pool)
     for name, problem in PROBLEMS.items()
     for pool in (None, "max")
     if problem.has(pool)
     for kind in FAMILIES
     if kind == "fprop" or problem.dilation == (1, 1)
 ]
-cases = pytest.mark.parametrize(("name", "kind", "pool"), CASES)
+cases = pytest.mark.parametrize(("name", "kind", "pool"), CASES, ids=[f"{n} {k} {p or 'plain'}" for n, k, p in CASES])
 
 
 def on_device(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, launcher: object) -> CudaExecutor:
@@ -64,51 +66,55 @@ def on_device(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, launcher: obj
     return cuda
 
 
-@pytest.mark.gpu
-@cases
-def test_problems_are_exact(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str, pool: str | None
-) -> None:
-    """The best and the worst candidate give the oracle's bits."""
+# On the host's emulation and the device
+
+
+@places(
+    "name kind pool",
+    CASES,
+    lambda name, kind, pool: name in ("lenet conv 1", "cifarnet stem", "resnet stem", "odd rows and strides"),
+)
+def test_problems_are_exact(make: MakeExecutor, name: str, kind: str, pool: str | None) -> None:
+    """The best and the worst candidate give the oracle's bits; in the emulation, which takes its time, the best."""
     problem, op = op_of(name, kind, pool)
     random = random_of(name, kind)
     operands = problem.operands(op, ternary(random), random)
     true = on_cpu(op, operands)
     found = FAMILIES[kind].candidates(call_of(op, operands), H200)
-    for variant in (found[0], found[-1]):
-        check_exact(on_device(cuda, monkeypatch, Forced(FAMILIES[kind], variant)), op, operands, true, variant)
+    for variant in found[:1] if emulates(make) else (found[0], found[-1]):
+        check_exact(make([Forced(FAMILIES[kind], variant)]), op, operands, true, variant)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("pool", [None, "max"])
-@pytest.mark.parametrize("act", [None, "relu"])
-@pytest.mark.parametrize("name", ["lenet conv 2", "cifarnet stem", "resnet stem"])
-def test_rounds_once(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, act: str | None, pool: str | None
-) -> None:
+@places(
+    "name act pool",
+    [
+        (name, act, pool)
+        for name in ("lenet conv 2", "cifarnet stem", "resnet stem")
+        for act in (None, "relu")
+        for pool in (None, "max")
+    ],
+    lambda name, act, pool: name == "cifarnet stem",
+)
+def test_rounds_once(make: MakeExecutor, name: str, act: str | None, pool: str | None) -> None:
     problem, random = PROBLEMS[name], random_of(name, act)
     for bias in (False, True):
         op = problem.op("fprop", pool, bias=bias, act=act)
-        check_close(on_device(cuda, monkeypatch, conv_stem_sm90), op, problem.operands(op, normal(random), random))
+        check_close(make([conv_stem_sm90]), op, problem.operands(op, normal(random), random))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", ["lenet conv 1", "cifarnet stem", "resnet stem"])
-def test_not_a_number_and_infinity_pass(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    check_not_finite(on_device(cuda, monkeypatch, conv_stem_sm90), name)
+@places("name", [("lenet conv 1",), ("cifarnet stem",), ("resnet stem",)], lambda name: True)
+def test_not_a_number_and_infinity_pass(make: MakeExecutor, name: str) -> None:
+    check_not_finite(make([conv_stem_sm90]), name)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("name", "pool"), [("lenet conv 1", None), ("cifarnet stem", "max"), ("resnet stem", "max")])
-def test_filter_gradients_of_what_is_not_finite(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, pool: str | None
-) -> None:
+@places("name pool", [("lenet conv 1", None), ("cifarnet stem", "max"), ("resnet stem", "max")], lambda *_: True)
+def test_filter_gradients_of_what_is_not_finite(make: MakeExecutor, name: str, pool: str | None) -> None:
     """Wherever float64 has NaN or an infinity, the device has no finite number; what is finite is exact."""
     problem, op = op_of(name, "wgrad", pool)
     x, dy, *winners = problem.operands(op, ternary(random_of(name)), random_of(name))
     x[0, 3, 4, 0], x[1, 6, 6, -1], dy[0, 1, 2, 3] = np.nan, np.inf, -np.inf
     true = on_cpu(op, [x, dy, *winners])
-    got = run_op(on_device(cuda, monkeypatch, conv_stem_sm90_wgrad), op, bits_of(op, [x, dy, *winners]))
+    got = run_op(make([conv_stem_sm90_wgrad]), op, bits_of(op, [x, dy, *winners]))
     for result, wanted in zip(got, true, strict=True):
         assert not np.isfinite(wanted).all()
         assert not np.isfinite(result[~np.isfinite(wanted)]).any()

@@ -1,6 +1,6 @@
-"""bf16 filter gradient on Hopper's tensor cores: its launches on the null driver, its results on the device.
+"""bf16 filter gradient on Hopper's tensor cores: on the host's emulation and the null driver, and on the device.
 
-Where the operands are small integers every sum is exact in fp32, so the device must give the oracle's very numbers.
+Where the operands are small integers every sum is exact in fp32, so the kernels must give the oracle's very numbers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from parcnn.cuda.kernels.conv_wgrad_sm90_tiles import FORMS, MAX_STAGES, WINDOW_
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
-from parcnn.ops.program import Call, Slot
+from parcnn.ops.program import Call, Executor, Slot
 from tests.cuda.bf16 import from_bits, to_bits
+from tests.cuda.compare import MakeExecutor, emulates, listing, makers, places
 from tests.cuda.conv_problems import on_cpu, random_of
 from tests.cuda.test_conv_sm90 import PROBLEMS, Problem
 from tests.op_runner import run_op
 
 H200 = Device("H200", "sm_90a", 132)
+make_fixture = makers(listing(conv_unpool.variants()))
 KINDS = ("bare", "bias", "pooled")
 
 # Beside those of the forward convolution: more taps than a window has, and images that it fits badly.
@@ -56,6 +58,7 @@ def has(problem: Problem, kind: str) -> bool:
 
 CASES = [(name, kind) for name, problem in ALL.items() for kind in KINDS if has(problem, kind)]
 CASES += [("few channels", "mean"), ("odd blocks of channels", "mean")]
+EMULATED = ("64 channels", "few channels", "7x7", "stride 2", "many small images", "dilated", "pointwise", "deep")
 cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for case in CASES])
 
 
@@ -97,7 +100,7 @@ def forced(executor: CudaExecutor, variant: Variant, monkeypatch: pytest.MonkeyP
 
 
 def check_exact(
-    executor: CudaExecutor, op: ConvWgrad, operands: list[np.ndarray], true: tuple[np.ndarray, ...], where: object = ""
+    executor: Executor, op: ConvWgrad, operands: list[np.ndarray], true: tuple[np.ndarray, ...], where: object = ""
 ) -> None:
     for name, got, wanted in zip(("dw", "db"), run_op(executor, op, bits_of(operands)), true, strict=False):
         assert got.dtype == np.float32
@@ -234,43 +237,46 @@ def test_what_it_refuses() -> None:
         assert reason in (conv_wgrad_sm90.supports(op, inputs) or "supported"), op
 
 
-# On the device
+# On the host's emulation and the device
 
 
-@pytest.mark.gpu
-@cases
-def test_every_candidate_is_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+@places("name kind", CASES, lambda name, kind: name in EMULATED and kind != "bare")
+def test_every_candidate_is_exact(make: MakeExecutor, name: str, kind: str) -> None:
     op, operands = op_of(ALL[name], kind), operands_of(ALL[name], kind, random_of(name, kind), integers=True)
     true = on_cpu(op, operands)
-    for variant in conv_wgrad_sm90.candidates(call_of(op, operands), cuda.device):
-        check_exact(forced(cuda, variant, monkeypatch), op, operands, true, variant)
+    for variant in conv_wgrad_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        check_exact(make([Forced(conv_wgrad_sm90, variant)]), op, operands, true, variant)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "name",
+@places(
+    "name kind",
     [
-        "few channels",
-        "32 channels, 5x5",
-        "odd blocks of channels",
-        "asymmetric",
-        "stride 2",
-        "stride 2, 7x6",
-        "strides 1 and 2",
-        "strides 4 and 2",
-        "dilated",
-        "pointwise",
-        "wide and deep pointwise",
-        "7x7",
+        (name, kind)
+        for name in (
+            "few channels",
+            "32 channels, 5x5",
+            "odd blocks of channels",
+            "asymmetric",
+            "stride 2",
+            "stride 2, 7x6",
+            "strides 1 and 2",
+            "strides 4 and 2",
+            "dilated",
+            "pointwise",
+            "wide and deep pointwise",
+            "7x7",
+        )
+        for kind in KINDS
     ],
+    lambda name, kind: (name, kind) in (("few channels", "bare"), ("pointwise", "bias")),
 )
-def test_every_form_is_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+def test_every_form_is_exact(make: MakeExecutor, name: str, kind: str) -> None:
+    """In the emulation a tile of each form."""
     op, operands = op_of(ALL[name], kind), operands_of(ALL[name], kind, random_of(name, kind), integers=True)
-    true, found = on_cpu(op, operands), of_every_form(ALL[name], kind, cuda.device)
+    true, found = on_cpu(op, operands), of_every_form(ALL[name], kind, H200)
     assert len(found) > 20
-    for variant in found:
-        check_exact(forced(cuda, variant, monkeypatch), op, operands, true, variant)
+    for variant in {v.form: v for v in found}.values() if emulates(make) else found:
+        check_exact(make([Forced(conv_wgrad_sm90, variant)]), op, operands, true, variant)
 
 
 @pytest.mark.gpu
@@ -305,17 +311,16 @@ def test_real_numbers(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name:
             assert (np.abs(result - wanted) <= 2.0**-19 * scale).all(), variant
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_not_a_number_and_infinity_show(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@places("kind", [(kind,) for kind in KINDS], lambda kind: True)
+def test_not_a_number_and_infinity_show(make: MakeExecutor, kind: str) -> None:
     """Wherever float64 has one, the device has no finite number."""
     problem = Problem(3, 13, 11, 64, 64)
     op, operands = op_of(problem, kind), operands_of(problem, kind, random_of(kind), integers=True)
     operands[0][0, 3, 4, 5], operands[0][2, 6, 6, 9] = np.nan, np.inf
     operands[1][1, 2, 3, 7] = -np.inf
     true = on_cpu(op, operands)
-    for variant in conv_wgrad_sm90.candidates(call_of(op, operands), cuda.device):
-        got = run_op(forced(cuda, variant, monkeypatch), op, bits_of(operands))
+    for variant in conv_wgrad_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        got = run_op(make([Forced(conv_wgrad_sm90, variant)]), op, bits_of(operands))
         for result, wanted in zip(got, true, strict=True):
             assert not np.isfinite(wanted).all()
             assert not np.isfinite(result[~np.isfinite(wanted)]).any(), variant

@@ -1,6 +1,6 @@
-"""Filter gradients of 1x1 bf16 layers by pairs of blocks: launches on the null driver, results on the device.
+"""Filter gradients of 1x1 bf16 layers by pairs of blocks: on the host's emulation and the null driver, and on the device.
 
-Where the operands are small integers every sum is exact in fp32, so the device must give the oracle's very numbers.
+Where the operands are small integers every sum is exact in fp32, so the kernels must give the oracle's very numbers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from parcnn.cuda.kernels import REGISTRY, Registry, conv_wgrad_sm90_halves
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvWgrad
+from tests.cuda.compare import MakeExecutor, makers
 from tests.cuda.conv_problems import on_cpu, random_of
 from tests.cuda.test_conv_sm90 import Problem
 from tests.cuda.test_conv_wgrad_sm90 import bits_of, check_exact, op_of, operands_of
 from tests.op_runner import run_op
 
+make_fixture = makers()
 H200 = Device("H200", "sm_90a", 132)
 NO_PAD = (0, 0, 0, 0)
 PROBLEMS = {
@@ -84,15 +86,14 @@ def test_what_it_refuses() -> None:
         assert reason in (conv_wgrad_sm90_halves.supports(op, inputs) or "supported"), op
 
 
-# On the device
+# On the host's emulation and the device
 
 
-@pytest.mark.gpu
 @problems
 @kinds
-def test_integers_are_exact(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str, kind: str) -> None:
+def test_integers_are_exact(make: MakeExecutor, name: str, kind: str) -> None:
     op, operands = op_of(PROBLEMS[name], kind), operands_of(PROBLEMS[name], kind, random_of(name, kind), integers=True)
-    check_exact(alone(cuda, monkeypatch), op, operands, on_cpu(op, operands))
+    check_exact(make([conv_wgrad_sm90_halves]), op, operands, on_cpu(op, operands))
 
 
 @pytest.mark.gpu
@@ -122,16 +123,15 @@ def test_real_numbers(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name:
             np.testing.assert_array_equal(again, once)
 
 
-@pytest.mark.gpu
 @kinds
-def test_not_a_number_and_infinity_show(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_not_a_number_and_infinity_show(make: MakeExecutor, kind: str) -> None:
     """Where float64 has one, and nowhere else."""
     problem = Problem(9, 13, 11, 72, 136, 1, 1, NO_PAD)
     op, operands = op_of(problem, kind), operands_of(problem, kind, random_of(kind), integers=True)
     operands[0][0, 3, 4, 5], operands[0][2, 6, 6, 9] = np.nan, np.inf
     operands[1][1, 2, 3, 7] = -np.inf
     true = on_cpu(op, operands)
-    for result, wanted in zip(run_op(alone(cuda, monkeypatch), op, bits_of(operands)), true, strict=True):
+    for result, wanted in zip(run_op(make([conv_wgrad_sm90_halves]), op, bits_of(operands)), true, strict=True):
         assert not np.isfinite(wanted).all()
         np.testing.assert_array_equal(np.isfinite(result), np.isfinite(wanted))
         np.testing.assert_array_equal(result[np.isfinite(wanted)], wanted[np.isfinite(wanted)])
