@@ -214,6 +214,34 @@ def test_the_first_nan_of_a_window_wins(cpu: CpuExecutor, random: np.random.Gene
     np.testing.assert_array_equal(idx, index)
 
 
+@pytest.mark.parametrize("name", ["lenet first", "lenet second", "three channels"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_what_is_not_finite_behind_a_pool(cpu: CpuExecutor, random: np.random.Generator, name: str, pool: str) -> None:
+    """NaN and infinities as in the loops, forward and in dx: a window's outputs do not see each other's pixels."""
+    problem = PROBLEMS[name]
+    x, w, b = tensors(random, problem)
+    x[0, 1, 2, 0], x[0, 5, 4, -1], x[-1, -1, -1, 0], x[-1, 0, 3, 0] = np.inf, -np.inf, np.inf, np.nan
+    geometry = problem.geometry
+    with np.errstate(invalid="ignore"):
+        expected, index = reference.pool2x2(reference.conv(x, w, b, **geometry), pool)
+    y, *winners = run_op(cpu, ConvFprop(**geometry, pool=pool, bias=True), [x, w, b])
+    for unusual in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(unusual(y), unusual(expected))
+        assert unusual(y).any()
+    for winner in winners:
+        np.testing.assert_array_equal(winner, index)
+    dy = random.standard_normal(expected.shape)
+    dy[0, 0, 0, 0], dy[-1, -1, -1, -1], dy[-1, 1, 0, 0] = np.inf, np.nan, -np.inf
+    idx = [random.integers(0, 4, dy.shape).astype(np.uint8)] if pool == "max" else []
+    spread = reference.unpool2x2(dy, idx[0] if idx else None, problem.pq)
+    with np.errstate(invalid="ignore"):
+        expected = reference.conv_gradients(np.zeros_like(x), w, spread, **geometry)[0]
+    (dx,) = run_op(cpu, ConvDgrad(**geometry, pool=pool, image=x.shape[1:3]), [dy, w, *idx])
+    for unusual in (np.isnan, np.isposinf, np.isneginf):
+        np.testing.assert_array_equal(unusual(dx), unusual(expected))
+    assert 0 < np.isfinite(dx).sum() < dx.size
+
+
 @pytest.mark.parametrize("name", ["lenet first", "lenet second", "many filters"])
 def test_a_non_finite_error_reaches_only_its_winner(cpu: CpuExecutor, random: np.random.Generator, name: str) -> None:
     problem = PROBLEMS[name]

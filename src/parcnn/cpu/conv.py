@@ -45,6 +45,18 @@ def _convolve(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray]
     if op.groups > 1:
         conv_grouped.fprop(op, low, x, w, inputs[2] if op.bias else None, y, workspace)
         return
+    _by_columns(op, low, inputs, outputs, workspace)
+    if low.pool_as_filters and y.size and np.isnan(y.max()):
+        _by_columns(
+            op, low.apart, inputs, outputs, workspace.elsewhere(_sizes(op, low.apart, x.dtype, workspace.workers))
+        )
+
+
+def _by_columns(
+    op: ConvFprop, low: Lowering, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
+) -> None:
+    x, w = inputs[:2]
+    y = outputs[0]
     filters = low.filter_matrix(w, workspace.shared)
     bias = (np.tile(inputs[2], 4) if low.pool_as_filters else inputs[2]) if op.bias else None
     transposed = low.products_transposed
@@ -109,6 +121,9 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     if op.groups > 1:
         conv_grouped.dgrad(op, low, operands, dx, workspace)
         return
+    if low.pool_as_filters and dy.size and not np.isfinite([dy.min(), dy.max()]).all():
+        low = low.apart
+        workspace = workspace.elsewhere(_sizes(op, low, dx.dtype, workspace.workers))
     if (mirror := _mirrored(low)) is not None:
         _dgrad_by_fprop(op, mirror, operands, dx, workspace)
         return
@@ -265,6 +280,11 @@ def _scratch(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], worker
         return conv_grouped.scratch(op, low, dtype)
     if isinstance(op, ConvWgrad):
         return conv_wgrad.scratch(low, op.bias, dtype, workers)
+    return _sizes(op, low, dtype, workers)
+
+
+def _sizes(op: Op, low: Lowering, dtype: np.dtype, workers: int) -> ScratchSize:
+    """Of fprop and dgrad without groups."""
     n, rows = low.taken_shape(workers)
     m = prod(low.windows((n, rows)))
     pooled = (n, rows, low.q, low.filters[0])

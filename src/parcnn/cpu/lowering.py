@@ -4,8 +4,8 @@
 
 * *Pool as filters*: with a 2x2 pool a row sees the (R+1, S+1) pixels that the four outputs of a pool window need, and four
   shifted copies of the filters give these outputs, the pool's candidates, side by side. For few filters that is faster: the
-  copies read 4*R*S elements a window otherwise, and the product is four times as wide. (The shifted filters hold zeros, so a
-  NaN pixel makes all four candidates NaN: the pooled value is the same, its index is 0.)
+  copies read 4*R*S elements a window otherwise, and the product is four times as wide. (The shifted filters hold zeros, which
+  make NaN of an infinity that they meet: what is not finite is computed with the pool `apart`.)
 * *Columns outermost*: with few channels the copies run along an image's row rather than over a pixel's channels; the matrix of
   columns is then stored transposed. So are, for the same reason and apart from it, the products of few filters.
 * *Plain*: for 1x1 filters of stride 1, and for filters that cover the image (Linear layers), the image is the matrix.
@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
 
@@ -57,6 +57,7 @@ class Lowering:
     image: Shape
     filters: Shape
     itemsize: int
+    keeps_pool_apart: bool = False
 
     def __post_init__(self) -> None:
         """Derive, once, what every block asks for."""
@@ -66,7 +67,7 @@ class Lowering:
         unit = g.stride == (1, 1) and g.dilation == (1, 1)
         padded = any(g.pad)
         pool_as_filters = False
-        if g.pool and unit:
+        if g.pool and unit and not self.keeps_pool_apart:
             extra_flops = 8 * k * ((r + 1) * (s + 1) - r * s)
             pool_as_filters = extra_flops < FLOPS_A_COPY * (4 * r * s - (r + 1) * (s + 1))
         step = 2 if pool_as_filters else 1
@@ -103,6 +104,11 @@ class Lowering:
     stride: tuple[int, int] = (1, 1)
     windows_per_output: int = 1
     outputs: int = 0
+
+    @property
+    def apart(self) -> Lowering:
+        """The same without the pool as filters: no product has terms that are not the convolution's."""
+        return replace(self, keeps_pool_apart=True)
 
     @property
     def depth(self) -> int:

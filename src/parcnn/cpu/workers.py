@@ -112,6 +112,11 @@ class Workspace:
         inner.shared = self.shared.behind(used)
         return inner
 
+    def elsewhere(self, size: ScratchSize) -> Workspace:
+        """The same threads with other memory, for what is too rare to be reserved."""
+        memory = np.empty(size.shared + self.workers * size.per_worker, np.uint8)
+        return Workspace(memory, size, self._threads, self.workers)
+
     def each(self, items: Sequence[Item], work: Callable[[Item, Scratch], None]) -> None:
         """work(item, scratch) for every item, spread over the workers; scratch is rewound before each."""
 
