@@ -3,7 +3,7 @@
 #include <map>
 #include <memory>
 
-#include "state.h"
+#include "state.hpp"
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -50,6 +50,15 @@ void await_change(const unsigned &word, unsigned seen, const char *what) {
     self->watched = &word, self->seen = seen, self->awaited = what;
     while (word == seen) yield();
     self->watched = nullptr;
+}
+
+static unsigned idle_times[2];
+static int idlers[2];
+
+void await_idleness(Late what) {
+    ++idlers[what];
+    await_change(idle_times[what], idle_times[what], "the others");
+    --idlers[what];
 }
 
 void open(Barrier &barrier) {
@@ -164,6 +173,7 @@ static bool run_cluster() {
     }
     std::fill(launched.static_start, launched.static_end, (char)0xFF);
     for (const Hooks &hook : hooks()) hook.begin();
+    idlers[PRODUCTS] = idlers[STORES] = 0;
     for (size_t left = fibers.size(); left > 0;) {
         bool progress = false;
         for (size_t i = 0; i < fibers.size(); ++i) {
@@ -173,10 +183,12 @@ static bool run_cluster() {
             left -= fiber.finished;
             progress = true;
         }
-        if (!progress) {
+        if (progress) continue;
+        if (!idlers[PRODUCTS] && !idlers[STORES]) {
             name_deadlock();
             return false;
         }
+        ++idle_times[idlers[PRODUCTS] ? PRODUCTS : STORES];
     }
     for (const Block &block : blocks)
         for (const char *p = block.shared + launched.shared_bytes; p < block.memory.data() + block.memory.size(); ++p)

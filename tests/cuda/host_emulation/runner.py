@@ -83,7 +83,7 @@ def included(source: str) -> tuple[str, ...]:
 def load_emulation() -> None:
     """What all kernels' libraries call."""
     sources = sorted(FOLDER.glob("*.cpp"))
-    texts = [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*.h")))]
+    texts = [path.read_text() for path in (*sources, *sorted(FOLDER.glob("*.h*")))]
     library = _folder() / f"emulation-{_digest(*texts)}.so"
     if not library.exists():
         _build(library, "the emulation", "-shared", *map(str, sources))

@@ -4,8 +4,8 @@
 #include <array>
 #include <map>
 
-#include "shared_memory.h"
-#include "state.h"
+#include "shared_memory.hpp"
+#include "state.hpp"
 
 struct TensorMap {
     std::array<unsigned long long, 16> words;  // as runner.py's `tensor_map` describes a tensor
@@ -261,6 +261,7 @@ void take_registers(unsigned count) {
 
 void await_stores(size_t pending) {
     auto &own = stores[number_of(self)];
+    if (own.size() > pending && !launched.descending) await_idleness(STORES);
     for (; own.size() > pending; own.pop_front()) own.front()();
 }
 

@@ -3,7 +3,8 @@
 //
 // Addresses of shared memory are 32-bit as on the device: static, then dynamic; from bit 24 on, what `mapa` gives: 1 + the block
 // of the cluster. In ascending order of the threads copies are made as late as they may be, when a thread waits for them: who
-// reads too early finds NaN. In descending order they are made at once: who gives a stage back too early finds the next one's.
+// reads too early finds NaN; what is stored is read when nothing else can go on. In descending order they are made at once: who gives
+// a stage back too early finds the next one's.
 #pragma once
 
 #include "cuda_emulation.h"

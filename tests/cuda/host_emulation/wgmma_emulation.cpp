@@ -1,7 +1,7 @@
 // Products of warpgroups: wgmma_emulation.h.
 #include "wgmma_emulation.h"
 
-#include "shared_memory.h"
+#include "shared_memory.hpp"
 
 namespace emulation {
 
@@ -136,7 +136,11 @@ void multiply(const Product &product) {
 }
 
 void await_products(int pending) {
-    wait(own_warp().barrier, 32, "its warp's products", [=] { make_products(pending); });
+    const bool is_first_warp = current / 32 % 4 == (launched.descending ? 3 : 0);
+    wait(own_warp().barrier, 32, "its warp's products", [=] {
+        if (!is_first_warp && (int)product_groups[number_of(self)].size() > pending) await_idleness(PRODUCTS);
+        make_products(pending);
+    });
 }
 
 }  // namespace emulation

@@ -1,7 +1,7 @@
 // Twins of sm90_wgmma.cuh's instructions for cuda_emulation.h: products of a warpgroup whose operands lie in shared memory.
 //
-// A warp's quarter of a product is made when the warp waits for it, of what its operands are then. Sums of a product's 16 terms are
-// added one after the other in fp32, fused.
+// A warp's quarter of a product is made when the warp waits for it, of what its operands are then: that of one warp at once, those of
+// the other three when nothing else can go on. Sums of a product's 16 terms are added one after the other in fp32, fused.
 #pragma once
 
 #include "cuda_emulation.h"

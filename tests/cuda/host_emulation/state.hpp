@@ -66,6 +66,9 @@ bool add_hooks(Hooks hooks);
 
 // Wait while `word` is `seen`.
 void await_change(const unsigned &word, unsigned seen, const char *what);
+// Wait until nothing else can go on: but products, where `Late` is STORES.
+enum Late { PRODUCTS, STORES };
+void await_idleness(Late what);
 void open(Barrier &barrier);
 // `last`: what the last one does before all go on.
 void wait(Barrier &barrier, int expected, const char *what, const std::function<void()> &last = {});

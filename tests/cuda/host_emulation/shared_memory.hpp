@@ -1,7 +1,7 @@
 // Shared memory by 32-bit addresses, for the emulation's sources: sm90_emulation.h says which.
 #pragma once
 
-#include "state.h"
+#include "state.hpp"
 
 namespace emulation {
 
