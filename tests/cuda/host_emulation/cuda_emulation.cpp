@@ -80,6 +80,16 @@ void wait(Barrier &barrier, int expected, const char *what, const std::function<
 
 void wait_block() { wait(own->barrier, own->live, "__syncthreads"); }
 
+bool any_of_block(bool is) {
+    own->any = own->any || is;
+    wait_block();
+    const bool any = own->any;
+    wait_block();
+    own->any = false;
+    wait_block();
+    return any;
+}
+
 void wait_warp(unsigned mask) {
     int present = std::min<int>(32, (int)(blockDim.x * blockDim.y * blockDim.z) - current / 32 * 32);
     wait(own_warp().barrier, __builtin_popcount(present == 32 ? mask : mask & ((1u << present) - 1)), "its warp");
@@ -159,6 +169,7 @@ static bool run_cluster() {
         block.barrier = Barrier();
         block.warps.assign((threads + 31) / 32, Warp());
         block.live = (int)threads;
+        block.any = false;
     }
     for (Fiber &fiber : fibers) {
         fiber.started = fiber.finished = false;

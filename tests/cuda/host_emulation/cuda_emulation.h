@@ -77,6 +77,7 @@ extern char *dynamic_shared;   // its block's
 
 [[noreturn]] void fail(const std::string &what);
 void wait_block();
+bool any_of_block(bool is);
 void wait_warp(unsigned mask);
 // Give `value` to the warp, get the one of a lane (if there is no such lane the own).
 void exchange(unsigned mask, void *value, size_t nbytes, int source_lane);
@@ -135,6 +136,7 @@ template <class... Args> const char *launch(void (*kernel)(Args...), const unsig
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::wait_block(); }
+inline int __syncthreads_or(int predicate) { return emulation::any_of_block(predicate); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::wait_warp(mask); }
 
 template <class T> T __shfl_sync(unsigned mask, T v, int lane, int width = 32) {
@@ -159,6 +161,7 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 
 inline bool __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline bool __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 
 // A copy of 16 or 4 bytes that lands in shared memory when its group is waited for.
 inline void copy_async16(float *shared, const float *source, bool is_live) {

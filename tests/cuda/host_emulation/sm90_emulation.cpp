@@ -237,6 +237,7 @@ void barrier_wait(unsigned barrier, unsigned parity) {
     emulation::await_change(awaited.phases, awaited.phases, "a memory barrier");
     --awaited.waiters;
 }
+unsigned barrier_test(unsigned barrier, unsigned parity) { return emulation::memory_barrier(barrier).phases % 2 != parity; }
 void named_barrier(int id, int threads) { emulation::wait(emulation::come(id, threads).barrier, threads, "a named barrier"); }
 void named_barrier_arrive(int id, int threads) {
     emulation::Barrier &barrier = emulation::come(id, threads).barrier;

@@ -19,6 +19,10 @@ inline void barrier_init_fence() {}
 void barrier_arrive(unsigned barrier, unsigned count = 1);
 void barrier_expect(unsigned barrier, unsigned nbytes);
 void barrier_wait(unsigned barrier, unsigned parity);
+unsigned barrier_test(unsigned barrier, unsigned parity);
+inline void barrier_arrive_if(unsigned does, unsigned barrier) {
+    if (does) barrier_arrive(barrier);
+}
 inline void barrier_wait_both(unsigned a, unsigned parity_a, unsigned b, unsigned parity_b) {
     barrier_wait(a, parity_a);
     barrier_wait(b, parity_b);

@@ -48,6 +48,7 @@ struct Block {
     std::vector<Warp> warps;
     std::vector<char> memory;
     char *shared;  // dynamic
+    bool any = false;  // of what its threads came with to `any_of_block`
 };
 
 extern std::vector<Fiber> fibers;  // of all blocks of the cluster

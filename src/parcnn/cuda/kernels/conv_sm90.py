@@ -27,7 +27,7 @@ from parcnn.ops.pool import PoolWindow
 from parcnn.ops.program import Call, Slot
 
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
-SOURCE = "conv_sm90.cu"
+SOURCE, POINTWISE = "conv_sm90.cu", "conv_sm90_pointwise.cu"
 THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
 PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
@@ -37,7 +37,7 @@ MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
-_NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
+NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
 FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
 _NO_MAP = bytes(tensormap.NBYTES)
@@ -191,6 +191,8 @@ def variants() -> Iterable[Kernel]:
             )
     for constants, compiled in tiles.IMAGE_TILES.items():
         yield from (_kernel_of_images(tile, constants) for tile in compiled)
+    for tile in tiles.IMAGE_TILES[1, 1]:
+        yield from (_pointwise_kernel(tile, steps) for steps in (0, 1))
     yield UNREACHED
     yield SUM
     yield MERGE_MOMENTS
@@ -214,6 +216,13 @@ def _kernel_of_images(tile: tuple[int, int, int], constants: tuple[int, int]) ->
     w, h, n = tile
     kernel = _kernel(w * h * n, 64, 128, tiles.WITHIN_IMAGES, False, constants)
     return replace(kernel, defines=(*kernel.defines, ("IMAGES", n), ("WIDTH", w)))
+
+
+def _pointwise_kernel(tile: tuple[int, int, int], steps: int) -> Kernel:
+    """Of 1x1 filters and maxima of 2x2 windows; `steps` of channels are a constant where there is one."""
+    w, h, n = tile
+    defines = (("PIXELS", w * h * n), ("WIDTH", w), ("IMAGES", n), ("STEPS", steps if steps == 1 else 0))
+    return Kernel(POINTWISE, "conv_sm90_pointwise", defines)
 
 
 def _partial_offset(op: Op, x: Spec) -> int:
@@ -242,6 +251,8 @@ def _convolution(
     dgrad: DgradEpilogue = (None, None, None),
 ) -> list[Launch]:
     """The product, and behind splits their sum, which then has the epilogue; or what merges the product's moments."""
+    if variant.rounds:
+        return [_pointwise(sizes, variant, device, call.outputs[0], x, w, bias, act)]
     if variant.splits == 1:
         product = _product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad, call.workspace)
         return [product, *_merge_moments(sizes, variant, device, call)]
@@ -290,6 +301,21 @@ def _product(
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.fixed_bytes(sizes))
+
+
+def _pointwise(
+    sizes: Sizes, variant: Variant, device: Device, y: Slot, x: Slot, w: Slot, bias: Slot | None, act: str | None
+) -> Launch:
+    tile, work, steps = tiles.footprint(sizes, variant), Work.of(sizes, variant, device), tiles.steps(sizes, variant)
+    weights = variant.rounds * steps * tile.w_stage_bytes
+    staging_offset = variant.x_stages * tile.x_stage_bytes(True) + weights
+    barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
+    problem = _problem(sizes, variant, tile, work, None, (staging_offset, barrier_offset), act, (None, None, None))
+    (pixels,) = _x_maps(x, sizes, variant, tile)
+    args = (pixels, _w_map(w, sizes, variant, tile), _pooled_map(y, sizes, variant), bias, problem)
+    shared_bytes = barrier_offset + tiles.pointwise_bytes(variant.rounds)
+    grid = (work.slots * work.k_groups, 1, 1)
+    return Launch(_pointwise_kernel(variant.tile, steps), grid, (THREADS, 1, 1), args, shared_bytes)
 
 
 def _sum(
@@ -473,7 +499,7 @@ def _problem(
             *(np.int32(v) for v in before),
             np.uint32(group_bytes >> 4 | swizzle << 30),
             *(np.int32(v) for v in after),
-            np.uint32(0 if act == "relu" else _NEGATIVE_INFINITIES),
+            np.uint32(0 if act == "relu" else NEGATIVE_INFINITIES),
             *(fast_div(d) for d in divisors),
             *(np.int32(v) for v in (*classes, *windows)),
         )

@@ -44,7 +44,7 @@ class Work:
         product = tile.cb / 16 * tile.pixels / 2 * ceil(variant.channels / 64)
         product *= products(sizes, variant.channels) / (sizes.r * sizes.s)
         groups = ceil(sizes.k / variant.channels)
-        k_rounds = groups if variant.shared else 1
+        k_rounds = variant.rounds or (groups if variant.shared else 1)
         x_bytes = tile.x_box_bytes / taps_per_load(sizes, variant.serves) / k_rounds
         traffic = (x_bytes + (0 if variant.resident else tile.w_stage_bytes)) / 40
         tap = 20 + _overlapped(product, traffic)
@@ -55,7 +55,7 @@ class Work:
             epilogue = max(0, epilogue - main) / 2
         if sizes.k == 8 and sizes.spread[1] > 1:
             epilogue += _HALF_SECTOR_CYCLES * tile.pixels
-        k_groups, k_inner = (1, 1) if variant.shared else (groups, 1) if variant.resident else (1, groups)
+        k_groups, k_inner = (ceil(groups / k_rounds), 1) if variant.resident or variant.shared else (1, groups)
         slots = min(max(1, device.sm_count // (k_groups * variant.splits)), items(sizes, variant.tile) * k_inner)
         return cls(k_rounds * tap, k_rounds * epilogue, slots, k_groups, k_inner, k_rounds)
 

@@ -34,7 +34,7 @@ WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (24
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
     (3, 1): ((6, 6, 4),),
     (0, 1): ((4, 4, 16), (2, 2, 64)),
-    (1, 1): ((2, 6, 16), (2, 2, 64)),
+    (1, 1): ((2, 2, 32), (2, 6, 16), (2, 2, 64)),
 }
 STAGED, WITHIN_ROWS, OTHER_WINDOWS, WITHIN_IMAGES = 1, 2, 3, 4  # POOL of a kernel (`pooling`)
 WITHIN_THREADS = (WITHIN_ROWS, WITHIN_IMAGES)
@@ -46,7 +46,8 @@ AHEAD_CYCLES = 2500
 class Shape(NamedTuple):
     """A tile: what an X stage serves, a 'tap', a 'column' of taps or a 'window' (all taps); its pixels, width x height x
     images; its output channels, 64 or 128, or 32, whose products do two rows of taps; X stages, where not as many as fit;
-    whether a stage serves all groups of output channels; blocks that share its reduction."""
+    whether a stage serves all groups of output channels; blocks that share its reduction; where it is for
+    conv_sm90_pointwise.cu, how many groups of output channels a stage serves."""
 
     serves: str
     tile: tuple[int, int, int]
@@ -54,6 +55,7 @@ class Shape(NamedTuple):
     x_stages: int = 0
     shared: bool = False
     splits: int = 1
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Variant:
     tiles that each consumer has room for, 1 or 2.
     shared: an X stage serves all groups of output channels, one after the other.
     splits: blocks that share a tile's reduction; each writes its sums, and a second kernel adds them.
+    rounds: of conv_sm90_pointwise.cu, groups of output channels that an X stage serves, one after the other; 0: conv_sm90.cu.
     """
 
     serves: str
@@ -75,6 +78,7 @@ class Variant:
     w_stages: int
     shared: bool = False
     splits: int = 1
+    rounds: int = 0
 
     @property
     def borrows(self) -> bool:
@@ -84,7 +88,8 @@ class Variant:
     def __str__(self) -> str:
         flags = " resident" * self.resident + ("", " staging", " staging2")[self.own_staging] + " shared" * self.shared
         tile = f"{self.serves} {'x'.join(map(str, self.tile))} {self.channels}"
-        return f"{tile}{flags} {self.x_stages}/{self.w_stages}" + f" in {self.splits}" * (self.splits > 1)
+        stages = f"{self.x_stages}/{self.w_stages}" + f" in {self.splits}" * (self.splits > 1)
+        return f"{tile}{flags} {stages}" + f" pointwise {self.rounds}" * (self.rounds > 0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,9 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
     where tiles have too few loads to borrow from, or few bytes for it to hurt, or where two consumers share tiles, who must
     wait for each other when they borrow. Blocks of a single tile use weights once, and stream them.
     """
-    serves, tile, channels, x_stages, shared, splits = shape
+    if shape.rounds:
+        return _fit_pointwise(sizes, shape, device)
+    serves, tile, channels, x_stages, shared, splits, _ = shape
     takes = Footprint.of(sizes, serves, tile, channels)
     if takes is None:
         return None
@@ -270,6 +277,29 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         if not shared and min(x_stages or x, w) >= (4 if own_staging == 2 else 3 if may_borrow and not x_stages else 2):
             return Variant(serves, tile, channels, False, own_staging, x, w, splits=splits)
     return None
+
+
+def _fit_pointwise(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
+    """`fit` of conv_sm90_pointwise.cu: all weights of a block's channels stay there, and each consumer stages two tiles."""
+    serves, tile, channels, x_stages, _, _, rounds = shape
+    takes = Footprint.of(sizes, serves, tile, channels)
+    apart = sizes.stride != (1, 1) or sizes.classes[0].pad != (0, 0)
+    if takes is None or apart or sizes.indices or constants(sizes, serves) != (1, 1):
+        return None
+    if pooling(sizes, serves, tile, channels) != WITHIN_IMAGES or rounds > ceil(sizes.k / channels):
+        return None
+    steps, own_staging = ceil(sizes.c / takes.cb), 2
+    left = device.shared_bytes_per_block - pointwise_bytes(rounds) - 2 * own_staging * takes.staging_bytes
+    fits = (left - rounds * steps * takes.w_stage_bytes) // takes.x_stage_bytes(True)
+    stages = min(x_stages or MAX_X_STAGES, fits)
+    if stages < (max(2, steps) if rounds > 1 else 2):
+        return None
+    return Variant(serves, tile, channels, True, own_staging, stages, 1, rounds=rounds)
+
+
+def pointwise_bytes(rounds: int) -> int:
+    """Shared memory of conv_sm90_pointwise.cu beside stages and staging: barriers, biases of `rounds` times 128 channels."""
+    return BARRIER_BYTES + 4 * 128 * rounds
 
 
 def _rings(left: int, x_bytes: int, w_bytes: int, most: int, per_load: float) -> tuple[int, int]:
