@@ -70,6 +70,7 @@ gpu-check:
 SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_winograd.py::test_integers_are_exact \
 	conv_depthwise_sm90.py::test_every_form conv_stem_sm90.py::test_not_a_number_and_infinity_pass \
+	conv_sm90_pointwise.py::test_every_form_is_exact conv_sm90_one_window.py::test_values_are_exact \
 	conv_wgrad_sm90_halves.py::test_not_a_number_and_infinity_show conv_unpool.py::test_nan_and_infinities conv_moments.py::test_moments_of_integers \
 	batch_norm_kernels.py::test_train_by_given_moments batch_norm_kernels.py::test_dgrad_in_place pool_kernels.py::test_smallest \
 	batch_norm_pool_kernels.py::test_train_by_given_moments batch_norm_pool_kernels.py::test_several_tiles_a_block)
