@@ -165,14 +165,14 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("column", (15, 15, 1), 64)),
     (256, 56, 56, 64, 256, 1, 0, True): (
-        Shape("tap", (2, 2, 64), 128, rounds=2),
-        Shape("tap", (2, 2, 64), 128),
-        Shape("tap", (2, 2, 64), 64, shared=True),
-    ),
-    (256, 28, 28, 256, 512, 1, 0, True): (
+        Shape("tap", (2, 2, 32), 128, rounds=1),
         Shape("tap", (2, 2, 32), 128, rounds=2),
         Shape("tap", (2, 2, 64), 128),
-        Shape("tap", (2, 2, 64), 64),
+    ),
+    (256, 28, 28, 256, 512, 1, 0, True): (
+        Shape("tap", (2, 2, 64), 128, rounds=1),
+        Shape("tap", (2, 2, 32), 128, rounds=2),
+        Shape("tap", (2, 2, 64), 128),
     ),
     (256, 56, 56, 256, 64, 1, 0, True): (Shape("tap", (8, 28, 1), 64),),
     (2000, 31, 31, 24, 64, 3, 1, True): (Shape("window", (8, 30, 1), 64),),
@@ -185,5 +185,5 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 14, 14, 256, 256, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("column", (14, 14, 1), 128)),
     (256, 7, 7, 512, 512, 3, 1, True): (Shape("column", (6, 6, 4), 128), Shape("tap", (6, 6, 4), 128)),
     (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (4, 4, 16), 128)),
-    (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 6, 16), 128, rounds=1), Shape("tap", (2, 6, 16), 128)),
+    (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 2, 32), 128, rounds=1), Shape("tap", (2, 6, 16), 128)),
 }
