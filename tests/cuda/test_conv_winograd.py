@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parcnn.cuda.kernels import conv_wgrad, conv_winograd, conv_winograd_wgrad
+from parcnn.cuda.kernels import conv_unpool, conv_wgrad, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
 from parcnn.cuda.launch import Kernel
@@ -56,16 +56,21 @@ def forward(problem: Problem, random: np.random.Generator, **epilogue: Any) -> t
     return op, [tensors["x"], tensors["w"], tensors["b"]]
 
 
-def filter_gradient(problem: Problem, random: np.random.Generator, bias: bool) -> tuple[ConvWgrad, list[np.ndarray]]:
-    tensors = problem.tensors(random, None)
-    return ConvWgrad(**problem.geometry, filter=(3, 3), bias=bias), [tensors["x"], tensors["dy"]]
+def filter_gradient(
+    problem: Problem, random: np.random.Generator, bias: bool, pool: str | None = None
+) -> tuple[ConvWgrad, list[np.ndarray]]:
+    tensors = problem.tensors(random, pool)
+    op = ConvWgrad(**problem.geometry, filter=(3, 3), bias=bias, pool=pool)
+    return op, [tensors["x"], tensors["dy"], *([tensors["idx"]] if pool == "max" else [])]
 
 
-def backward(problem: Problem, random: np.random.Generator, **epilogue: Any) -> tuple[ConvDgrad, list[np.ndarray]]:
-    tensors = problem.tensors(random, None)
-    op = ConvDgrad(**problem.geometry, image=(problem.h, problem.w), **epilogue)
+def backward(
+    problem: Problem, random: np.random.Generator, pool: str | None = None, **epilogue: Any
+) -> tuple[ConvDgrad, list[np.ndarray]]:
+    tensors = problem.tensors(random, pool)
+    op = ConvDgrad(**problem.geometry, image=(problem.h, problem.w), pool=pool, **epilogue)
     extra = [normal(random, *tensors["x"].shape) for name in ("saved", "addend") if epilogue]
-    return op, [tensors["dy"], tensors["w"], *extra]
+    return op, [tensors["dy"], tensors["w"], *([tensors["idx"]] if pool == "max" else []), *extra]
 
 
 @problems
@@ -85,18 +90,18 @@ def test_dgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem
         check(make([conv_winograd]), op, arrays, alias=alias, ulps=ulps(problem.k))
 
 
-class ForcedWgrad(Forced):
-    """With the kernel that adds the splits."""
+class WithHelpers(Forced):
+    """With the kernel that adds the splits, and those that take the error back through a pool."""
 
     def variants(self) -> Iterable[Kernel]:
-        return [*self.family.variants(), SUM_KERNEL]
+        return [*self.family.variants(), SUM_KERNEL, *conv_unpool.variants()]
 
 
-def forced(tiles: int, splits: int) -> ForcedWgrad:
-    """The filter gradient of so many tiles, in up to so many splits."""
+def wgrad_in(tiles: int, splits: int) -> WithHelpers:
+    """The filter gradient in so many splits, or as many as are not empty."""
     steps = ceil(tiles / conv_winograd_wgrad.DEPTH)
-    splits = ceil(steps / ceil(steps / min(splits, steps)))  # none is empty
-    return ForcedWgrad(conv_winograd_wgrad, conv_winograd_wgrad.Variant(splits))
+    splits = ceil(steps / ceil(steps / min(splits, steps)))
+    return WithHelpers(conv_winograd_wgrad, conv_winograd_wgrad.Variant(splits))
 
 
 @problems
@@ -106,7 +111,32 @@ def test_wgrad(make: MakeExecutor, random: np.random.Generator, problem: Problem
     op, arrays = filter_gradient(problem, random, bias)
     p, q = problem.output_hw(None)
     tiles = problem.n * ceil(p / 2) * ceil(q / 2)
-    check(make([forced(tiles, splits)]), op, arrays, ulps=ulps(tiles, FILTERS))
+    check(make([wgrad_in(tiles, splits)]), op, arrays, ulps=ulps(tiles, FILTERS))
+
+
+@problems
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("epilogue", [{}, {"act": "relu", "add": True}])
+def test_dgrad_behind_a_pool(
+    make: MakeExecutor, random: np.random.Generator, problem: Problem, pool: str, epilogue: dict[str, Any]
+) -> None:
+    """Odd sides too, whose last row and column the pool drops."""
+    op, arrays = backward(problem, random, pool, **epilogue)
+    executor = make([WithHelpers(conv_winograd, conv_winograd.VARIANT)])
+    for alias in ((), *((pair,) for pair in op.inplace())):
+        check(executor, op, arrays, alias=alias, ulps=ulps(problem.k))
+
+
+@problems
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize(("bias", "splits"), [(False, 1), (True, 1), (True, 3)])
+def test_wgrad_behind_a_pool(
+    make: MakeExecutor, random: np.random.Generator, problem: Problem, pool: str, bias: bool, splits: int
+) -> None:
+    op, arrays = filter_gradient(problem, random, bias, pool)
+    p, q = problem.output_hw(pool)
+    tiles = problem.n * p * q
+    check(make([wgrad_in(tiles, splits)]), op, arrays, ulps=ulps(tiles, FILTERS))
 
 
 @pytest.mark.parametrize("act", [None, *ACTIVATIONS])
@@ -197,9 +227,20 @@ def test_random_problems(
     random, op = np.random.default_rng(number), problem.op(kind)
     operands = problem.operands(op, conv_problems.normal(random), random)
     n, p, q, _ = operands[1 if kind == "wgrad" else 0].shape
-    family = forced(n * ceil(p / 2) * ceil(q / 2), splits) if kind == "wgrad" else conv_winograd
+    family = wgrad_in(n * ceil(p / 2) * ceil(q / 2), splits) if kind == "wgrad" else conv_winograd
     if family.supports(op, conv_problems.specs_of(op, operands, "f32")) is None:
         conv_problems.check_close(make([family]), op, operands, "f32")
+
+
+def test_errors_of_too_many_elements_before_the_pool() -> None:
+    dy, idx = Spec((64, 256, 256, 256)), Spec((64, 256, 256, 256), "u2")
+    pooled, image = {"pad": (1, 1, 1, 1), "pool": "max"}, (512, 512)
+    cases = [
+        (conv_winograd, ConvDgrad(**pooled, image=image), (dy, Spec((256, 3, 3, 4)), idx)),
+        (conv_winograd_wgrad, ConvWgrad(**pooled, filter=(3, 3)), (Spec((64, *image, 4)), dy, idx)),
+    ]
+    for family, op, inputs in cases:
+        assert "2**31" in (family.supports(op, inputs) or "")
 
 
 def test_filters_of_too_many_elements() -> None:

@@ -83,6 +83,7 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (ConvFprop(bias=True), [f32(70, 1, 1, 400), f32(120, 1, 1, 400), f32(120)]),
     (ConvUnpool(act="relu"), [bf16(3, 7, 5, 72), u8(3, 7, 5, 72), bf16(3, 7, 5, 72)]),
     (ConvUnpool("avg"), [bf16(3, 7, 5, 72)]),
+    (ConvUnpool(act="relu"), [f32(3, 7, 5, 12), u8(3, 7, 5, 12), f32(3, 7, 5, 12)]),
     (PoolFprop(), [f32(2, 7, 5, 65)]),
     (PoolFprop(kind="avg", kernel=(3, 2), stride=(2, 1), pad=(1, 0)), [f32(2, 7, 5, 65)]),
     (PoolDgrad(image=(7, 5)), [f32(2, 3, 2, 65), u8(2, 3, 2, 65)]),

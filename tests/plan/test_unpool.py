@@ -177,10 +177,11 @@ def test_gradients_of_padded_channels_unpool_once(channels: int, filters: int, c
 
 
 @pytest.mark.parametrize(
-    ("precision", "arch", "count"), [("bf16", "sm_90a", 2), ("bf16", "sm_89", 0), ("fp32", "sm_90a", 0)]
+    ("precision", "arch", "count"),
+    [("bf16", "sm_90a", 2), ("bf16", "sm_89", 0), ("fp32", "sm_90a", 2), ("fp32", "sm_89", 2)],
 )
 def test_who_unpools(precision: str, arch: str, count: int) -> None:
-    """Hopper's tensor-core kernels do; all others route the error by its indices, those of first layers too."""
+    """Hopper's tensor-core kernels and Winograd's do; all others route the error by its indices, those of first layers too."""
     executor = CudaExecutor.null(arch)
     plan = outline(
         models.create("cifarnet", in_channels=3), mode="train", batch=64, sample=(3, 32, 32), executor=executor,

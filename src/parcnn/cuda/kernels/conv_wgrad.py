@@ -21,7 +21,7 @@ from parcnn.cuda.kernels.conv_common import (
     unsupported,
 )
 from parcnn.cuda.kernels.conv_wgrad_direct import DIRECTS, Direct
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
 from parcnn.ops.program import Call
@@ -127,12 +127,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     return result
 
 
-def sum_launch(call: Call, splits: int) -> Launch:
-    """The launch that adds so many partial gradients in the workspace, each dw, then db, in their order."""
+def sum_launch(call: Call, splits: int, offset: int = 0) -> Launch:
+    """The launch that adds so many partial gradients in the workspace from `offset` on, each dw, then db, in their order."""
     dw, db = (*call.outputs, None)[:2]
     row_size = sum(spec.size for spec in call.output_specs)
     sizes = (np.int32(call.output_specs[0].size), np.int32(row_size), np.int32(splits))
-    args = (call.workspace, dw, db, *sizes)
+    partial = Pointer(call.workspace, offset) if call.workspace else None
+    args = (partial, dw, db, *sizes)
     return Launch(SUM_KERNEL, (ceil(row_size / 32), 1, 1), (32, PARTS, 1), args)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from parcnn.cuda.kernels.common import refuse_dtype
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, Conv, unsupported
+from parcnn.cuda.kernels.conv_unpool import pass_us, scratch_bytes, unpool, unpooled
 from parcnn.cuda.kernels.conv_wgrad import sum_launch
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvWgrad
 from parcnn.ops.program import Call
@@ -35,11 +36,12 @@ class Variant(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """The convolution with p and q counted in tiles, and the sides of dy."""
+    """The convolution with p and q counted in tiles, and the sides of dy before the pool, if there is one."""
 
     conv: Conv
     height: int
     width: int
+    pool: str | None
 
     @property
     def tiles(self) -> int:
@@ -58,13 +60,12 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     outputs = op.infer(*inputs)
     if (*op.filter, *op.stride, *op.dilation) != (3, 3, 1, 1, 1, 1):
         return "Winograd's algorithm runs 3x3 filters of stride and dilation 1"
-    if op.pool:
-        return "Winograd's filter gradient has no pool"
-    if reason := refuse_dtype(x, dy) or unsupported(op, (x, dy, *outputs), (x.shape[1], x.shape[2]), op.filter):
+    error = unpooled(dy, op.pool)
+    if reason := refuse_dtype(x, dy) or unsupported(op, (x, error, *outputs), (x.shape[1], x.shape[2]), op.filter):
         return reason
     if not all(spec.size for spec in (*inputs, *outputs)):
         return "there is nothing to compute"
-    sides = zip(x.shape[1:3], dy.shape[1:3], op.pad[:2], strict=True)
+    sides = zip(x.shape[1:3], error.shape[1:3], op.pad[:2], strict=True)
     if not all(_meets(tap, *side) for side in sides for tap in range(3)):
         return "the gradient of a tap that meets no pixel is zero, which Winograd's sums only come near to"
     if x.shape[3] % 4 or dy.shape[3] % 4:
@@ -77,13 +78,19 @@ def _meets(tap: int, pixels: int, outputs: int, pad: int) -> bool:
     return max(0, pad - tap) < min(outputs, pixels + pad - tap)
 
 
+def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
+    """True: tiles are read without indices."""
+    return True
+
+
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """The splits' partial sums; nothing where there is one split."""
+    """The error before a pool, and the splits' partial sums where there are several."""
     problem = _problem(op, inputs)
     splits = (variant or _ranked(op, problem, device)[0]).splits
-    return 4 * splits * _row_size(op, problem.conv) if splits > 1 else 0
+    partial = 4 * splits * _row_size(op, problem.conv) if splits > 1 else 0
+    return scratch_bytes(inputs[1], problem.pool) + partial
 
 
 def candidates(call: Call, device: Device) -> list[Variant]:
@@ -93,38 +100,44 @@ def candidates(call: Call, device: Device) -> list[Variant]:
 
 def cost_us(call: Call, device: Device) -> float:
     """Estimated microseconds of the best variant."""
-    return min(_cycles(call.op, _problem(call.op, call.input_specs), device).values()) / CYCLES_PER_US
+    problem = _problem(call.op, call.input_specs)
+    return min(_cycles(call.op, problem, device).values()) / CYCLES_PER_US + pass_us(call.input_specs[1], problem.pool)
 
 
 def launches(call: Call, device: Device, variant: Variant | None = None) -> list[Launch]:
-    """One launch, and one more that adds the partial sums of several splits; `variant` forces one of `candidates`."""
+    """One launch; before it, one that takes the error back through a pool, and behind it one that adds the partial sums of
+    several splits; `variant` forces one of `candidates`."""
     op, problem = call.op, _problem(call.op, call.input_specs)
     conv = problem.conv
     splits = (variant or _ranked(op, problem, device)[0]).splits
-    x, dy = call.inputs[:2]
+    x, dy, *idx = call.inputs
     dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
-    partial = call.workspace if splits > 1 else None
+    offset, result = scratch_bytes(dy.spec, problem.pool), []
+    if call.workspace and offset:
+        result.append(unpool(dy, idx[0] if idx else None, call.workspace))
+        dy = call.workspace
+    partial = Pointer(call.workspace, offset) if call.workspace and splits > 1 else None
     sides = (np.int32(problem.tiles), np.int32(problem.height), np.int32(problem.width))
     chunk = np.int32(DEPTH * ceil(ceil(problem.tiles / DEPTH) / splits))
     args: tuple[Argument, ...] = (x, dy, dw, db, partial, conv.argument(), *sides, chunk)
     grid = (ceil(conv.k / FILTERS), ceil(conv.c / CHANNELS), splits)
-    result = [Launch(KERNEL, grid, (THREADS, 1, 1), args, SHARED_BYTES)]
+    result.append(Launch(KERNEL, grid, (THREADS, 1, 1), args, SHARED_BYTES))
     if splits > 1:
-        result.append(sum_launch(call, splits))
+        result.append(sum_launch(call, splits, offset))
     return result
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name."""
+    """Every kernel that `launches` may name, but for `conv_unpool`'s and the sum's."""
     yield KERNEL
 
 
 def _problem(op: Op, inputs: tuple[Spec, ...]) -> _Problem:
     if not isinstance(op, ConvWgrad):
         raise TypeError(f"{op.name} is not a convolution's filter gradient")
-    (n, h, w, c), (_, height, width, k) = inputs[0].shape, inputs[1].shape
+    (n, h, w, c), (_, height, width, k) = inputs[0].shape, unpooled(inputs[1], op.pool).shape
     conv = Conv(n, h, w, c, k, 3, 3, ceil(height / 2), ceil(width / 2), (1, 1), op.pad[:2], (1, 1), None)
-    return _Problem(conv, height, width)
+    return _Problem(conv, height, width, op.pool)
 
 
 def _row_size(op: Op, conv: Conv) -> int:
