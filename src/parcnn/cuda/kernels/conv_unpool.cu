@@ -15,7 +15,7 @@ struct Divisors {
 constexpr int EACH = sizeof(u32) / sizeof(ELEMENT);  // elements of a word
 
 // Of a thread's channels: two bits each.
-__device__ __forceinline__ u32 load_index(const u8 *idx, int at) { return EACH == 2 ? load_word<u16>(idx + 2 * at) : idx[at]; }
+__device__ __forceinline__ u32 load_index(const u8 *idx, int at) { return EACH == 2 ? reinterpret_cast<const u16 *>(idx)[at] : idx[at]; }
 
 __device__ __forceinline__ u32 times_derivative(u32 dy, u32 saved) {
     if (EACH == 1) return __float_as_uint(activation_dgrad<ACT>(__uint_as_float(dy), __uint_as_float(saved)));
