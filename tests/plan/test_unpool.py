@@ -193,6 +193,38 @@ def test_who_unpools(precision: str, arch: str, count: int) -> None:
     assert len(pooled) == 3 - count
 
 
+@pytest.mark.parametrize(("batch", "family"), [(16, "conv_dgrad"), (64, "conv_winograd_filters")])
+def test_a_gradient_that_alone_wants_it_unpools_by_itself(batch: int, family: str) -> None:
+    """Of a small batch the filters' gradient does, and the input's routes the pooled error."""
+    executor = CudaExecutor.null()
+    block = nn.Sequential(nn.Conv2d(128, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(nn.Conv2d(3, 128, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    plan = outline(
+        model, mode="train", batch=batch, sample=(3, 8, 8), executor=executor, loss=nn.CrossEntropyLoss(), optimizer=SGD()
+    )  # fmt: skip
+    calls = {type(call.op): call for call in plan.program.calls if call.layer.startswith("1.")}
+    names = {
+        op: executor.kernel_name(call.op, call.input_specs, call.output_specs)
+        for op, call in calls.items()
+        if op in (ConvDgrad, ConvWgrad)
+    }
+    shared = ConvUnpool in calls
+    assert shared == (batch == 64)
+    assert names[ConvDgrad].startswith(family)
+    assert names[ConvWgrad].startswith("conv_winograd_wgrad" if shared else "conv_unpool_float_0 + conv_winograd_wgrad")
+
+
+@pytest.mark.parametrize("batch", [64, 4096])
+def test_few_channels_route_the_error(batch: int) -> None:
+    executor = CudaExecutor.null()
+    plan = outline(
+        models.create("lenet5"), mode="train", batch=batch, sample=(1, 28, 28), executor=executor,
+        loss=nn.CrossEntropyLoss(), optimizer=SGD(),
+    )  # fmt: skip
+    names = [executor.kernel_name(c.op, c.input_specs, c.output_specs) for c in plan.program.calls]
+    assert not any("unpool" in name or "winograd" in name for name in names)
+
+
 class NormsUnpool(CpuExecutor):
     """An executor whose batch norms spread the error behind a maximum, or take that maximum themselves."""
 
