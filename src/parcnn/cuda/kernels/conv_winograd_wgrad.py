@@ -112,11 +112,13 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     splits = (variant or _ranked(op, problem, device)[0]).splits
     x, dy, *idx = call.inputs
     dw, db = call.outputs[0], call.outputs[1] if len(call.outputs) > 1 else None
-    offset, result = scratch_bytes(dy.spec, problem.pool), []
-    if call.workspace and offset:
-        result.append(unpool(dy, idx[0] if idx else None, call.workspace))
-        dy = call.workspace
-    partial = Pointer(call.workspace, offset) if call.workspace and splits > 1 else None
+    offset, scratch, result = scratch_bytes(dy.spec, problem.pool), call.workspace, []
+    if scratch is None and (offset or splits > 1):
+        raise ValueError("a filter gradient of several splits, or behind a pool, needs its workspace")
+    if scratch and offset:
+        result.append(unpool(dy, idx[0] if idx else None, scratch))
+        dy = scratch
+    partial = Pointer(scratch, offset) if scratch and splits > 1 else None
     sides = (np.int32(problem.tiles), np.int32(problem.height), np.int32(problem.width))
     chunk = np.int32(DEPTH * ceil(ceil(problem.tiles / DEPTH) / splits))
     args: tuple[Argument, ...] = (x, dy, dw, db, partial, conv.argument(), *sides, chunk)
