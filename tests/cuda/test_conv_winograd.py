@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from parcnn.cuda.kernels import conv_unpool, conv_wgrad, conv_winograd, conv_winograd_wgrad
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_wgrad import SUM_KERNEL
-from parcnn.cuda.launch import Kernel
+from parcnn.cuda.launch import Kernel, Launcher
 from parcnn.ops.base import ACTIVATIONS, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from tests.cuda import conv_problems
@@ -213,21 +213,26 @@ def random_problems(draw: st.DrawFn) -> conv_problems.Problem:
     return conv_problems.Problem(draw(st.integers(1, 8)), *sides, *(8 * draw(st.integers(1, 3)) for _ in "ck"), pad=pad)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     problem=random_problems(),
     kind=st.sampled_from(["fprop", "dgrad", "wgrad"]),
+    pool=st.sampled_from([None, "max", "avg"]),
     splits=st.integers(1, 4),
     number=st.integers(0, 2**32 - 1),
 )
 def test_random_problems(
-    make: MakeExecutor, problem: conv_problems.Problem, kind: str, splits: int, number: int
+    make: MakeExecutor, problem: conv_problems.Problem, kind: str, pool: str | None, splits: int, number: int
 ) -> None:
     """Each output is held to its own terms."""
-    random, op = np.random.default_rng(number), problem.op(kind)
+    assume(problem.has(pool))
+    random, op = np.random.default_rng(number), problem.op(kind, pool)
     operands = problem.operands(op, conv_problems.normal(random), random)
     n, p, q, _ = operands[1 if kind == "wgrad" else 0].shape
-    family = wgrad_in(n * ceil(p / 2) * ceil(q / 2), splits) if kind == "wgrad" else conv_winograd
+    tiles = n * p * q if pool else n * ceil(p / 2) * ceil(q / 2)
+    family: Launcher = WithHelpers(conv_winograd, conv_winograd.VARIANT)
+    if kind == "wgrad":
+        family = wgrad_in(tiles, splits)
     if family.supports(op, conv_problems.specs_of(op, operands, "f32")) is None:
         conv_problems.check_close(make([family]), op, operands, "f32")
 
