@@ -5,6 +5,7 @@ Where the operands are small integers every sum is exact, so the kernels must gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -89,6 +90,24 @@ class Problem:
             return random.integers(-1, 2, shape) * (random.random(shape) < density).astype(float)
 
         return self._operands(kind, ternary, lambda *shape: random.integers(-8, 9, shape).astype(float), random)
+
+    def extremes(
+        self, kind: str, random: np.random.Generator, pixels: Sequence[tuple[int, ...]], biases: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Integers, and what is not finite at some `pixels` and `biases`; of tanh so large ones that nothing but zeros, ones
+        and minus ones may come out."""
+        operands = self.integers(kind, random)
+        if kind == "tanh pooled":
+            operands[0][operands[0] != 0] *= 64
+            operands[2][...] = 64 * np.sign(operands[2]) + 0.0
+            return operands
+        operands[1][operands[1] == 0] = 1  # an infinity times zero would be no infinity
+        for at, value in zip(pixels, (np.nan, np.inf, -np.inf, np.nan), strict=False):
+            operands[0][at] = value
+        if not kind.startswith("plain"):
+            for channel, value in zip(biases, (np.inf, -np.inf, np.nan), strict=False):
+                operands[2][channel] = value
+        return operands
 
     def normals(self, kind: str, random: np.random.Generator) -> list[np.ndarray]:
         """Operands that bf16 has, standard normal."""
@@ -357,16 +376,8 @@ def test_pools_within_several_images(
         (images + 1, down + 2, 3 * across - 2, 136, 264),
     )[: 2 if emulates(make) else None]:
         problem, serves = of_images(constants, n, h, w, c, k)
-        op, operands = problem.op(kind), problem.integers(kind, random_of(kind, tile, h))
-        if kind == "tanh pooled":  # nothing but zeros, ones and minus ones may come out
-            operands[0][operands[0] != 0] *= 64
-            operands[2][...] = 64 * np.sign(operands[2]) + 0.0
-        else:
-            x, operands[1][operands[1] == 0] = operands[0], 1
-            x[0, 0, 0, 5], x[1, down - 1, 0, 0], x[n // 2, 0, across - 1, 3] = np.nan, np.inf, -np.inf
-            x[n - 1, 1, 1, 3] = np.nan
-            if not kind.startswith("plain"):
-                operands[2][[3, 17, 70]] = np.inf, -np.inf, np.nan
+        pixels = ((0, 0, 0, 5), (1, down - 1, 0, 0), (n // 2, 0, across - 1, 3), (n - 1, 1, 1, 3))
+        op, operands = problem.op(kind), problem.extremes(kind, random_of(kind, tile, h), pixels, (3, 17, 70))
         sizes, true = sizes_of(op, operands), on_cpu(op, operands)
         for x_stages in (0, 2):
             variant = tiles.fit(sizes, Shape(serves, tile, 128, x_stages), H200)

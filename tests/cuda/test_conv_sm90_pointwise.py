@@ -56,17 +56,9 @@ def problem_of(tile: tuple[int, int, int], form: Form, patches: tuple[int, int, 
 
 
 def operands_of(problem: Problem, kind: str, random: np.random.Generator) -> Arrays:
-    """Integers, and what is not finite; of tanh so large ones that nothing but zeros, ones and minus ones may come out."""
-    operands = problem.integers(kind, random)
-    if kind == "tanh pooled":
-        operands[0][operands[0] != 0] *= 64
-        operands[2][...] = 64 * np.sign(operands[2]) + 0.0
-        return operands
-    x, operands[1][operands[1] == 0] = operands[0], 1
-    x[0, 0, 0, 5], x[problem.n // 2, -1, 0, 0], x[-1, 0, -1, 3] = np.nan, np.inf, -np.inf
-    if kind == "maxima":
-        operands[2][[3, 17, problem.k - 1]] = np.inf, -np.inf, np.nan
-    return operands
+    return problem.extremes(
+        kind, random, ((0, 0, 0, 5), (problem.n // 2, -1, 0, 0), (-1, 0, -1, 3)), (3, 17, problem.k - 1)
+    )
 
 
 @every_tile

@@ -61,8 +61,9 @@ def candidates(call: Call, device: Device) -> list[str]:
 
 
 def cost_us(call: Call, device: Device) -> float:
-    """Estimated microseconds: of each wave of blocks a start and an end, and the steps; not fitted, but by what
-    `conv_sm90_cost` counts: a product m64n128k16 takes 64 cycles, L2 brings 40 bytes a cycle to a multiprocessor."""
+    """Estimated microseconds: of each wave of blocks a start and an end, and the steps, by what `conv_sm90_cost` counts: a
+    product m64n128k16 takes 64 cycles, L2 brings 40 bytes a cycle to a multiprocessor. (On an H200 four of six problems took
+    3 % less to 15 % more; two that fill half of it or less 13 and 30 % less.)"""
     n, k, c = _sizes(call)
     steps, waves = ceil(c / CB), ceil(ceil(n / IMAGES) * ceil(k / CHANNELS) / device.sm_count)
     product, copies = _PRODUCTS * CB / 16 * 64, SIDE * _ROW_BYTES / 40
