@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parcnn.cpu import CpuExecutor
-from parcnn.ops.conv import ConvFprop
+from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormInferDgrad, BatchNormTrain
 from tests import reference
 from tests.op_runner import run_op
@@ -90,6 +90,39 @@ def test_train_dgrad(
         (dbeta, lambda v: forward(x, gamma, v), beta),
     ):
         np.testing.assert_allclose(actual, reference.numeric_gradient(f, v, dy), rtol=1e-6, atol=1e-7)
+
+
+@acts
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize(("pool", "groups"), [(None, 1), (None, 3), ("max", 1), ("avg", 1)])
+@pytest.mark.parametrize("images", [3, 60])
+def test_train_dgrad_by_the_sums_of_an_input_gradient(
+    cpu: CpuExecutor,
+    random: np.random.Generator,
+    act: str | None,
+    add: bool,
+    pool: str | None,
+    groups: int,
+    images: int,
+) -> None:
+    """As by the norm's own pass: the error is cut off where that would do it, and dx is the same."""
+    conv = ConvDgrad(pad=(1, 1, 1, 1), pool=pool, groups=groups, image=(8, 10), add=add)
+    out = (images, *conv.pooled_hw(8, 10, 3, 3), 9)
+    dy, w = random.standard_normal(out), random.standard_normal((9, 3, 3, 6 // groups))
+    idx = [random.integers(0, 4, out).astype(np.uint8)] * (pool == "max")
+    addend = [random.standard_normal((images, 8, 10, 6))] * add
+    x, gamma, beta, *_ = tensors(random, (images, 8, 10, 6))
+    _, mean, rstd, _ = reference.batch_norm(x, gamma, beta, 1e-5)
+    norm = [x, gamma, beta, mean, rstd]
+    (error,) = run_op(cpu, conv, [dy, w, *idx, *addend])
+    dx, *sums = run_op(cpu, BatchNormDgrad(act), [error, *norm])
+    dz, *given = run_op(cpu, replace(conv, act=act, sums=True), [dy, w, *idx, *norm, *addend])
+    z = (x - mean) * rstd * gamma + beta
+    np.testing.assert_array_equal(dz, np.where(z <= 0, 0, error) if act else error)
+    for one, other in zip(given, sums, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-10)
+    (by_sums,) = run_op(cpu, BatchNormDgrad(sums=True), [dz, *norm, *given])
+    np.testing.assert_allclose(by_sums, dx, rtol=1e-11, atol=1e-11)
 
 
 @acts

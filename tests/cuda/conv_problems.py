@@ -92,9 +92,8 @@ def is_exact(op: Any) -> bool:
 
 
 def tensors_of(op: Op, operands: Arrays, dtype: str) -> Arrays:
-    """Operands as the device takes them: a bias is f32."""
-    bias_at = 2 if isinstance(op, ConvFprop) else None
-    return [a if a.dtype == np.uint8 else stored(a, "f32" if i == bias_at else dtype) for i, a in enumerate(operands)]
+    """Operands as the device takes them: those of one number a channel are f32."""
+    return [a if a.dtype == np.uint8 else stored(a, "f32" if a.ndim == 1 else dtype) for a in operands]
 
 
 def specs_of(op: Op, operands: Arrays, dtype: str) -> tuple[Spec, ...]:

@@ -138,6 +138,25 @@ def test_dgrad(
     check(executor, BatchNormDgrad(act), gradient_inputs(random, shape, dtype), ulps=8)
 
 
+@acts
+@dtypes
+@pytest.mark.parametrize("alias", [(), ((0, 0),), ((0, 1),)], ids=["apart", "dx is dy", "dx is x"])
+@pytest.mark.parametrize("shape", [(9, 8, 8, 3), (3, 37, 41, 8), (1, 1, 1300, 60)], ids=str)
+def test_dgrad_by_given_sums(
+    executor: Executor,
+    random: np.random.Generator,
+    shape: tuple[int, ...],
+    alias: tuple[tuple[int, int], ...],
+    act: str | None,
+    dtype: str,
+) -> None:
+    """dy and x are read once, by the pass that writes."""
+    sums = [np.abs(normal(random, shape[-1])).astype(np.float32) * 100 for _ in range(2)]
+    check(
+        executor, BatchNormDgrad(act, sums=True), [*gradient_inputs(random, shape, dtype), *sums], ulps=8, alias=alias
+    )
+
+
 @shapes
 @acts
 @dtypes

@@ -114,6 +114,7 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (BatchNormTrain(), [f32(512, 16, 16, 65), *CHANNELS]),
     (BatchNormInfer(), [f32(3, 5, 5, 65), *CHANNELS]),
     (BatchNormDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
+    (BatchNormDgrad(sums=True), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS, f32(65), f32(65)]),
     *(
         (BatchNormDgrad(window=PoolWindow()), [make(3, 2, 2, 68), make(3, 5, 5, 68), *CHANNELS_68, u8(3, 2, 2, 68)])
         for make in (f32, bf16)

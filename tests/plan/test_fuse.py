@@ -12,6 +12,7 @@ from parcnn.cpu import CpuExecutor
 from parcnn.nn import functional as F
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.norm import BatchNormDgrad
 from parcnn.ops.pointwise import ActDgrad
 from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call
@@ -212,6 +213,46 @@ def test_the_error_signal_takes_sum_and_derivative_along(cpu: CpuExecutor) -> No
     dgrads = [c.op for c in calls if isinstance(c.op, ConvDgrad)]
     assert [(op.act, op.add) for op in dgrads] == [(None, False), ("relu", True)]
     assert not [c for c in calls if c.op.name in ("act_dgrad", "add") and c.phase == "backward"]
+
+
+class Summing(CpuExecutor):
+    """An executor whose input gradients take the sums of a batch norm below."""
+
+    refused = ""
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        sums = isinstance(op, ConvDgrad | BatchNormDgrad) and op.sums
+        return op.name != self.refused if sums else super().can_fuse(op, inputs)
+
+
+def _sums(middle: Callable[[Net, Tensor], Tensor], features: int = 105, refused: str = "") -> list[str]:
+    """Backward ops that give or take sums, with activation and addend; the gradients are right (`_calls` checks them)."""
+    executor = Summing(threads=1)
+    executor.refused = refused
+    calls = _calls(executor, middle, "train", features)
+    executor.close()
+    found = [c.op for c in calls if isinstance(c.op, ConvDgrad | BatchNormDgrad) and c.op.sums]
+    return [_describe(op) + " add" * getattr(op, "add", False) for op in found]
+
+
+def test_input_gradients_take_the_sums_of_a_batch_norm_below() -> None:
+    """The activation between them, too, and the error of another path; not of an error that others read, or of a pool's."""
+    assert _sums(lambda net, x: net.other(F.relu(net.norm(x)))) == ["conv_dgrad relu", "batch_norm_dgrad"]
+    assert _sums(lambda net, x: net.other(net.norm(x))) == ["conv_dgrad", "batch_norm_dgrad"]
+    assert _sums(lambda net, x: net.norm(net.other(x))) == ["conv_dgrad", "batch_norm_dgrad"]  # by the linear layer
+    both = _sums(lambda net, x: (y := F.relu(net.norm(x))) + net.other(y))
+    assert both == ["conv_dgrad relu add", "batch_norm_dgrad"]
+    pooled = _sums(lambda net, x: F.max_pool2d(F.tanh(net.other(F.relu(net.norm(x)))), 2), 18)
+    assert pooled == ["conv_dgrad relu max", "batch_norm_dgrad"]
+    assert _sums(lambda net, x: net.other(net.norm(x) + x)) == []
+    assert _sums(lambda net, x: net.other(F.max_pool2d(net.norm(x), 2)), 18) == []
+    assert _sums(lambda net, x: net.other(F.gelu(net.norm(x)))) == []
+    assert _sums(lambda net, x: net.norm(net.other(x)) + x) == []
+
+
+@pytest.mark.parametrize("refused", ["conv_dgrad", "batch_norm_dgrad"])
+def test_sums_need_both_ops_of_the_executor(refused: str) -> None:
+    assert _sums(lambda net, x: net.other(F.relu(net.norm(x))), refused=refused) == []
 
 
 class Greedy(CpuExecutor):

@@ -108,6 +108,17 @@ def _apart(op: ConvFprop, window: PoolWindow, x: Shape, w: Shape) -> tuple[ConvF
 
 
 def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
+    """dx = (dgrad + addend) * act'(what is below); with a batch norm there, also its sums, by a pass over dx."""
+    if not op.sums:
+        _dgrad(op, inputs, outputs[0], workspace)
+        return
+    operands = cast(dict[str, np.ndarray], op.operands(tuple(inputs)))
+    below = [operands.pop(name) for name in ("x", "gamma", "beta", "mean", "rstd")]
+    _dgrad(replace(op, act=None, sums=False), list(operands.values()), outputs[0], workspace)
+    norm.pass_error(op.act, outputs[0], below, outputs[1:], workspace)
+
+
+def _dgrad(op: ConvDgrad, inputs: list[np.ndarray], dx: np.ndarray, workspace: Workspace) -> None:
     """dx = (col2im(dy @ filters) + addend) * act'(saved), dy routed back through the pool first.
 
     The product is taken for `taps` of the filter apart: neighbours in a filter's row whose pixels lie between those of the
@@ -115,7 +126,6 @@ def conv_dgrad(op: ConvDgrad, inputs: list[np.ndarray], outputs: list[np.ndarray
     """
     operands = cast(dict[str, np.ndarray], op.operands(tuple(inputs)))
     dy, w, packed = operands["dy"], operands["w"], operands.get("idx")
-    dx = outputs[0]
     low = _lower(op, dx.shape, w.shape, dx.itemsize)
     workspace.shared.rewind()
     if op.groups > 1:
@@ -306,15 +316,18 @@ def _sizes(op: Op, low: Lowering, dtype: np.dtype, workers: int) -> ScratchSize:
     return ScratchSize(scratch_bytes([*filters, *taps]), scratch_bytes([*target, *routed, *products]))
 
 
-def _forward_scratch(op: ConvFprop, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int) -> ScratchSize:
-    """The convolution's, and after it its moments'."""
+def _scratch_with_sums(
+    op: ConvFprop | ConvDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
+) -> ScratchSize:
+    """The convolution's, and after it that of the sums over what it writes."""
     own = _scratch(op, inputs, outputs, workers)
-    if not op.moments:
+    count = int(op.moments) if isinstance(op, ConvFprop) else 2 * op.sums
+    if not count:
         return own
-    moments = norm.scratch_size(1)(op, inputs, outputs, workers)
-    return ScratchSize(max(own.shared, moments.shared), max(own.per_worker, moments.per_worker))
+    sums = norm.scratch_size(count)(op, inputs, outputs, workers)
+    return ScratchSize(max(own.shared, sums.shared), max(own.per_worker, sums.per_worker))
 
 
 TIME_US = {ConvFprop: time_us, ConvDgrad: time_us, ConvWgrad: time_us}
 RUN = {ConvFprop: conv_fprop, ConvDgrad: conv_dgrad, ConvWgrad: filter_gradient}
-SCRATCH = {ConvFprop: _forward_scratch, ConvDgrad: _scratch, ConvWgrad: _scratch}
+SCRATCH = {ConvFprop: _scratch_with_sums, ConvDgrad: _scratch_with_sums, ConvWgrad: _scratch}

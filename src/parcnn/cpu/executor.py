@@ -16,7 +16,7 @@ from parcnn.cpu.memory import available_bytes
 from parcnn.cpu.workers import ALIGNMENT, ScratchSize, Workers, Workspace
 from parcnn.errors import ArgumentError, OutOfMemoryError, UnsupportedError
 from parcnn.ops.base import PACKED, Op, Spec
-from parcnn.ops.conv import ConvFprop, ConvGeometry
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
 from parcnn.ops.norm import BatchNormDgrad, BatchNormInferDgrad, BatchNormTrain
 from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call, Program, Region, Slot
@@ -135,10 +135,11 @@ class CpuExecutor:
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """True of every fused form that an op can express, but of grouped convolutions only those without a pool, and of
         pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise batch norm and
-        pool."""
+        pool, and a batch norm's sums, which take a pass of their own over a convolution's input gradient."""
         pooled_groups = isinstance(op, ConvGeometry) and op.groups > 1 and op.pool is not None
         other_window = isinstance(op, ConvFprop | BatchNormTrain | BatchNormDgrad) and op.window is not None
-        return type(op) in RUN and not pooled_groups and not other_window
+        sums = isinstance(op, ConvDgrad | BatchNormDgrad) and op.sums
+        return type(op) in RUN and not (pooled_groups or other_window or sums)
 
     def unpools(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """False: blocks route the error while they are in cache."""

@@ -78,10 +78,11 @@ def batch_norm_dgrad(
         pool_dgrad(op.window.backward((h, w)), [inputs[0], inputs[6]], [error], workspace)
         inputs, workspace = [error, *inputs[1:6]], workspace.within(workspace.shared.used)
     dy, x, dx = _rows(inputs[0]), _rows(inputs[1]), _rows(outputs[0])
-    gamma, beta, mean, rstd = inputs[2:]
+    gamma, beta, mean, rstd = inputs[2:6]
     n = x.shape[0]
-    sums = _parameter_gradients(op.act, dy, x, (gamma, beta, mean, rstd), outputs[1:], workspace)
-    dgamma, dbeta = outputs[1:]
+    dgamma, dbeta = inputs[-2:] if op.sums else outputs[1:]
+    if not op.sums:
+        _parameter_gradients(op.act, dy, x, (gamma, beta, mean, rstd), outputs[1:], workspace)
 
     def piece(rows: slice, scratch: Scratch) -> None:
         dz, shared = _dz_centred(op.act, dy[rows], x[rows], (gamma, beta, mean, rstd), scratch)
@@ -90,7 +91,21 @@ def batch_norm_dgrad(
         np.subtract(dz, shared, out=dx[rows])
         dx[rows] *= gamma * rstd
 
-    workspace.each_slice(n, piece, sums.rows_a_piece)
+    workspace.each_slice(n, piece, rows_a_piece(*x.shape))
+
+
+def pass_error(
+    act: str | None, error: np.ndarray, below: list[np.ndarray], sums: list[np.ndarray], workspace: Workspace
+) -> None:
+    """Take an error through the activation behind a batch norm of x, gamma, beta, mean, rstd, in place; write dgamma, dbeta."""
+    dz, x, parameters = _rows(error), _rows(below[0]), tuple(below[1:])
+
+    def piece(rows: slice, scratch: Scratch) -> None:
+        dz[rows] = _dz_centred(act, dz[rows], x[rows], parameters, scratch)[0]
+
+    if act:
+        workspace.each_slice(len(x), piece, rows_a_piece(*x.shape))
+    _parameter_gradients(None, dz, x, parameters, sums, workspace)
 
 
 def batch_norm_infer_dgrad(

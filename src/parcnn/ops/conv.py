@@ -121,27 +121,33 @@ class ConvDgrad(ConvGeometry):
 
     dy is the *pooled* error where `pool` is set; it is routed by idx on the fly. Epilogue:
     dx = (dgrad + addend) * act'(saved), `saved` being the output of the activation below (shape of dx).
+
+    `sums`: below is a batch norm in training, of `act` None or 'relu'. Then x (shape of dx), gamma, beta, mean, rstd (C) of it
+    stand in place of `saved`, from which its output follows, and dx is dz, the error before its activation. More outputs:
+    dgamma, dbeta (C), `BatchNormDgrad`'s, of dz as it is stored.
     """
 
     image: tuple[int, int] = (0, 0)  # H, W
     act: str | None = None
     add: bool = False
+    sums: bool = False
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         dy, w = inputs[:2]
-        return (Spec((dy.shape[0], *self.image, w.shape[3] * self.groups), dy.dtype),)
+        c = w.shape[3] * self.groups
+        dx = Spec((dy.shape[0], *self.image, c), dy.dtype)
+        return dx, *[Spec((c,), accumulator(dy.dtype))] * (2 * self.sums)
 
     def operands(self, inputs: tuple[object, ...]) -> dict[str, object]:
-        """The inputs by name: dy, w, and idx, saved, addend where the op has them."""
-        names = (
-            ["dy", "w"] + ["idx"] * (self.pool == "max") + ["saved"] * (self.act is not None) + ["addend"] * self.add
-        )
+        """The inputs by name: dy, w, and idx, saved or the batch norm's, addend where the op has them."""
+        below = ["x", "gamma", "beta", "mean", "rstd"] if self.sums else ["saved"] * (self.act is not None)
+        names = ["dy", "w"] + ["idx"] * (self.pool == "max") + below + ["addend"] * self.add
         return dict(zip(names, inputs, strict=True))
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
-        # Each dx element reads only its own element of saved and addend.
-        first = 2 + (self.pool == "max")
-        return tuple((0, i) for i in range(first, first + (self.act is not None) + self.add))
+        # Each dx element reads only its own element of saved and addend. (The batch norm's x is read once more after it.)
+        first = 2 + (self.pool == "max") + 5 * self.sums
+        return tuple((0, i) for i in range(first, first + (self.act is not None and not self.sums) + self.add))
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         return self.conv_flops(inputs[0], inputs[1])

@@ -89,7 +89,8 @@ class BatchNormInfer(Op):
 
 @dataclass(frozen=True)
 class BatchNormDgrad(Op):
-    """inputs: dy, x (..., C), gamma, beta, mean, rstd (C), idx if `window`; outputs: dx, dgamma (C), dbeta (C).
+    """inputs: dy, x (..., C), gamma, beta, mean, rstd (C), idx if `window`; outputs: dx, dgamma (C), dbeta (C). If `sums`,
+    dgamma and dbeta are inputs, too, the last, and the only output is dx: another call has taken them (`ConvDgrad`).
 
     With xhat = (x-mean)*rstd and dz = dy * act'(gamma*xhat+beta), both recomputed here:
     dbeta = sum dz, dgamma = sum dz*xhat, dx = gamma*rstd*(dz - (dbeta + xhat*dgamma)/n).
@@ -99,10 +100,11 @@ class BatchNormDgrad(Op):
 
     act: str | None = None
     window: PoolWindow | None = None
+    sums: bool = False
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         stat = Spec((inputs[1].shape[-1],), accumulator(inputs[1].dtype))
-        return inputs[1], stat, stat
+        return inputs[1], *[stat] * (0 if self.sums else 2)
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
         # The sums are complete before dx is written; each dx element reads only its own x, and without a window its own dy.
@@ -112,7 +114,7 @@ class BatchNormDgrad(Op):
         return 10 * inputs[1].size
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        twice = (*inputs[:2], *inputs[6:])
+        twice = () if self.sums else (*inputs[:2], *inputs[6:])
         return super().bytes(inputs, outputs) + sum(s.nbytes for s in twice)
 
 

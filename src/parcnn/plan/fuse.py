@@ -6,6 +6,7 @@ Forward, before differentiation (a fused op carries its own gradient rule):
     conv -> batch norm in training: two ops still, but the convolution takes the moments of what it writes
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
+    dgrad -> batch norm's: two ops still, but the convolution takes the sums of what it writes that the norm needs
 
 A group fuses only when what lies inside it has no other reader and the executor says that it can do the fused op.
 """
@@ -17,7 +18,7 @@ from dataclasses import replace
 
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec, Value
 from parcnn.ops.conv import ConvDgrad, ConvFprop
-from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
+from parcnn.ops.norm import BatchNormDgrad, BatchNormInfer, BatchNormTrain
 from parcnn.ops.pointwise import Act, ActDgrad, Add
 from parcnn.ops.pool import PoolFprop
 from parcnn.plan.graph import Graph, Node
@@ -138,6 +139,29 @@ def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:
         node.op, node.inputs = norm, inputs
         if not conv.op.moments:
             conv.op, conv.outputs = op, (*conv.outputs, moments)
+
+
+def take_sums(graph: Graph, can_fuse: CanFuse) -> None:
+    """Batch norms' backward gets its sums from the convolution whose input gradient is their error, which then also sees to
+    the activation between them."""
+    consumers = graph.consumers()
+    producer_of = {node.outputs[0]: node for node in graph.nodes if isinstance(node.op, ConvDgrad)}
+    for node in graph.nodes:
+        if (
+            not isinstance(node.op, BatchNormDgrad)
+            or node.op.window
+            or (conv := producer_of.get(node.inputs[0])) is None
+        ):
+            continue
+        if not isinstance(conv.op, ConvDgrad) or conv.op.act or len(consumers[conv.outputs[0]]) != 1:
+            continue
+        dz, *below = node.inputs
+        end = len(conv.inputs) - conv.op.add
+        op, inputs = replace(conv.op, sums=True, act=node.op.act), (*conv.inputs[:end], *below, *conv.inputs[end:])
+        norm, rest = replace(node.op, act=None, sums=True), (*node.inputs, *node.outputs[1:])
+        if can_fuse(op, tuple(v.spec for v in inputs)) and can_fuse(norm, tuple(v.spec for v in rest)):
+            conv.op, conv.inputs, conv.outputs = op, inputs, (dz, *node.outputs[1:])
+            node.op, node.inputs, node.outputs = norm, rest, node.outputs[:1]
 
 
 def drop_indices(graph: Graph) -> None:

@@ -344,29 +344,32 @@ batch_norm_gradients(const Element *dy, const Element *x, const float *__restric
 #endif
 
 #if ENTRY == SUM_GRADIENTS
-// Frozen statistics: a block of 32 x 16 threads for 32 channels; blockIdx.y: dgamma or dbeta.
+// Add `partials` rows of sums (partials, channels): a block of 8 x 64 threads for 8 channels; blockIdx.y: dgamma or dbeta.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS)
 batch_norm_sum_gradients(const float *__restrict__ dgammas, const float *__restrict__ dbetas, float *__restrict__ dgamma,
                          float *__restrict__ dbeta, int partials, int channels) {
     await_predecessors();
-    __shared__ float sums[16][32];
+    constexpr int Lanes = 8, Parts = SUM_THREADS / Lanes, Warps = SUM_THREADS / 32;
+    __shared__ float sums[Warps][Lanes];
     const float *source = blockIdx.y ? dbetas : dgammas;
-    int lane = threadIdx.x & 31, part = threadIdx.x >> 5, c = blockIdx.x * 32 + lane;
+    int lane = threadIdx.x % Lanes, part = threadIdx.x / Lanes, c = blockIdx.x * Lanes + lane;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int i = part; c < channels && i < partials; i += 16) sum += source[(size_t)i * channels + c];
-    sums[part][lane] = sum;
+    for (int i = part; c < channels && i < partials; i += Parts) sum += source[(size_t)i * channels + c];
+    for (int offset = Lanes; offset < 32; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    if (threadIdx.x % 32 == lane) sums[threadIdx.x / 32][lane] = sum;
     __syncthreads();
     if (part > 0 || c >= channels) return;
     sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) sum += sums[i][lane];
+    for (int i = 0; i < Warps; ++i) sum += sums[i][lane];
     (blockIdx.y ? dbeta : dgamma)[c] = sum;
 }
 #endif
 
 #if ENTRY == DGRAD
-// The second pass. dgammas, dbetas: `partials` sums of each channel that the first one left.
+// The second pass. dgammas, dbetas: `partials` sums of each channel that the first one left; null dgamma: they are the whole
+// sums, given.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
                  const float *__restrict__ mean, const float *__restrict__ rstd, const float *__restrict__ dgammas,
@@ -384,7 +387,7 @@ batch_norm_dgrad(const Element *dy, const Element *x, const float *__restrict__ 
 
     Vector sums[2] = {splat<VEC>(0.0f), splat<VEC>(0.0f)};
     sum_partials(sums, dgammas, dbetas, partials, at, shape, &scratch->x);
-    if (blockIdx.y == gridDim.y - 1) store_sums(dgamma, dbeta, 0, &scratch->x, shape);
+    if (dgamma && blockIdx.y == gridDim.y - 1) store_sums(dgamma, dbeta, 0, &scratch->x, shape);
     if (!at.live) return;
     Affine a = load_affine(gamma, beta, mean, rstd, at);
     load_means(sums, &scratch->x, at, shape.lanes_log2, shape.rows);

@@ -37,8 +37,9 @@ SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
 # Down to here the convolution's own moments were measured to gain (H200, convolution and norm with a pass of its own, or with
 # moments: 4 MB, 17.9 and 16.7 us; 13 MB, 97 and 95; 103 MB, 183 and 153).
 MOMENTS_LEAST_BYTES = 4 << 20
+SUMS_LEAST_BYTES = 8 << 20  # likewise of the sums that its input gradient takes
 FROZEN_FEW_ROWS = 1024  # one launch of the gradients with frozen statistics
-SUM_CHANNELS, SUM_THREADS = 32, 512  # of batch_norm_sum_gradients
+SUM_CHANNELS, SUM_THREADS = 8, 512  # of batch_norm_sum_gradients
 MAX_GRID_Y = 65535
 
 # In the order of batch_norm.cu's macros; each has a cubin of its own, which is soon there.
@@ -123,10 +124,15 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 
 
 def gains(op: Op, inputs: tuple[Spec, ...]) -> bool:
-    """Whether moments that a convolution takes, where the op wants such, save more than they cost."""
+    """Whether moments or sums that a convolution takes, where the op wants such, save more than they cost."""
     x = inputs[0]
-    wants = isinstance(op, BatchNormTrain) and op.moments
-    return not wants or (x.size // x.shape[-1] > SINGLE_MOST_ROWS and x.nbytes >= MOMENTS_LEAST_BYTES)
+    if isinstance(op, BatchNormTrain) and op.moments:
+        least = MOMENTS_LEAST_BYTES
+    elif isinstance(op, BatchNormDgrad) and op.sums:
+        least = SUMS_LEAST_BYTES
+    else:
+        return True
+    return x.size // x.shape[-1] > SINGLE_MOST_ROWS and x.nbytes >= least
 
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
@@ -135,7 +141,7 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
     if isinstance(op, BatchNormTrain):
         return 0 if op.moments or _single(x, 1, device) else partial_bytes(moments_geometry(x, device))
     if isinstance(op, BatchNormDgrad):
-        return 0 if _single(x, 2, device) else partial_bytes(_sums(x, GRADIENT_THREADS, device))
+        return 0 if op.sums or _single(x, 2, device) else partial_bytes(_sums(x, GRADIENT_THREADS, device))
     if isinstance(op, BatchNormInferDgrad):
         geometry = _frozen(x, device)
         return 0 if geometry.row_blocks == 1 else partial_bytes(geometry)
@@ -143,7 +149,7 @@ def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...],
 
 
 def launches(call: Call, device: Device) -> list[Launch]:
-    """One launch for inference, for few rows and where moments are given, else two: sum, then merge and write."""
+    """One launch for inference, for few rows and where moments or sums are given, else two: sum, then merge and write."""
     op = call.op
     if isinstance(op, BatchNormTrain):
         return _train(op, call, device)
@@ -192,12 +198,16 @@ def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
 
 def _dgrad(op: BatchNormDgrad, call: Call, device: Device) -> list[Launch]:
     x = call.inputs[1].spec
-    single = _single(x, 2, device)
     args: tuple[Argument, ...]
+    write = _write(x, DGRAD_BLOCKS_PER_SM, device)
+    if op.sums:  # as if one block had left the partial results
+        args = (*call.inputs, call.outputs[0], None, None, np.int32(1), write.shape, _relu(op))
+        return [write.launch("batch_norm_dgrad", *args)]
+    single = _single(x, 2, device)
     if single:
         args = (*call.inputs, *call.outputs, single.shape, _relu(op))
         return [single.launch("batch_norm_dgrad_single", *args, shared_bytes=single.single_bytes(2))]
-    sums, write = _sums(x, GRADIENT_THREADS, device), _write(x, DGRAD_BLOCKS_PER_SM, device)
+    sums = _sums(x, GRADIENT_THREADS, device)
     halves = partials(call.workspace, sums)
     numbers = (np.float32(0.0), np.int32(False), _relu(op))
     args = (*call.inputs, *halves, *call.outputs, np.int32(sums.row_blocks), write.shape, _relu(op))
@@ -214,13 +224,20 @@ def _infer_dgrad(op: BatchNormInferDgrad, call: Call, device: Device) -> list[La
     if geometry.row_blocks == 1:
         return [geometry.launch("batch_norm_gradients", *call.inputs, dx, dgamma, dbeta, geometry.shape, *numbers)]
     halves = partials(call.workspace, geometry)
-    grid = (-(-geometry.channels // SUM_CHANNELS), 2, 1)
-    sizes = (np.int32(geometry.row_blocks), np.int32(geometry.channels))
-    kernel = _kernel("batch_norm_sum_gradients", geometry.dtype, geometry.width)
     return [
         geometry.launch("batch_norm_gradients", *call.inputs, dx, *halves, geometry.shape, *numbers),
-        Launch(kernel, grid, (SUM_THREADS, 1, 1), (*halves, dgamma, dbeta, *sizes)),
+        sum_gradients(geometry.dtype, geometry.width, *halves, dgamma, dbeta, geometry.row_blocks, geometry.channels),
     ]
+
+
+def sum_gradients(
+    dtype: str, width: int, dgammas: Argument, dbetas: Argument, dgamma: Slot, dbeta: Slot, rows: int, channels: int
+) -> Launch:
+    """The launch that adds `rows` of partial sums (rows, channels)."""
+    kernel, grid = _kernel("batch_norm_sum_gradients", dtype, width), (-(-channels // SUM_CHANNELS), 2, 1)
+    return Launch(
+        kernel, grid, (SUM_THREADS, 1, 1), (dgammas, dbetas, dgamma, dbeta, np.int32(rows), np.int32(channels))
+    )
 
 
 def _kernel(entry: str, dtype: str, width: int) -> Kernel:

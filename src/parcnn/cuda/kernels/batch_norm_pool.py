@@ -55,8 +55,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"windows must be 2x2 or 3x3, not {op.window.kernel}"
     else:
         tensors, parameters = inputs[:2], inputs[2:6]
-        if op.act:
-            return "an activation must be the pool's"
+        if op.act or op.sums:
+            return "an activation must be the pool's, and the sums this call's own"
     x = tensors[-1]
     if x.dtype not in ELEMENTS or any(t.dtype != x.dtype for t in tensors) or any(t.dtype != "f32" for t in parameters):
         return f"tensors must be all {' or all '.join(ELEMENTS)}, parameters and statistics f32"

@@ -12,7 +12,7 @@ import numpy as np
 from parcnn.cuda.kernels.common import ELEMENTS, act_code, fast_div, refuse_dtype
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
-from parcnn.ops.conv import ConvFprop, ConvGeometry
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
 from parcnn.ops.program import Call
 
 POOL_CODES = {None: 0, "max": 1, "avg": 2}
@@ -23,7 +23,6 @@ MAX_COLUMNS = 64 * MAX_GRID_YZ  # a tile 64 columns wide is there for every prob
 CYCLES_PER_US = 1755.0  # of an H200 at work
 MOST_FILTERS = 16  # of the direct kernels in bf16: more fill the tiles of tensor cores
 SMALLEST_GPU = Device("any GPU", "sm_80", 1, shared_bytes_per_block=101376)  # what each that bf16 runs on has
-NO_MOMENTS = "the kernels take no moments of what they write"
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,12 @@ def refuse_window(op: ConvGeometry) -> str | None:
     return "of pools only 2x2 of stride 2 is fused here" if isinstance(op, ConvFprop) and op.window else None
 
 
+def refuse_sums(op: ConvGeometry) -> str | None:
+    """Why kernels that sum nothing that they write cannot run a convolution; None where they can."""
+    sums = op.moments if isinstance(op, ConvFprop) else isinstance(op, ConvDgrad) and op.sums
+    return "the kernels take no sums of what they write for a batch norm" if sums else None
+
+
 def unsupported(
     op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]
 ) -> str | None:
@@ -115,8 +120,8 @@ def unsupported(
             return f"an operand has {spec.size} elements; the kernels address 2**31 - 2**16"
     if op.groups != 1:
         return f"these convolution kernels have one group, not {op.groups}"
-    if isinstance(op, ConvFprop) and op.moments:
-        return NO_MOMENTS
+    if reason := refuse_sums(op):
+        return reason
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:
         return f"image sides, filter spans, padding and strides must be below {MAX_SIDE}"

@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
-from parcnn.cuda.kernels.conv_common import NO_MOMENTS
+from parcnn.cuda.kernels.conv_common import refuse_sums
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
@@ -152,14 +152,14 @@ def refuse(op: ConvGeometry, image: Spec, filters: Spec, tensors: Iterable[Spec]
 
 def refuse_epilogue(op: ConvGeometry, inputs: tuple[Spec, ...]) -> str | None:
     """Why depthwise kernels cannot do what the op does to its outputs; None where they can."""
+    if reason := refuse_sums(op):
+        return reason
     if isinstance(op, ConvFprop):
         # Of the others the code, in every row of a walk, costs more registers than the pass of their own costs time.
         if op.act not in (None, "relu"):
             return f"{op.act} is not fused to a depthwise convolution"
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
-        if op.moments:
-            return NO_MOMENTS
     if isinstance(op, ConvDgrad) and op.act not in (None, *FROM_OUTPUT):
         return f"the derivative of {op.act} does not follow from its output"
     return None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import NO_MOMENTS
+from parcnn.cuda.kernels.conv_common import refuse_sums
 from parcnn.cuda.kernels.conv_depthwise import refuse
 from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
@@ -159,8 +159,6 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"{op.act} is not fused to a depthwise convolution"
         if op.bias and inputs[2].dtype != "f32":
             return f"the bias must be f32, not {inputs[2].dtype}"
-        if op.moments:
-            return NO_MOMENTS
     elif isinstance(op, ConvDgrad):
         image, filters, others = op.infer(*inputs)[0], inputs[1], inputs[:1]
         if op.act or op.add:
@@ -177,7 +175,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"an image of fewer than {LEAST_PIXELS} pixels is faster without a ring"
     if max(op.pad) >= SIDE:
         return f"padding must be less than the filter's side, not {op.pad}"
-    return refuse(op, image, filters, others)
+    return refuse_sums(op) or refuse(op, image, filters, others)
 
 
 def workspace_bytes(

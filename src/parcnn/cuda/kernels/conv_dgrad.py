@@ -59,7 +59,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the derivative of {op.act} does not follow from its output"
     _, r, s, _ = inputs[1].shape
     floats = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
-    (dx,) = op.infer(*inputs)
+    dx = op.infer(*inputs)[0]
     reason = unsupported(op, (*cast("list[Spec]", floats), dx), op.image, (r, s))
     if reason is None and op.stride[0] * op.stride[1] > MAX_GRID_YZ:
         reason = f"the two strides' product may be at most {MAX_GRID_YZ}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
-from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, NO_MOMENTS, Conv, refuse_window
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv, refuse_sums, refuse_window
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvGeometry, ConvWgrad
@@ -109,15 +109,13 @@ class Grouped:
 
 def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]) -> str | None:
     """Why the bf16 kernels cannot run a convolution of these tensors of bf16; None where they can."""
-    if reason := refuse_window(op):
+    if reason := refuse_window(op) or refuse_sums(op):
         return reason
     for spec in tensors:
         if spec.dtype != "bf16":
             return f"the bf16 convolution kernels take bf16 operands, not {spec.dtype}"
         if spec.size * (4 if op.pool else 1) >= 2**31:
             return f"an operand has {spec.size} elements; the kernels address fewer than 2**31, a fourth behind a pool"
-    if isinstance(op, ConvFprop) and op.moments:
-        return NO_MOMENTS
     if op.groups > MAX_GROUPS:
         return f"a grid has at most {MAX_GROUPS} groups, not {op.groups}"
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]

@@ -40,10 +40,12 @@
 // 2 in registers, tile_w = 8; 3 other windows; 4 in registers, of 128 CHANNELS and tiles WIDTH wide of IMAGES images, which are
 // innermost), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a
 // stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no
-// pool (conv_sm90_moments.cuh).
+// pool (conv_sm90_moments.cuh); FLIPPED, the sums that a batch norm below needs (conv_sm90_norm.cuh): its x then stands in place
+// of `saved`, and there are no strides.
 
 #include "conv_sm90_epilogue.cuh"
 #include "conv_sm90_moments.cuh"
+#include "conv_sm90_norm.cuh"
 #include "sm90_wgmma.cuh"
 
 DEFINE_WGMMA(multiply, PIXELS, FLIPPED, 0)
@@ -245,8 +247,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
 #else
               const __grid_constant__ TensorMap y,
+#endif
 #if MOMENTS
-              float *partial_moments, int moments_rows, const __grid_constant__ Inside inside,
+              float *partial_rows, int row_count, const __grid_constant__ Inside inside,
+#if FLIPPED
+              Norm norm,
 #endif
 #endif
 #if !POOL && !MOMENTS
@@ -254,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #endif
               const float *__restrict__ bias, const __grid_constant__ Problem g, const __grid_constant__ Order order) {
 #if MOMENTS
-    constexpr float *partial = nullptr;  // moments are not taken of splits
+    constexpr float *partial = nullptr;  // neither is taken of splits
 #endif
     ALIGNED_SHARED(u8, shared);
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
@@ -316,12 +321,14 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         const u32 x_descriptor = in_register(g.x_descriptor);
         const bool resident = in_register(g.resident), borrows = POOL != 4 && in_register(g.own_staging) == 0;
 #if MOMENTS
+        const auto first_channel = [&] { return (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2); };
+#if !FLIPPED
         // A row for each consumer that has tiles of its own, or for each patch of pixels.
         constexpr int Rows = ALTERNATE ? 2 : 1;
         const bool by_patch = !keeps_sums(g);
-        const MomentsRows rows = {partial_moments, moments_rows, g.k};
-        const auto first_channel = [&] { return (ALTERNATE ? 0 : consumer * 64) + warp * 16 + (lane >> 2); };
+        const MomentsRows rows = {partial_rows, row_count, g.k};
         Moments moments;
+#endif
 #endif
         if (!PAIRED && g.resident) barrier_wait(bar.w_full, 0);
         Walk walk = {slot, 0};
@@ -380,10 +387,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             Outputs out = {in_register(next_bias[0]) + 0.0f, in_register(next_bias[1]) + 0.0f, g.floor};
 #if FLIPPED
             // Where addend and saved output lie: pixels of all classes.
-            const int dx_w = t.w * g.spread_w + g.classes[t.kind].first_w, dx_h = t.h * g.spread_h + g.classes[t.kind].first_h;
+            const int dx_w = MOMENTS ? t.w : t.w * g.spread_w + g.classes[t.kind].first_w;
+            const int dx_h = MOMENTS ? t.h : t.h * g.spread_h + g.classes[t.kind].first_h;
             if (thread == 0) {
                 if (g.add) prefetch_pixels(g, addend, k, dx_w, dx_h, t.n);
-                if (g.act) prefetch_pixels(g, saved, k, dx_w, dx_h, t.n);
+                if (MOMENTS || g.act) prefetch_pixels(g, saved, k, dx_w, dx_h, t.n);
             }
 #endif
 
@@ -577,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 barrier_wait(bar.operand + 8 * consumer, operand_parity);
                 operand_parity ^= 1;
             };
-            if (g.add) {
+            if (!MOMENTS && g.add) {
                 bring(addend);
                 add_staged<OUT_PIXELS>(results, staging, warp, lane);
                 if (g.act) {
@@ -585,17 +593,26 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     named_barrier(1 + consumer, 128);
                 }
             }
-            if (g.act) {
+            if (!MOMENTS && g.act) {
                 bring(saved);
                 multiply_by_derivative<OUT_PIXELS>(results, g.act, staging, warp, lane);
             }
 #endif
+#if FLIPPED && MOMENTS
+            const int own_k = t.k + first_channel();
+            const NormChannels channels(norm, own_k, g.k);
+            bring(saved);
+            NormSums norm_sums;
+            norm_sums.stage_tile<PIXELS>(sums, channels, g.act, inside, ends_within(g, t), staging, warp, lane);
+            norm_sums.write({partial_rows, row_count, g.k}, norm, quotient(t.item, g.by_k_inner), own_k, lane);
+#else
             u32 words[OUT_PIXELS / 4];
             stage_tile<OUT_PIXELS>(words, results, out, staging, warp, lane);
+#endif
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(bar.staged + 8 * consumer);
-#if MOMENTS
+#if MOMENTS && !FLIPPED
             // The tile once more: there are no registers to keep its place in beside a product.
             int k_round_before;
             const int item = item_at(g, order, slot, round - (ALTERNATE ? 2 : 1), k_round_before);
@@ -607,7 +624,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 #endif
         }
         if (!ALTERNATE && lead > 0 && lane == 0) barrier_arrive(bar.turn);
-#if MOMENTS
+#if MOMENTS && !FLIPPED
         if (!by_patch) moments.write(rows, slot * Rows + (ALTERNATE ? consumer : 0), k_group * CHANNELS + first_channel(), lane);
 #endif
     }

@@ -55,7 +55,7 @@ constexpr bool PAIRED = CHANNELS == 32;
 constexpr int OUT_PIXELS = PAIRED ? PIXELS / 2 : PIXELS;
 
 // Whether tiles may leave out columns of taps that lie in the padding. (Beside moments it takes more registers than there are.)
-constexpr bool SKIPS_COLUMNS = FILTER == 3 && COLUMNS == 1 && !MOMENTS;
+constexpr bool SKIPS_COLUMNS = FILTER == 3 && COLUMNS == 1 && (FLIPPED || !MOMENTS);
 constexpr bool ALIKE = FILTER && !SKIPS_COLUMNS;  // all tiles have all taps
 
 // What is constant where FILTER or COLUMNS is.

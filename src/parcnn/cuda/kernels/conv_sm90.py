@@ -10,6 +10,7 @@ from typing import cast
 import numpy as np
 
 from parcnn.cuda import tensormap
+from parcnn.cuda.kernels import batch_norm
 from parcnn.cuda.kernels import conv_sm90_choice as choice
 from parcnn.cuda.kernels import conv_sm90_cost as cost
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
@@ -29,19 +30,22 @@ from parcnn.ops.program import Call, Slot
 OPS: tuple[type[Op], ...] = (ConvFprop, ConvDgrad)
 SOURCE, POINTWISE = "conv_sm90.cu", "conv_sm90_pointwise.cu"
 THREADS, UNREACHED_THREADS, SUM_THREADS, MERGE_THREADS = 384, 256, 256, 1024
-PARTIAL_MOMENTS = 3  # count, mean, sum of squared deviations
+PARTIAL_MOMENTS, PARTIAL_SUMS = 3, 2  # count, mean, sum of squared deviations; dgamma, dbeta
 MOST_PIXELS_BESIDE_SUMS = 224  # of a tile: twin of conv_sm90_moments.cuh's
 # Twins of conv_sm90.cuh's.
 ORDER_ENTRIES, NO_ITEM, ORDERED, TURNED, BY_PATCH = 1280, 0xFFFF, 1, 2, 3
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
+NOT_BF16 = ("idx", "gamma", "beta", "mean", "rstd")  # of dgrad's operands
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
 FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
 _NO_MAP = bytes(tensormap.NBYTES)
-DgradEpilogue = tuple[Slot | None, Slot | None, str | None]  # addend, saved output, its activation
+# Addend, saved output (or x of a batch norm below), activation; the batch norm's gamma, beta, mean, rstd.
+DgradEpilogue = tuple[Slot | None, Slot | None, str | None, tuple[Slot, ...]]
+NO_EPILOGUE: DgradEpilogue = (None, None, None, ())
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -70,8 +74,10 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return (
                 f"an input gradient's strides are at most {MAX_ELEMENT_STRIDE}, {MAX_STRIDES} together, got {op.stride}"
             )
-        others = [spec for name, spec in op.operands(inputs).items() if name != "idx"]
-        wrong = [spec.dtype for spec in cast("list[Spec]", others) if spec.dtype != "bf16"]
+        if op.sums and (reason := _refuse_sums(op, inputs)):
+            return reason
+        named = cast("dict[str, Spec]", op.operands(inputs))
+        wrong = [spec.dtype for name, spec in named.items() if spec.dtype != "bf16" and name not in NOT_BF16]
         if wrong:
             return f"the tensor-core convolutions take bf16 operands, not {wrong[0]}"
         image = op.image
@@ -107,6 +113,21 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
     return None
 
 
+def _refuse_sums(op: ConvDgrad, inputs: tuple[Spec, ...]) -> str | None:
+    """Why the sums for a batch norm below are not taken; None where they are.
+
+    Beside an addend, of one tap or of every second pixel, what they add to the epilogue no longer hides behind the product.
+    """
+    w = inputs[1].shape
+    if op.add or w[1:3] != (3, 3) or op.stride != (1, 1):
+        return "a batch norm's sums are taken of 3x3 filters' gradients, stride 1, to which nothing is added"
+    if w[0] <= 32:
+        return f"a batch norm's sums are taken of more than 32 filters' gradients, not {w[0]}"
+    if op.act not in (None, "relu"):
+        return f"a batch norm's sums go with ReLU or nothing, not {op.act}"
+    return None if inputs[0].size and op.infer(*inputs)[0].size else "a batch norm's sums are of one pixel at least"
+
+
 def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
     """True: tensor maps know no indices."""
     return True
@@ -115,11 +136,13 @@ def unpools(call: Call, device: Device, variant: Variant | None = None) -> bool:
 def workspace_bytes(
     op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device, variant: Variant | None = None
 ) -> int:
-    """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled; rows of moments."""
+    """The sums of splits where there are several, and, of dgrad behind a pool, dy unpooled; rows of moments or sums."""
     sizes = sizes_of(Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs)))
     if sizes.moments:
         rows = _rows_of_moments(sizes, variant or choice.candidates(sizes, device)[0], device)
-        return PARTIAL_MOMENTS * 4 * rows * sizes.k
+        return (
+            _partial_offset(op, inputs[0]) + (PARTIAL_SUMS if sizes.flipped else PARTIAL_MOMENTS) * 4 * rows * sizes.k
+        )
     return _partial_offset(op, inputs[0]) + _partial_bytes(sizes, variant, device)
 
 
@@ -150,9 +173,10 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     named = cast("dict[str, Slot]", op.operands(call.inputs))
     dy, w, result = named["dy"], named["w"], []
-    epilogue = (named.get("addend"), named.get("saved"), op.act)
+    norm = tuple(named[name] for name in ("gamma", "beta", "mean", "rstd")) if op.sums else ()
+    epilogue = (named.get("addend"), named.get("x" if op.sums else "saved"), op.act, norm)
     if not sizes.classes:
-        return [_unreached(sizes, call.outputs[0], *epilogue)]
+        return [_unreached(sizes, call.outputs[0], *epilogue[:3])]
     chosen = variant or choice.candidates(sizes, device)[0]
     if op.pool:
         if call.workspace is None:
@@ -163,12 +187,12 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
         result += _convolution(some, chosen, device, call, dy, w, dgrad=epilogue)
     if len(sizes.classes) < min(sizes.spread[0], sizes.p) * min(sizes.spread[1], sizes.q):
-        result.append(_unreached(sizes, call.outputs[0], *epilogue))
+        result.append(_unreached(sizes, call.outputs[0], *epilogue[:3]))
     return result
 
 
 def variants() -> Iterable[Kernel]:
-    """Every kernel that `launches` may name, but for `conv_unpool`'s."""
+    """Every kernel that `launches` may name, but for those of `conv_unpool` and `batch_norm`."""
     for (channels, cb), halo in tiles.PIXELS.items():
         if channels == tiles.PAIRED:
             yield from (_kernel(count, cb, channels, 0, flipped, (3, 3)) for count in halo for flipped in (False, True))
@@ -176,10 +200,10 @@ def variants() -> Iterable[Kernel]:
         tap, window = tiles.TAP_PIXELS[channels, cb], [((3, 3), halo)] if channels == 64 else []
         for constants, pixels in (((0, 0), halo), ((3, 1), halo), *window, ((0, 1), tap), ((1, 1), tap)):
             for count in pixels:
-                yield _kernel(count, cb, channels, 0, False, constants)
-                if tiles.has_moments(count, channels, constants):
-                    yield _kernel(count, cb, channels, 0, False, constants, moments=True)
-                yield _kernel(count, cb, channels, 0, True, constants)
+                for flipped in (False, True):
+                    yield _kernel(count, cb, channels, 0, flipped, constants)
+                    if tiles.has_moments(count, cb, channels, constants, flipped):
+                        yield _kernel(count, cb, channels, 0, flipped, constants, moments=True)
                 if constants != (3, 3):  # windows are eight pixels wide
                     yield _kernel(count, cb, channels, tiles.STAGED, False, constants)
                 if channels == 64 and count % 16 == 0:
@@ -248,18 +272,24 @@ def _convolution(
     w: Slot,
     bias: Slot | None = None,
     act: str | None = None,
-    dgrad: DgradEpilogue = (None, None, None),
+    dgrad: DgradEpilogue = NO_EPILOGUE,
 ) -> list[Launch]:
-    """The product, and behind splits their sum, which then has the epilogue; or what merges the product's moments."""
+    """The product, and behind splits their sum, which then has the epilogue; or what merges the product's moments or sums."""
     if variant.rounds:
         return [_pointwise(sizes, variant, device, call.outputs[0], x, w, bias, act)]
-    if variant.splits == 1:
-        product = _product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad, call.workspace)
-        return [product, *_merge_moments(sizes, variant, device, call)]
+    if variant.splits == 1 and not sizes.moments:
+        return [_product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad)]
     if call.workspace is None:
-        raise ValueError("a convolution of several splits needs its workspace")
-    place = Pointer(call.workspace, _partial_offset(call.op, call.inputs[0].spec), tiles.partial_bytes(sizes, variant))
-    product = _product(sizes, variant, device, call.outputs, x, w, None, place, None, (None, None, None))
+        raise ValueError("a convolution of several splits, or with sums for a batch norm, needs its workspace")
+    offset = _partial_offset(call.op, call.inputs[0].spec)
+    if sizes.moments:
+        rows = _rows_of_moments(sizes, variant, device)
+        product = _product(
+            sizes, variant, device, call.outputs, x, w, bias, Pointer(call.workspace, offset), act, dgrad
+        )
+        return [product, _merge(sizes, rows, call, offset)]
+    place = Pointer(call.workspace, offset, tiles.partial_bytes(sizes, variant))
+    product = _product(sizes, variant, device, call.outputs, x, w, None, place, None, NO_EPILOGUE)
     return [product, _sum(sizes, variant, place, call.outputs[0], bias, act, dgrad)]
 
 
@@ -274,7 +304,6 @@ def _product(
     partial: Pointer | None,
     act: str | None,
     dgrad: DgradEpilogue,
-    moments: Slot | None = None,
 ) -> Launch:
     tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
@@ -291,13 +320,13 @@ def _product(
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
-    own_moments: tuple[Argument, ...] = ()
+    sums: tuple[Argument, ...] = () if sizes.pool else (partial,)
     if sizes.moments:
-        own_moments = (moments, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant))
+        sums = (partial, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant), *_norm(dgrad))
     filters = w if variant.channels == tiles.PAIRED else _w_map(w, sizes, variant, tile)
     args: tuple[Argument, ...] = (
         *_x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, dgrad),
-        *own_moments, *([] if sizes.pool or sizes.moments else [partial]), bias, problem, order or bytes(2 * ORDER_ENTRIES),
+        *sums, bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
     return Launch(kernel, grid, (THREADS, 1, 1), args, barrier_offset + tiles.fixed_bytes(sizes))
@@ -310,7 +339,7 @@ def _pointwise(
     weights = variant.rounds * steps * tile.w_stage_bytes
     staging_offset = variant.x_stages * tile.x_stage_bytes(True) + weights
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
-    problem = _problem(sizes, variant, tile, work, None, (staging_offset, barrier_offset), act, (None, None, None))
+    problem = _problem(sizes, variant, tile, work, None, (staging_offset, barrier_offset), act, NO_EPILOGUE)
     (pixels,) = _x_maps(x, sizes, variant, tile)
     args = (pixels, _w_map(w, sizes, variant, tile), _pooled_map(y, sizes, variant), bias, problem)
     shared_bytes = barrier_offset + tiles.pointwise_bytes(variant.rounds)
@@ -328,7 +357,7 @@ def _sum(
     dgrad: DgradEpilogue,
 ) -> Launch:
     """The launch that adds the splits' sums."""
-    addend, saved, derivative = dgrad
+    addend, saved, derivative, _ = dgrad
     tile = tiles.footprint(sizes, variant)
     _, h, n = variant.tile
     w = tile.row
@@ -372,9 +401,9 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: D
 
 def _rows_of_moments(sizes: Sizes, variant: Variant, device: Device) -> int:
     """Rows of partial moments: one for each consumer that has tiles of its own, or where its tiles are not all of the same
-    channels, one for each patch of pixels."""
+    channels, one for each patch of pixels; so of dgrad's sums."""
     work, pixels = Work.of(sizes, variant, device), tiles.footprint(sizes, variant).pixels
-    if work.k_inner > 1 or work.k_rounds > 1 or pixels > MOST_PIXELS_BESIDE_SUMS:
+    if sizes.flipped or work.k_inner > 1 or work.k_rounds > 1 or pixels > MOST_PIXELS_BESIDE_SUMS:
         return tiles.items(sizes, variant.tile)
     return work.slots * (2 if variant.channels <= 64 else 1)
 
@@ -398,13 +427,22 @@ def _inside(sizes: Sizes, variant: Variant) -> bytes:
     return b"".join(part.tobytes() for part in (bits, inside.sum(1, dtype=np.float32), whole))
 
 
-def _merge_moments(sizes: Sizes, variant: Variant, device: Device, call: Call) -> list[Launch]:
-    """The launch that merges the consumers' partial moments, where there are any."""
-    if not sizes.moments:
-        return []
+def _merge(sizes: Sizes, rows: int, call: Call, offset: int) -> Launch:
+    """The launch that merges `rows` of partial moments or sums, which begin at `offset` of the workspace."""
+    workspace = cast("Slot", call.workspace)
+    if sizes.flipped:
+        half = 4 * rows * sizes.k
+        halves = (Pointer(workspace, offset, half), Pointer(workspace, offset + half, half))
+        _, dgamma, dbeta = call.outputs
+        return batch_norm.sum_gradients("bf16", 1, *halves, dgamma, dbeta, rows, sizes.k)
     grid = (sizes.k // CHANNEL_UNIT, 1, 1)
-    args = (call.workspace, call.outputs[-1], np.int32(_rows_of_moments(sizes, variant, device)), np.int32(sizes.k))
-    return [Launch(MERGE_MOMENTS, grid, (MERGE_THREADS, 1, 1), args)]
+    args = (workspace, call.outputs[-1], np.int32(rows), np.int32(sizes.k))
+    return Launch(MERGE_MOMENTS, grid, (MERGE_THREADS, 1, 1), args)
+
+
+def _norm(dgrad: DgradEpilogue) -> tuple[Argument, ...]:
+    """`Norm` of conv_sm90_norm.cuh, where there is a batch norm below."""
+    return (Struct(dgrad[3]),) if dgrad[3] else ()
 
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:

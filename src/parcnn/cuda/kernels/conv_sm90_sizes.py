@@ -51,7 +51,7 @@ class Sizes:
     indices: bool = False  # whether the pool says which elements won
     window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
     apart: tuple[int, int] = (1, 1)  # pixels of the tensor x from a pixel of the image to the next, down and along
-    moments: bool = False  # whether the epilogue takes them, which sees no sums of splits
+    moments: bool = False  # whether the epilogue takes them, or of dgrad a batch norm's sums; it sees no sums of splits
 
     @property
     def pooled(self) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def sizes_of(call: Call) -> Sizes:
         dilation = (conv.dilation[0] // common[0], conv.dilation[1] // common[1])
         return Sizes(
             conv.n, p, q, conv.k, conv.c, conv.r, conv.s, conv.h, conv.w, (1, 1), dilation, False, _classes(conv),
-            conv.stride, (-steps[0] * conv.s, -steps[1]), flipped=True,
+            conv.stride, (-steps[0] * conv.s, -steps[1]), flipped=True, moments=op.sums,
         )  # fmt: skip
     raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
 

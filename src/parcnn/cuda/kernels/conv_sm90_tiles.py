@@ -122,7 +122,8 @@ class Footprint:
         if pooled == WITHIN_IMAGES:
             compiled = (least,)
         elif sizes.moments:
-            compiled = tuple(p for p in compiled if has_moments(p, channels, constants(sizes, serves)))
+            own = constants(sizes, serves)
+            compiled = tuple(p for p in compiled if has_moments(p, cb, channels, own, sizes.flipped))
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.taps[0] - 1 if halo else h
         apart = (1, 1) if halo else sizes.stride
@@ -152,8 +153,11 @@ def is_flat(serves: str, width: int) -> bool:
     return serves == "window" and width != 8
 
 
-def has_moments(pixels: int, channels: int, constants: tuple[int, int]) -> bool:
-    """Whether such a kernel takes moments: beside 256 pixels' sums and filters of any side there are no registers left."""
+def has_moments(pixels: int, cb: int, channels: int, constants: tuple[int, int], flipped: bool) -> bool:
+    """Whether such a kernel takes moments: beside 256 pixels' sums and filters of any side there are no registers left. Or
+    (flipped) a batch norm's sums: those of several taps do (`conv_sm90._refuse_sums`)."""
+    if flipped:
+        return cb == 64 and channels >= 64 and constants not in ((0, 0), (1, 1))
     return channels < 128 or pixels < 256 or constants[0] > 0
 
 
@@ -242,7 +246,7 @@ def fit(sizes: Sizes, shape: Shape, device: Device) -> Variant | None:
         least = min(min(live_taps(sizes, c, 0, tile[1])) * min(live_taps(sizes, c, 1, tile[0])) for c in sizes.classes)
         least = 1 if sizes.window else least
     elif serves == "column":
-        skipped = sizes.is_3x3 and not sizes.window and not sizes.moments
+        skipped = skips_columns(sizes) and not sizes.window
         least = min(live_taps(sizes, sizes.classes[0], 1, tile[0])) if skipped else _fewest_loads(sizes, serves)
     else:
         least = _fewest_loads(sizes, serves)
@@ -331,8 +335,12 @@ def live_taps(sizes: Sizes, kind: Class, axis: int, extent: int) -> tuple[int, .
 
 def skips(sizes: Sizes, variant: Variant) -> bool:
     """Whether tiles leave out taps that lie wholly in the padding: where a stage serves one, or a column of a 3x3 filter."""
-    columns = variant.serves == "column" and sizes.is_3x3 and not sizes.moments
-    return not sizes.window and (variant.serves == "tap" or columns)
+    return not sizes.window and (variant.serves == "tap" or (variant.serves == "column" and skips_columns(sizes)))
+
+
+def skips_columns(sizes: Sizes) -> bool:
+    """SKIPS_COLUMNS of the kernels whose stages serve a column of a filter's taps."""
+    return sizes.is_3x3 and (sizes.flipped or not sizes.moments)
 
 
 def patches(sizes: Sizes, tile: tuple[int, int, int]) -> tuple[int, int, int]:
