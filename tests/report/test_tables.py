@@ -64,6 +64,15 @@ def test_muon_against_each_peer() -> None:
     ]
 
 
+def test_sums_for_a_batch_norm_both_ways() -> None:
+    """A layer that was not measured both ways has no line."""
+    both = [("own pass", "a", 100.0), ("dgrad", "a", 80.0), ("dgrad", "b", 5.0), ("own pass", "c", 7.0)]
+    rows = [
+        Row("norm sums", {"shape": shape}, way, p50_us=us, extra={"tensor_bytes": 3 << 20}) for way, shape, us in both
+    ]
+    assert tables.TABLES["norm-sums"](rows).lines == [("a", "3.0 MiB", "100 µs", "80.0 µs", "1.25×")]
+
+
 def test_the_other_tables() -> None:
     rows = [
         Row("step", "lenet5, batch 64", "cuda", p50_us=50.0, peer="torch 2, graph", peer_p50_us=60.0, gpu="H200",

@@ -328,6 +328,18 @@ def _muon(rows: Sequence[Row]) -> Table:
     return Table(("filters of", "products in", "parcnn", "PyTorch", "torch.compile"), lines, labels=2)
 
 
+def _norm_sums(rows: Sequence[Row]) -> Table:
+    lines, own = [], {}
+    for row in select(rows, "norm sums"):
+        shape = row.problem["shape"]
+        if row.variant == "own pass":
+            own[shape] = row.p50_us
+        elif shape in own:
+            took = duration(own[shape]), duration(row.p50_us), ratio(own[shape], row.p50_us)
+            lines.append((shape, f"{row.extra['tensor_bytes'] / 2**20:.1f} MiB", *took))
+    return Table(("N,H,W,C,K,R,stride,pad", "error", "sums by a pass", "sums by dgrad", "gain"), lines, labels=1)
+
+
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "speedup": _speedup,
     "agreement": _agreement,
@@ -342,6 +354,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "conv-depthwise": _depthwise,
     "conv-summary": _conv_summary,
     "muon": _muon,
+    "norm-sums": _norm_sums,
 }
 
 
