@@ -34,10 +34,10 @@ SINGLE_LEAST_ROWS = 4  # of a thread
 SINGLE_THREADS = {"f32": 1024, "bf16": 512}
 SINGLE_RUNS_BYTES = (128, 64, 32)
 SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
-# Down to here the convolution's own moments were measured to gain (H200, convolution and norm with a pass of its own, or with
-# moments: 4 MB, 17.9 and 16.7 us; 13 MB, 97 and 95; 103 MB, 183 and 153).
-MOMENTS_LEAST_BYTES = 4 << 20
-SUMS_LEAST_BYTES = 8 << 20  # likewise of the sums that its input gradient takes
+# Down to here the convolution's own moments, and its input gradient's sums, were measured to gain (H200, convolution and norm
+# with a pass of its own, or with moments: 4 MB, 17.9 and 16.7 us; 13 MB, 97 and 95; 103 MB, 183 and 153; input gradient and
+# norm with a pass of its own, or with sums: 4 MB, 19.6 and 17.5 us).
+SUMS_LEAST_BYTES = 4 << 20
 FROZEN_FEW_ROWS = 1024  # one launch of the gradients with frozen statistics
 SUM_CHANNELS, SUM_THREADS = 8, 512  # of batch_norm_sum_gradients
 MAX_GRID_Y = 65535
@@ -126,13 +126,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
 def gains(op: Op, inputs: tuple[Spec, ...]) -> bool:
     """Whether moments or sums that a convolution takes, where the op wants such, save more than they cost."""
     x = inputs[0]
-    if isinstance(op, BatchNormTrain) and op.moments:
-        least = MOMENTS_LEAST_BYTES
-    elif isinstance(op, BatchNormDgrad) and op.sums:
-        least = SUMS_LEAST_BYTES
-    else:
-        return True
-    return x.size // x.shape[-1] > SINGLE_MOST_ROWS and x.nbytes >= least
+    wants = op.moments if isinstance(op, BatchNormTrain) else isinstance(op, BatchNormDgrad) and op.sums
+    return not wants or (x.size // x.shape[-1] > SINGLE_MOST_ROWS and x.nbytes >= SUMS_LEAST_BYTES)
 
 
 def workspace_bytes(op: Op, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], device: Device) -> int:
