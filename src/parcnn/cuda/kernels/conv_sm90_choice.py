@@ -33,8 +33,11 @@ MOST_PARTS = 16  # of a row of windows other than 2x2, in which tiles may take i
 
 @lru_cache(maxsize=1024)
 def candidates(sizes: Sizes, device: Device) -> tuple[Variant, ...]:
-    """Variants for a problem, the best first: those of MEASURED, then others by `cycles`."""
-    measured = [fit(sizes, shape, device) for shape in MEASURED.get(_key(sizes), ())]
+    """Variants for a problem, the best first: those that were measured, then others by `cycles`."""
+    shapes = MEASURED.get(_key(sizes), ())
+    if sizes.flipped and sizes.moments:
+        shapes = (*MEASURED_SUMS.get(_key(sizes), ()), *shapes)
+    measured = [fit(sizes, shape, device) for shape in shapes]
     estimated = [v for shape in dict.fromkeys(_shapes(sizes)) if (v := fit(sizes, shape, device))]
     estimated.sort(key=lambda v: cycles(sizes, v, device))
     split = [v for shape in dict.fromkeys(_splits(sizes, device)) if (v := fit(sizes, shape, device))]
@@ -186,4 +189,9 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (256, 7, 7, 512, 512, 3, 1, True): (Shape("column", (6, 6, 4), 128), Shape("tap", (6, 6, 4), 128)),
     (64, 28, 28, 512, 512, 3, 1, True): (Shape("tap", (2, 2, 64), 128), Shape("tap", (4, 4, 16), 128)),
     (256, 7, 7, 512, 2048, 1, 0, True): (Shape("tap", (2, 2, 32), 128, rounds=1), Shape("tap", (2, 6, 16), 128)),
+}
+# The same where dgrad takes a batch norm's sums, and the fastest tiles are others.
+MEASURED_SUMS: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
+    (2000, 15, 15, 64, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("window", (15, 15, 1), 64)),
+    (512, 8, 8, 64, 64, 3, 1, False): (Shape("column", (8, 8, 2), 64), Shape("window", (8, 8, 1), 64)),
 }
