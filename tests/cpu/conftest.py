@@ -10,7 +10,7 @@ from parcnn.cpu import CpuExecutor
 
 @pytest.fixture(scope="session")
 def cpu() -> Iterator[CpuExecutor]:
-    executor = CpuExecutor(threads=2)  # the other numbers of threads give the same bits: test_threads.py
+    executor = CpuExecutor(threads=2)  # any other number of threads gives the same bits: test_executor.py
     yield executor
     executor.close()
 

@@ -11,7 +11,7 @@
 #define POOL_MAX 1
 #define POOL_AVG 2
 
-// Twin of conv_common.py's `conv_arguments`.
+// Twin of conv_common.py's `Conv.argument`.
 struct Conv {
     int rows;              // output pixels, or four for each pooled pixel: n * p * q * (pool ? 4 : 1)
     int h, w, c;           // image
