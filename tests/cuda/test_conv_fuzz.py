@@ -1,5 +1,6 @@
-"""Convolutions on the device against the float64 oracle: random ones, each by the default choice and by another variant, and a
-few by every family, which compute-sanitizer watches too (`make sanitize`).
+"""Convolutions on the device against the float64 oracle: random ones, each by the default choice, by another variant of its
+family and by one of another family (of problems as small as these the default is mostly mma.sync's); and a few by every
+family, which compute-sanitizer watches too (`make sanitize`).
 
 Where the operands are small integers every sum is exact, so the kernels must give the oracle's very bits, ties and all.
 Elsewhere the tolerance follows from what is rounded (`conv_problems.check_close`).
@@ -65,6 +66,8 @@ def operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
     more: dict[str, Any] = {}
     if kind == "fprop":
         more = {"bias": draw(st.booleans()), "act": draw(st.sampled_from((None, "relu", *ACTIVATIONS)))}
+        if pool == "max":
+            more["indices"] = draw(st.booleans())
     elif kind == "dgrad":
         more = {"act": draw(st.sampled_from((None, *FROM_OUTPUT))), "add": draw(st.booleans())}
     else:
@@ -89,12 +92,13 @@ def test_random_problems(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, sh
         operands = problem.operands(op, values, random)
         compare = conv_problems.check_exact if exact else conv_problems.check_close
         compare(cuda, op, operands, dtype)
-        choices = cuda.choices(op, specs, op.infer(*specs))
-        if len(choices) > 1:
-            choice = choices[1 + other % (len(choices) - 1)]
-            with monkeypatch.context() as patch:
-                patch.setattr(cuda, "tuning", Tuning(user={problem_key(op, specs): choice}))
-                compare(cuda, op, operands, dtype)
+        default, *rest = cuda.choices(op, specs, op.infer(*specs)) or [None]
+        for same_family in (True, False):
+            if some := [each for each in rest if (each.family == default.family) == same_family]:
+                with monkeypatch.context() as patch:
+                    choice = some[other % len(some)]
+                    patch.setattr(cuda, "tuning", Tuning(user={problem_key(op, specs): choice}))
+                    compare(cuda, op, operands, dtype)
         seen.add(problem_key(op, specs))
 
     check()
