@@ -4,7 +4,7 @@
 //
 // 160 threads: a warpgroup multiplies, a warp copies.
 #include "sm90.cuh"
-#include "sm90_elect.cuh"
+#include "sm90_lanes.cuh"
 #include "sm90_wgmma.cuh"
 
 // Twin of test_emulation.py's.

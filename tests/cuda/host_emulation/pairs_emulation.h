@@ -42,8 +42,6 @@ inline unsigned relu_bf16x2(float low, float high) {
     const auto rounded = [](float v) { return emulation::round_to_bf16(v <= 0.0f ? 0.0f : v); };
     return rounded(low) | rounded(high) << 16;
 }
-inline float max_of(float a, float b) { return max_number(a, b); }
-inline unsigned round_positive(float low, float high) { return relu_bf16x2(low, high); }
 
 // The signs of the bytes of v that the selector's digits 8 to 11 name, as bytes.
 inline unsigned signs_of(unsigned v, unsigned selector) {

@@ -15,7 +15,7 @@
 #define LEAST_BF16X2 0xff80ff80u  // two of -infinity
 
 #ifndef HOST_EMULATION
-#include "sm90_elect.cuh"
+#include "sm90_lanes.cuh"
 
 // Bring memory into L2: a multiple of 16 bytes, aligned so. It may come before the wait for predecessors: what they write is in L2, too.
 __device__ __forceinline__ void prefetch(const void *p, u32 nbytes) {

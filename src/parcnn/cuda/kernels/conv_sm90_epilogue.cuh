@@ -8,36 +8,6 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
-#ifndef HOST_EMULATION
-// Maximum; NaN where one is NaN.
-__device__ __forceinline__ float max_number(float a, float b) {
-    float d;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-    return d;
-}
-
-// ReLU of two floats, rounded. No zero is negative where no float was -0.
-__device__ __forceinline__ u32 relu_bf16x2(float low, float high) {
-    u32 two;
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-    return two;
-}
-#endif
-__device__ __forceinline__ float max_number(float a, float b, float c, float d) { return max_number(max_number(a, b), max_number(c, d)); }
-
-// `Best` of values that ReLU gave: as integers they are in the same order, NaN is the largest, and in a difference no half
-// borrows from the other.
-struct BestPositive {
-    u32 value, index;
-
-    __device__ __forceinline__ BestPositive(u32 v0, u32 v1, u32 v2, u32 v3) {
-        value = max_bf16x2(max_bf16x2(v0, v1), max_bf16x2(v2, v3));
-        const u32 above = value + 0x7fff7fffu, not0 = above - v0, not1 = above - v1, not2 = above - v2;  // the halves' highest bits
-        const u32 one_or_three = not0 & (~not1 | not2), two_or_three = not0 & not1 & 0x80008000u;
-        index = (one_or_three >> 15 & 0x00010001u) | two_or_three >> 14;
-    }
-};
-
 // An activation other than ReLU of every sum with its bias. The sums pass through a few places, so that the code is there
 // once.
 template <int Count> __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0, float bias1, int act) {
@@ -78,10 +48,6 @@ struct Outputs {
         return POOL == 1 ? two : max_bf16x2(two, floor);
     }
 };
-
-__device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
-    return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
-}
 
 // Where the thread's first row (of the matrices it addresses) of the staged tile is: pairs of its matrices lie MATRIX_PAIR_BYTES
 // apart. A warp has 16 channels of eight pixels; of PAIRED tiles eight, and then its next matrix is of the next eight pixels.
@@ -329,12 +295,6 @@ __device__ __forceinline__ void stage_windows(const float (&sums)[Pixels / 2], c
 // A tile's, in whole rounds of a warpgroup; entries of `Pooled`.
 template <int Pixels> constexpr int POOLED_PIXELS = (Pixels / 4 + 15) / 16 * 16;
 
-// Eight indices, two to a word, as 2 bits each.
-__device__ __forceinline__ u16 pack_indices(uint4 index) {
-    const u32 nibbles = index.x + (index.y << 4) + (index.z << 8) + (index.w << 12);  // of even channels, and of odd ones
-    return (u16)(nibbles | nibbles >> 14);
-}
-
 // A pooled pixel of a tile: where it is in y, from the tile's first on, in elements; its column, row and image there, and the
 // first of its window's pixels in the staged tile, a byte each.
 struct Pooled {
@@ -428,7 +388,7 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
     if constexpr (NamesWinners) {
 #pragma unroll
         for (int i = 0; i < Items; ++i)
-            if (is_there[i]) *reinterpret_cast<u16 *>(idx_to + pixels.to[i] / 4) = pack_indices(index[i]);
+            if (is_there[i]) *reinterpret_cast<u16 *>(idx_to + pixels.to[i] / 4) = (u16)pack_indices(index[i]);
     }
 }
 

@@ -31,7 +31,7 @@
 #define IMAGES 64
 
 #include "conv_sm90_epilogue.cuh"
-#include "sm90_elect.cuh"
+#include "sm90_lanes.cuh"
 #include "sm90_wgmma.cuh"
 
 DEFINE_WGMMA(multiply, 128, 0, 0)
@@ -58,8 +58,7 @@ extern "C" __global__ void __launch_bounds__(32 * (CONSUMER_WARPS + 1), 1)
                          const float *__restrict__ bias, int k, int blocks, int act, u32 floor) {
     ALIGNED_SHARED(u8, shared);
     const u32 base = shared_address(shared), full = base + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
-    // The same in all lanes, as the compiler shall know.
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+    const int warp = same_in_all(threadIdx.x >> 5), lane = threadIdx.x & 31;
     const int image = blockIdx.x * IMAGES, channel = blockIdx.y * OUT_CHANNELS, copies = 3 * blocks;
 
     Ring ring;
@@ -107,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(32 * (CONSUMER_WARPS + 1), 1)
 
     const int own = channel + warp * 16 + (lane >> 2);
     const float bias0 = (bias && own < k ? bias[own] : 0.0f) + 0.0f, bias1 = (bias && own + 8 < k ? bias[own + 8] : 0.0f) + 0.0f;  // not -0
-    const u32 first = __shfl_sync(0xffffffffu, descriptor_low(base) + lane, lane) - lane;  // which the compiler may not compute again
+    const u32 first = held(descriptor_low(base), lane);
     float upper[PIXELS / 4] = {}, lower[PIXELS / 4] = {};
     const auto give_back = [&](int stage) {
         if (lane == 0) barrier_arrive(empty + 8 * stage);

@@ -28,7 +28,7 @@
 #define MOMENTS 0
 
 #include "conv_sm90_epilogue.cuh"
-#include "sm90_elect.cuh"
+#include "sm90_lanes.cuh"
 #include "sm90_wgmma.cuh"
 
 DEFINE_WGMMA(multiply, PIXELS, 0, 0)
@@ -74,9 +74,6 @@ struct Stage {
     }
 };
 
-// A value of each lane that the compiler may not compute again.
-__device__ __forceinline__ u32 held(u32 v, int lane) { return __shfl_sync(0xffffffffu, v + lane, lane) - lane; }
-
 extern "C" __global__ void __launch_bounds__(384, 1)
     conv_sm90_pointwise(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap y,
                         const float *__restrict__ bias, const __grid_constant__ Problem g) {
@@ -85,8 +82,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     // Barriers: of stages; of each consumer's two places for staged tiles.
     const u32 full = x_base + g.barrier_offset, empty = full + 8 * g.x_stages, staged = empty + 8 * g.x_stages, drained = staged + 32;
     const u32 biases = full + BARRIER_BYTES;
-    // The same in all lanes, as the compiler shall know.
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+    const int warp = same_in_all(threadIdx.x >> 5), lane = threadIdx.x & 31;
     const int k_group = blockIdx.x % g.k_groups, slot = blockIdx.x / g.k_groups;
     const int rounds = g.k_rounds, steps = STEPS ? STEPS : g.c_blocks, stages = g.x_stages;
     const int k0 = k_group * rounds * CHANNELS, own_tiles = slot < g.items ? (g.items - slot - 1) / g.slots + 1 : 0;

@@ -60,31 +60,7 @@ __device__ __forceinline__ void multiply(float (&d)[PIXELS / 2], const u32 (&a)[
 }
 #endif
 
-__device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
-    return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
-}
-
-// Eight indices, two to a word, as 2 bits each.
-__device__ __forceinline__ u32 pack_indices(uint4 index) {
-    const u32 nibbles = index.x + (index.y << 4) + (index.z << 8) + (index.w << 12);  // of even channels, and of odd ones
-    return (nibbles | nibbles >> 14) & 0xffff;
-}
-
 #ifndef HOST_EMULATION
-// NaN where either is.
-__device__ __forceinline__ float max_of(float a, float b) {
-    float d;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-    return d;
-}
-
-// Two floats as bf16, each rounded once; zero where that is negative.
-__device__ __forceinline__ u32 round_positive(float low, float high) {
-    u32 two;
-    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(high), "f"(low));
-    return two;
-}
-
 // All bits of a half are set where those of the two differ, of which none has a sign. (`differ_bf16x2`.)
 __device__ __forceinline__ u32 differ_positive(u32 a, u32 b) {
     u32 d;
@@ -93,7 +69,7 @@ __device__ __forceinline__ u32 differ_positive(u32 a, u32 b) {
 }
 #endif
 
-// `Best` of what `round_positive` gives.
+// `BestPositive` by comparisons.
 struct BestOfPositive {
     u32 value, index;
 
@@ -116,7 +92,7 @@ template <bool Positive> __device__ __forceinline__ void pool(const float (&sums
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float *s = sums[i / 2] + 4 * j + 2 * e + i % 2, bias = e ? bias1 : bias0;
-                v[i] = Positive ? round_positive(s[0] + bias, s[4] + bias) : round_bf16x2(s[0] + bias, s[4] + bias);
+                v[i] = Positive ? relu_bf16x2(s[0] + bias, s[4] + bias) : round_bf16x2(s[0] + bias, s[4] + bias);
             }
             if constexpr (Positive) {
                 const BestOfPositive best(v[0], v[1], v[2], v[3]);
@@ -147,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
     __shared__ Place places[PIXELS];
     const u32 staging = shared_address(shared), ring = staging + 2 * STAGING_BYTES, zeros = ring + (2 * g.pairs + g.twice) * ROW_BYTES;
     const Rows rows = rows_of(ring, zeros + PLANE, zeros, shared_address(barriers));
-    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = __shfl_sync(0xffffffffu, thread / 32, 0), lane = thread % 32;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128, warp = same_in_all(thread / 32), lane = thread % 32;
     if (threadIdx.x == 0) rows.init(g, 8);
     list_places<POOL>(g, places);
     if (threadIdx.x < PIXELS) store_shared_words(zeros + 16 * threadIdx.x, 0, 0, 0, 0);
@@ -203,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
             if (item > begin) named_barrier(1 + consumer, 256);
             await_rows(g, rows.full, slot, parity);
             // The current row of the filters' for each of the item's two, in sixteen bytes as descriptors count.
-            const u32 first_row = __shfl_sync(0xffffffffu, slot, 0);  // the same in all lanes, as the compiler shall know
+            const u32 first_row = same_in_all(slot);
             u32 at[2] = {ring16 + first_row * ROW16, ring16 + (first_row + g.stride_h) * ROW16};
             at[1] -= at[1] >= ring_end16 ? ring_end16 - ring16 : 0;
             wgmma_fence();
@@ -264,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(128 * (PRODUCERS + 2), 1)
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             const float *a = sums[0] + 4 * j + 2 * e, *b = sums[1] + 4 * j + 2 * e;
-                            const float first = max_of(max_of(a[0], a[1]), max_of(b[0], b[1])), second = max_of(max_of(a[4], a[5]), max_of(b[4], b[5]));
+                            const float first = max_number(a[0], a[1], b[0], b[1]), second = max_number(a[4], a[5], b[4], b[5]);
                             value[e] = max_bf16x2(round_bf16x2(first + shift[e], second + shift[e]), floor);
                         }
                         store_matrices(matrix + j * 512, value[0], value[1]);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "sm90.cuh"
+#include "sm90_lanes.cuh"
 
 #define PLANE (PIXELS * 16)       // bytes of an eight of all columns' runs
 #define ROW_BYTES (RUNS * PLANE)
@@ -159,7 +160,7 @@ __device__ __forceinline__ u32 opaque(u32 v) {
 struct Share {
     int begin, end;
     __device__ __forceinline__ explicit Share(const Problem &g) {
-        const int block = __shfl_sync(0xffffffffu, block_number(), 0);  // the same in all lanes, as the compiler shall know
+        const int block = same_in_all(block_number());
         begin = block * g.items + min(block, g.extra), end = begin + g.items + (block < g.extra);
     }
 };

@@ -24,7 +24,7 @@
 // Preconditions: C and K are multiples of 8; less than 2^31 pixels, elements of dw.
 
 #include "conv_wgrad_sm90.cuh"
-#include "sm90_elect.cuh"
+#include "sm90_lanes.cuh"
 #include "sm90_wgmma.cuh"
 
 constexpr int FILTERS = 128, CHANNELS = 128, SPAN = 64;   // of a block; of a row in shared memory
@@ -66,8 +66,7 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(32 * WARP
     const u32 base = shared_address(shared), sums_at = base + STAGES * STAGE_BYTES, bias_at = sums_at + CONSUMERS * SUMS_BYTES;
     // Barriers: of stages; of what each warp gets, the consumers' and those of db.
     const u32 full = bias_at + FILTERS / SPAN * BIAS_BYTES, empty = full + 8 * STAGES, sums_here = empty + 8 * STAGES;
-    // The same in all lanes, as the compiler shall know.
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x >> 5, 0), lane = threadIdx.x & 31, block = blockIdx.x & 1;
+    const int warp = same_in_all(threadIdx.x >> 5), lane = threadIdx.x & 31, block = blockIdx.x & 1;
     const int pair = blockIdx.x >> 1, gpc = pair % GPCS, item = gpc * g.items_each + min(gpc, g.more) + pair / GPCS;
     int in_panel, in_row;
     const int panel = divide(item, g.by_panel, in_panel), filter_block = divide(in_panel, g.by_row, in_row);

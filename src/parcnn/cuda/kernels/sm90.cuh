@@ -5,8 +5,6 @@
 
 #include "bf16_pairs.cuh"
 
-typedef unsigned short u16;
-
 // A CUtensorMap, passed by value as a __grid_constant__ parameter.
 struct alignas(64) TensorMap {
     u64 words[16];
@@ -153,3 +151,8 @@ __device__ __forceinline__ void load_matrices(u32 at, u32 &m0, u32 &m1, u32 &m2,
                  : "memory");
 }
 #endif
+
+// Sixteen bytes of a staged pixel, whose row of 128 is swizzled as TMA's 128-byte mode does.
+__device__ __forceinline__ u32 chunk_address(u32 staging, int pixel, int chunk) {
+    return staging + pixel * 128 + ((chunk ^ (pixel & 7)) << 4);
+}
