@@ -315,10 +315,20 @@ def test_any_geometry(cpu: CpuExecutor, problem: Problem, pool: str | None, seed
 
 
 @problems
-@pytest.mark.parametrize("kind", ["max", "avg"])
+@pytest.mark.parametrize(
+    "window",
+    [
+        PoolWindow("max", (3, 2), (2, 1), (1, 1)),
+        PoolWindow("avg", (3, 2), (2, 1), (1, 1)),
+        PoolWindow("avg", (3, 2), (2, 3), (1, 0), ceil_mode=True, count_include_pad=False),
+        PoolWindow("avg", (2, 3), (1, 2), divisor=5),
+    ],
+    ids=["max", "avg", "avg, ceil", "avg, a fifth"],
+)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_pool_by_another_window(random: np.random.Generator, problem: Problem, kind: str, threads: int) -> None:
-    window = PoolWindow(kind, (3, 2), (2, 1), (1, 1))
+def test_a_pool_by_another_window(
+    random: np.random.Generator, problem: Problem, window: PoolWindow, threads: int
+) -> None:
     if min(window.output_hw(*problem.pq)) < 1:
         pytest.skip("nothing to pool")
     x, w, b = tensors(random, problem)
@@ -326,7 +336,7 @@ def test_a_pool_by_another_window(random: np.random.Generator, problem: Problem,
     executor = CpuExecutor(threads)
     (before,) = run_op(executor, plain, [x, w, b])
     expected = run_op(executor, PoolFprop(**asdict(window)), [before])
-    results = run_op(executor, replace(plain, pool=kind, window=window), [x, w, b])
+    results = run_op(executor, replace(plain, pool=window.kind, window=window), [x, w, b])
     executor.close()
     for result, wanted in zip(results, expected, strict=True):
         np.testing.assert_array_equal(result, wanted)

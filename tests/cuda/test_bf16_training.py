@@ -24,8 +24,9 @@ from parcnn.train import Trainer
 
 
 def create(network: str) -> nn.Module:
-    if network in ("mixed", "pools", "norms"):
-        return {"mixed": mixed, "pools": pools, "norms": norms}[network]()
+    own = {"mixed": mixed, "pools": pools, "means": means, "norms": norms}
+    if network in own:
+        return own[network]()
     return models.create(network, in_channels=3 if network == "cifarnet" else 1)
 
 
@@ -88,6 +89,17 @@ def pools() -> nn.Module:
     return Net()
 
 
+def means() -> nn.Module:
+    """Averages of several windows, on Hopper in convolutions (but the first, whose activation backward needs)."""
+    layers = [
+        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.AvgPool2d(3, 2), nn.ReLU()),
+        *(nn.Conv2d(64, 64, 3, padding=1), nn.AvgPool2d((3, 2), 2), nn.Tanh()),
+        *(nn.Conv2d(64, 72, 1), nn.AvgPool2d((2, 3), (1, 3), divisor_override=5)),
+    ]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(72 * 2, 10))
+
+
 def norms() -> nn.Module:
     """Batch norms with a maximum behind them, of windows that overlap, that do not, and that leave gaps."""
 
@@ -119,7 +131,7 @@ def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape:
     run.session.pull()
 
 
-@pytest.mark.parametrize("network", [mixed, pools, norms])
+@pytest.mark.parametrize("network", [mixed, pools, means, norms])
 def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callable[[], nn.Module]) -> None:
     run = Trainer(network(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
     run.fit(noise(40, (3, 32, 32)), 1)
@@ -166,6 +178,7 @@ def test_it_learns_as_fp32_does(cuda: CudaExecutor) -> None:
         ("cifarnet", (3, 32, 32)),
         ("mixed", (3, 32, 32)),
         ("pools", (3, 32, 32)),
+        ("means", (3, 32, 32)),
         ("norms", (3, 32, 32)),
     ],
 )

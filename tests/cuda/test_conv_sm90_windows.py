@@ -1,23 +1,27 @@
-"""Convolutions on Hopper that pool by other windows than 2x2: as exact as the rest, in every tile; what is fused, and where."""
+"""Convolutions on Hopper that pool by other windows than 2x2, maxima and means: as exact as the rest, in every tile; what is
+fused, and where."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from parcnn import nn, optim
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import REGISTRY, conv_sm90
+from parcnn.cuda.kernels import REGISTRY, conv_sm90, pool
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_common import Forced
 from parcnn.cuda.kernels.conv_sm90_choice import candidates
 from parcnn.cuda.kernels.conv_sm90_tiles import Shape
 from parcnn.cuda.launch import Kernel
 from parcnn.ops.base import Op, Spec
-from parcnn.ops.conv import ConvFprop
-from parcnn.ops.pool import PoolWindow
+from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
+from parcnn.ops.pool import PoolDgrad, PoolFprop, PoolWindow
 from parcnn.ops.program import Call, Slot
+from parcnn.plan.describe import outline
 from tests.cuda.compare import MakeExecutor, emulates, makers, places
 from tests.cuda.test_conv_sm90 import H200, Problem, bits_of, call_of, check_exact, forced, random_of, sizes_of
 from tests.op_runner import run_op
@@ -32,7 +36,16 @@ WINDOWS = {
     "2x2 padded": PoolWindow("max", (2, 2), (2, 2), (1, 1)),
     "gaps": PoolWindow("max", (2, 1), (3, 4)),
     "4x3 stride 3x1": PoolWindow("max", (4, 3), (3, 1), (2, 0)),
+    "mean 3x3": PoolWindow("avg", (3, 3), (3, 3)),
+    "mean 3x3 stride 2, padded": PoolWindow("avg", (3, 3), (2, 2), (1, 1)),
+    "mean 3x3 stride 2, padding not counted": PoolWindow("avg", (3, 3), (2, 2), (1, 1), count_include_pad=False),
+    "mean 3x3 stride 2, ceil": PoolWindow("avg", (3, 3), (2, 2), ceil_mode=True),
+    "mean 4x4 stride 3, padded, ceil": PoolWindow("avg", (4, 4), (3, 3), (1, 2), ceil_mode=True),
+    "mean 2x2 padded, a third": PoolWindow("avg", (2, 2), (2, 2), (1, 1), divisor=3),
+    "mean 4x3 stride 3x1": PoolWindow("avg", (4, 3), (3, 1), (2, 0), count_include_pad=False),
 }
+# A pool of its own shares windows of sixteen elements among threads, and so adds in another order.
+ADDED_IN_ORDER = [name for name, w in WINDOWS.items() if w.kind == "avg" and w.kernel[0] * w.kernel[1] < 16]
 PROBLEMS = {
     "few channels": Problem(5, 13, 11, 24, 64),
     "64 channels": Problem(5, 13, 11, 64, 72),
@@ -44,6 +57,7 @@ PROBLEMS = {
     "larger than a tile": Problem(2, 40, 37, 32, 64),
     "small images": Problem(70, 6, 5, 64, 64),
 }
+NOT_FINITE = ("3x3 stride 2, padded", "mean 3x3 stride 2, padding not counted")  # in the emulation
 windows = pytest.mark.parametrize("window", WINDOWS)
 problems = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -57,8 +71,13 @@ def every_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def op_and_operands(name: str, window: str) -> tuple[Op, list[np.ndarray]]:
     kind = "pooled" if len(name) % 2 else "plain pooled"
-    op = replace(PROBLEMS[name].op(kind), window=WINDOWS[window])
+    op = pooled_by(PROBLEMS[name].op(kind), WINDOWS[window])
     return op, PROBLEMS[name].integers(kind, random_of(name, window))
+
+
+def pooled_by(op: Op, window: PoolWindow) -> ConvFprop:
+    assert isinstance(op, ConvFprop)
+    return replace(op, pool=window.kind, window=window)
 
 
 @windows
@@ -104,8 +123,46 @@ def test_only_hopper_fuses_them_and_only_where_it_pays(monkeypatch: pytest.Monke
     assert not fused(apart, 56, 512, 512, "sm_80")
     assert not fused(apart, 56, 66, 64)  # channels by eights
     assert not fused(replace(apart, dilation=(2, 2)), 56, 64, 64)
-    assert not fused(replace(apart, kind="avg"), 56, 64, 64)
     assert not fused(PoolWindow("max", (5, 5), (5, 5)), 56, 64, 64)
+
+
+def test_means_are_fused_where_maxima_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    wide = [PoolWindow(kernel=(5, 5), stride=(5, 5)), PoolWindow(kernel=(3, 3), stride=(3, 3), dilation=(2, 2))]
+    found = set()
+    for window in (*WINDOWS.values(), *wide):
+        for side, c, k in ((13, 256, 256), (56, 64, 64), (56, 66, 64)):
+            inputs = (Spec((64, side, side, c), "bf16"), Spec((k, 3, 3, c), "bf16"))
+            maximum, mean = (
+                conv_sm90.supports(pooled_by(ConvFprop(pad=(1, 1, 1, 1)), replace(window, kind=kind)), inputs)
+                for kind in ("max", "avg")
+            )
+            assert maximum == mean
+            found.add(mean is None)
+    assert found == {True, False}
+
+
+@pytest.mark.parametrize("mode", ["train", "predict"])
+@pytest.mark.parametrize("act", [None, "relu", "gelu"])
+def test_a_plan_with_means(null: CudaExecutor, mode: str, act: str | None) -> None:
+    """Behind an activation they are the convolution's only where no gradient asks for what comes before them."""
+    acts = {None: [], "relu": [nn.ReLU()], "gelu": [nn.GELU()]}[act]
+    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), *acts, nn.AvgPool2d(3, 2, 1)]
+    train: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "optimizer": optim.SGD()} if mode == "train" else {}
+    plan = outline(
+        nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 49, 10)), mode=mode, batch=64, sample=(64, 13, 13),
+        executor=null, precision="bf16", **train,
+    )  # fmt: skip
+    calls = plan.program.calls
+    fused = [c for c in calls if isinstance(c.op, ConvFprop) and c.op.window]
+    assert len(fused) == (act is None or mode == "predict")
+    assert len([c for c in calls if isinstance(c.op, PoolFprop)]) == 1 - len(fused)
+    assert len([c for c in calls if isinstance(c.op, PoolDgrad)]) == (mode == "train")
+    assert not [c for c in calls if isinstance(c.op, ConvDgrad | ConvWgrad) and c.op.pool]
+    for call in fused:
+        assert isinstance(call.op, ConvFprop)
+        assert (call.op.act, call.op.pool, len(call.outputs)) == (act, "avg", 1)
+        assert [k.defines[3] for k in null.kernels(call)] == [("POOL", tiles.OTHER_WINDOWS)]
 
 
 # On the host's emulation and the device
@@ -122,14 +179,52 @@ def test_every_candidate_is_exact(make: MakeExecutor, name: str, window: str) ->
         check_exact(make([Forced(conv_sm90, variant)]), op, operands, variant)
 
 
+@places(
+    "kind window",
+    [(k, w) for k in ("pooled", "plain pooled") for w in WINDOWS],
+    lambda kind, window: window in NOT_FINITE,
+)
+def test_what_is_not_finite(make: MakeExecutor, kind: str, window: str) -> None:
+    """NaN and infinities of both signs in one window, alone, and in a corner; a bias that is not finite."""
+    problem = Problem(3, 13, 11, 64, 72)
+    pixels = ((0, 5, 4, 7), (0, 6, 5, 3), (1, 5, 5, 3), (1, 6, 4, 0), (2, 12, 10, 1), (2, 0, 0, 9))
+    values = (np.inf, -np.inf, np.inf, np.inf, np.nan, -np.inf)
+    operands = problem.extremes(kind, random_of(kind, window), (), (3, 17, 70))
+    for at, value in zip(pixels, values, strict=True):
+        operands[0][at] = value
+    op = pooled_by(problem.op(kind), WINDOWS[window])
+    for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        check_exact(make([Forced(conv_sm90, variant)]), op, operands, variant)
+
+
+@places(
+    "kind window",
+    [(kind, window) for kind in ("fprop", "fused", "gelu", "tanh") for window in ADDED_IN_ORDER],
+    lambda kind, window: (kind, window) in (("gelu", NOT_FINITE[1]), ("fused", "mean 3x3 stride 2, ceil")),
+)
+def test_means_are_those_of_a_pool_of_its_own(make: MakeExecutor, kind: str, window: str) -> None:
+    """Bit for bit, whatever the values: it takes the mean of rounded outputs, behind the activation."""
+    problem = Problem(3, 13, 11, 136, 72)
+    conv, operands = problem.op(kind), problem.normals(kind, random_of(kind, window))
+    alone = tiles.fit(sizes_of(conv, operands), Shape("tap", (11, 13, 1), 64), H200)
+    assert alone is not None
+    (before,) = run_op(make([Forced(conv_sm90, alone)]), conv, bits_of(conv, operands))
+    (expected,) = run_op(make([pool]), PoolFprop(**vars(WINDOWS[window])), [before])
+    op = pooled_by(conv, WINDOWS[window])
+    for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        (got,) = run_op(make([Forced(conv_sm90, variant)]), op, bits_of(op, operands))
+        np.testing.assert_array_equal(got, expected, err_msg=str(variant))
+
+
 @pytest.mark.gpu
-def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["3x3 stride 2, padded", "mean 3x3 stride 2, padding not counted"])
+def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Each kernel, of several images where a stage serves one tap, and of several steps of channels."""
     kernels: set[Kernel] = set()
-    window = WINDOWS["3x3 stride 2, padded"]
+    window = WINDOWS[name]
     for (channels, cb), compiled in tiles.WINDOW_PIXELS.items():
         problem = Problem(9, 12, 15, 32 if cb == 32 else 136, 136)
-        op = replace(problem.op("pooled"), window=window)
+        op = pooled_by(problem.op("pooled"), window)
         operands = problem.integers("pooled", random_of(channels, cb))
         for pixels in compiled:
             for shape in (
@@ -144,17 +239,19 @@ def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
-    """The default choice on odd problems."""
+    """The default choice on odd problems: maxima, then means."""
     random = np.random.default_rng(seed)
     n, h, w, c, k = (int(random.integers(*limits)) for limits in ((1, 6), (4, 40), (4, 40), (1, 20), (1, 20)))
     problem = Problem(n, h, w, 8 * c, 8 * k, *(int(v) for v in random.choice([1, 3, 5], 2)), (2, 2, 2, 2))
     kernel, stride = random.integers(1, 5, 2), random.integers(1, 4, 2)
     pad = [int(random.integers(0, side // 2 + 1)) for side in kernel]
     window = PoolWindow("max", (int(kernel[0]), int(kernel[1])), (int(stride[0]), int(stride[1])), (pad[0], pad[1]))
+    if seed >= 60:
+        window = replace(window, kind="avg", ceil_mode=seed % 4 < 2, count_include_pad=seed % 8 < 4)
     kind = ("pooled", "plain pooled")[seed % 2]
-    op = replace(problem.op(kind), window=window)
+    op = pooled_by(problem.op(kind), window)
     if min(op.pooled_hw(h, w, problem.r, problem.s)) > 0:
         check_exact(cuda, op, problem.integers(kind, random), f"{problem} {window}")
 

@@ -283,6 +283,26 @@ def test_a_pool_by_another_window(mode: str, pool: tuple[int, ...], kind: str) -
     assert not [c for c in calls if isinstance(c.op, ConvDgrad) and c.op.pool]
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("kind", ["relu", "gelu"])
+@pytest.mark.parametrize("act_first", [True, False])
+def test_an_activation_and_a_mean_by_another_window(mode: str, kind: str, act_first: bool) -> None:
+    """Before the mean, the convolution has both where nothing is kept for backward; behind it, the activation stays alone."""
+    greedy = Greedy(threads=1)
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        return F.avg_pool2d(ACT[kind](x), 3, 2, 1) if act_first else ACT[kind](F.avg_pool2d(x, 3, 2, 1))
+
+    found = _forward(_calls(greedy, middle, mode, 36))
+    greedy.close()
+    if not act_first:
+        assert found == ["conv_fprop avg", f"act {kind}"]
+    elif mode == "eval":
+        assert found == [f"conv_fprop {kind} avg"]
+    else:
+        assert found == [*(["conv_fprop relu"] if kind == "relu" else ["conv_fprop", "act gelu"]), "pool_fprop avg"]
+
+
 @pytest.mark.parametrize("act_first", [True, False])
 def test_a_window_that_may_lie_in_the_padding_is_pooled_apart_from_the_activation(act_first: bool) -> None:
     """Its maximum is -inf before the activation, and after it too where the activation comes first."""

@@ -2,9 +2,9 @@
 //
 //     y[n,p,q,k] = pool(act(bias[k] + sum_{r,s,c} x[n, p*stride+r*dilation-top, q*stride+s*dilation-left, c] * w[k,r,s,c]))
 //
-// pool is none, the 2x2 maximum with 2-bit indices, (no idx, tile_w = 8) the 2x2 mean, or the maximum of any windows, with
-// indices of 2 bits (up to four elements) or 4: tiles are then of whole windows, and compute their halos where windows overlap. ReLU is applied to rounded values,
-// other activations go before the rounding.
+// pool is none, the 2x2 maximum with 2-bit indices, (no idx, tile_w = 8) the 2x2 mean, or of any windows the maximum, with
+// indices of 2 bits (up to four elements) or 4, or (no idx) the mean, of rounded values: tiles are then of whole windows, and
+// compute their halos where windows overlap. ReLU is applied to rounded values, other activations go before the rounding.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
 // class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
@@ -547,7 +547,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             u32 words[PIXELS / 4];
             stage_tile<PIXELS>(words, sums, out, staging, warp, lane);
             named_barrier(1 + consumer, 128);
-            write_windows(g, t, k, staging, thread, y, idx);
+            if (g.mean)
+                write_windows<RunningSum>(g, t, k, staging, thread, y, idx);
+            else
+                write_windows<RunningBest>(g, t, k, staging, thread, y, idx);
 #else
             if (idx && !g.act && !g.floor) {
                 write_pooled<PIXELS, POOLS_IN_REGISTERS, POSITIVE_WINNERS>(g, t, k, sums, out, staging, pooled, pixels, thread, 1 + consumer, y, idx);

@@ -37,7 +37,7 @@ struct Problem {
     int own_staging, staging_offset, barrier_offset;               // tiles that a consumer's own staging holds (0 to 2); bytes from the start
     int staging_bytes;                                             // of a tile, or what is staged of it where it is pooled
     int act;                                                       // other than ReLU; of dgrad, whose derivative follows
-    int mean;                                                      // whether a 2x2 pool is that, not a maximum
+    int mean;                                                      // whether a pool is that, not a maximum
     int add, operand_bytes;                                        // dgrad: whether there is an addend; of an operand's tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
     FastDiv by_dilation_h, by_dilation_w;
@@ -47,6 +47,9 @@ struct Problem {
     Class classes[CLASSES];
     // POOL = 3: the pool's window, and the convolution's outputs.
     int window_h, window_w, window_stride_h, window_stride_w, window_pad_h, window_pad_w, conv_p, conv_q;
+#if POOL == 3
+    int divisor, include_pad;                                      // of means; 0: elements are counted, the padding's too or not
+#endif
 };
 
 // Output channels that share the M of a product with those of the row of taps above: twice 32 are 64. Then `load_rows` counts

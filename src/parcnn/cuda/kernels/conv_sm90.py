@@ -20,6 +20,7 @@ from parcnn.cuda.kernels.conv_sm90_cost import Work
 from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
 from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
+from parcnn.cuda.kernels.pool import divisor_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
@@ -97,11 +98,12 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
     """Why another window than 2x2 is not fused; None where it is.
 
     Where windows overlap, tiles that have not the whole image compute their halos again, and a pool on its own is faster: of
-    56x56 outputs of 64 channels, 3x3 stride 2 (15 % more outputs), 134 us against 163 on an H200; 2x2 stride 1, 132 and 180.
+    56x56 outputs of 64 channels, maxima 3x3 stride 2 (15 % more outputs), 134 us against 163 on an H200; 2x2 stride 1, 132
+    and 180.
     """
     x, w = inputs[0].shape, inputs[1].shape
-    if window.kind != "max" or window.dilation != (1, 1):
-        return "only maxima of windows without dilation are fused"
+    if window.dilation != (1, 1):
+        return "of pools only those without dilation are fused"
     if window.kernel[0] * window.kernel[1] > 16 or min(window.kernel) < 1:
         return f"windows have at most 16 elements, not {window.kernel}"
     if window.kernel[0] * window.kernel[1] > MOST_OVERLAP * window.stride[0] * window.stride[1]:
@@ -504,12 +506,13 @@ def _problem(
         "window": (*sizes.taps, blocks * loads_of_tile if are_alike else 0, tile.pitch * row_bytes, row_bytes),
     }[variant.serves]
     p, q = sizes.pooled
-    pooled_w, pooled_h, windows = max(1, w // 2), max(1, h // 2), (0,) * 8
+    pooled_w, pooled_h, windows = max(1, w // 2), max(1, h // 2), [0] * 8
     if len(sizes.classes) > 1 and order is None and 2 * sizes.n * sizes.h * sizes.w * sizes.c > FITS_L2_BYTES:
         ordered, pooled_w, pooled_h = BY_PATCH, len(sizes.classes), _turn(len(sizes.classes), work)
     if window := sizes.window:
         pooled_w, pooled_h = tiles.pooled_by(window, w, 1), tiles.pooled_by(window, h, 0)
-        windows = (*window.kernel, *window.stride, *window.pad, sizes.p, sizes.q)
+        windows = [*window.kernel, *window.stride, *window.pad, sizes.p, sizes.q]
+        windows += divisor_of(window, (sizes.p, sizes.q), sizes.pooled), int(window.count_include_pad)
     group_bytes = (8 if tile.row == tile.pitch else tile.pitch) * row_bytes
     swizzle = 1 if tile.cb == 64 else 2
     before = (

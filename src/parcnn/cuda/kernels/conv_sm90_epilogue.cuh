@@ -393,10 +393,12 @@ __device__ __forceinline__ void write_pooled(const Problem &g, const Tile &t, in
 }
 
 #if POOL == 3
-// The best of a window so far, for two channels.
-struct Running {
+// Of a window so far, for two channels: the best, and which that is; at the begin, the `first` position inside of the image.
+struct RunningBest {
+    static constexpr bool IS_MEAN = false;
     u32 value, index;
 
+    __device__ __forceinline__ RunningBest(u32 first) : value(0xff80ff80u), index(first * 0x10001u) {}
     __device__ __forceinline__ void consider(u32 v, u32 position) {
         u32 wins = beats_bf16x2(v, value);
         index = (index & ~wins) | (wins & position * 0x10001u);
@@ -404,8 +406,24 @@ struct Running {
     }
 };
 
-// The maxima of a staged tile's windows, and which element won. y (N,P,Q,K), idx (N,P,Q,K/4 or K/2 bytes).
-__device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
+// The sum.
+struct RunningSum {
+    static constexpr bool IS_MEAN = true;
+    float low, high;
+
+    __device__ __forceinline__ RunningSum(u32) : low(0.0f), high(0.0f) {}
+    __device__ __forceinline__ void consider(u32 v, u32) { low += low_bf16(v), high += high_bf16(v); }
+    __device__ __forceinline__ u32 times(float share) const { return round_bf16x2(low * share, high * share); }
+};
+
+// Elements of a window that a mean's divisor counts along one axis: it begins at `start` and has `inside` of them in the image.
+__device__ __forceinline__ int counted(const Problem &g, int start, int kernel, int image, int pad, int inside) {
+    return g.include_pad ? min(kernel, image + pad - start) : inside;
+}
+
+// The maxima of a staged tile's windows, and which element won, or their means: fp32 sums of the rounded outputs in the window's
+// order, times 1 / divisor, as pool_fprop.cu has them. y (N,P,Q,K), idx (N,P,Q,K/4 or K/2 bytes).
+template <typename Running> __device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, int k, u32 staging, int thread, u16 *y, u8 *idx) {
     const int chunk = thread & 7, across = g.by_pooled_w.d, down = g.by_pooled_h.d;
     const int q0 = (t.w + g.window_pad_w) / g.window_stride_w, p0 = (t.h + g.window_pad_h) / g.window_stride_h;
     const bool narrow = g.window_h * g.window_w <= 4;
@@ -416,32 +434,38 @@ __device__ __forceinline__ void write_windows(const Problem &g, const Tile &t, i
         // What lies inside of the convolution's outputs.
         const int r0 = max(0, -(t.h + top)), r1 = min(g.window_h, g.conv_p - t.h - top);
         const int s0 = max(0, -(t.w + left)), s1 = min(g.window_w, g.conv_q - t.w - left);
-        Running best[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) best[e] = {0xff80ff80u, (u32)(r0 * g.window_w + s0) * 0x10001u};
+        const u32 first = r0 * g.window_w + s0;
+        Running so_far[4] = {first, first, first, first};
 #pragma unroll 1
         for (int r = r0; r < r1; ++r)
 #pragma unroll 1
             for (int s = s0; s < s1; ++s) {
                 const uint4 v = load_shared16(chunk_address(staging, corner + r * g.tile_w + s, chunk));
                 const u32 position = r * g.window_w + s;
-                best[0].consider(v.x, position), best[1].consider(v.y, position);
-                best[2].consider(v.z, position), best[3].consider(v.w, position);
+                so_far[0].consider(v.x, position), so_far[1].consider(v.y, position);
+                so_far[2].consider(v.z, position), so_far[3].consider(v.w, position);
             }
         const int q = q0 + x, p = p0 + row, n = t.n + image;
         if (k + chunk * 8 >= g.k || q >= g.q || p >= g.p || n >= g.n) continue;
         const u64 at = ((u64)((u32)n * g.p + p) * g.q + q) * g.k + k + chunk * 8;
-        store_global16(y + at, make_uint4(best[0].value, best[1].value, best[2].value, best[3].value));
-        u32 packed = 0;
+        if constexpr (Running::IS_MEAN) {
+            const int rows = counted(g, t.h + top, g.window_h, g.conv_p, g.window_pad_h, r1 - r0);
+            const int columns = counted(g, t.w + left, g.window_w, g.conv_q, g.window_pad_w, s1 - s0);
+            const float share = 1.0f / (float)(g.divisor ? g.divisor : rows * columns);
+            store_global16(y + at, make_uint4(so_far[0].times(share), so_far[1].times(share), so_far[2].times(share), so_far[3].times(share)));
+        } else {
+            store_global16(y + at, make_uint4(so_far[0].value, so_far[1].value, so_far[2].value, so_far[3].value));
+            u32 packed = 0;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const u32 two = best[e].index;
-            packed |= narrow ? ((two | two >> 14) & 0xf) << 4 * e : ((two | two >> 12) & 0xff) << 8 * e;
+            for (int e = 0; e < 4; ++e) {
+                const u32 two = so_far[e].index;
+                packed |= narrow ? ((two | two >> 14) & 0xf) << 4 * e : ((two | two >> 12) & 0xff) << 8 * e;
+            }
+            if (narrow)
+                *reinterpret_cast<u16 *>(idx + at / 4) = (u16)packed;
+            else
+                *reinterpret_cast<u32 *>(idx + at / 2) = packed;
         }
-        if (narrow)
-            *reinterpret_cast<u16 *>(idx + at / 4) = (u16)packed;
-        else
-            *reinterpret_cast<u32 *>(idx + at / 2) = packed;
     }
 }
 #endif

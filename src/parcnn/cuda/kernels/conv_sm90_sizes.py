@@ -47,7 +47,7 @@ class Sizes:
     spread: tuple[int, int] = (1, 1)
     tap_steps: tuple[int, int] = (0, 0)  # in the filter, from a class's tap to the next, down and along
     flipped: bool = False
-    mean: bool = False  # the pool's, which only threads that have whole windows take
+    mean: bool = False  # the pool's; of 2x2 windows only threads that have whole ones take it
     indices: bool = False  # whether the pool says which elements won
     window: PoolWindow | None = None  # of a pool other than 2x2: p and q are then all outputs of the convolution
     apart: tuple[int, int] = (1, 1)  # pixels of the tensor x from a pixel of the image to the next, down and along

@@ -187,17 +187,16 @@ def window_of(op: PoolWindow | None, x: Spec, y: Spec, act: str | None = None) -
     axes = [
         _axis(x.shape[1 + a], y.shape[1 + a], op.kernel[a], op.stride[a], op.pad[a], op.dilation[a]) for a in (0, 1)
     ]
-    numbers = (_divisor(op, x, y), op.count_include_pad, act_code(act))
+    numbers = (divisor_of(op, x.shape[1:3], y.shape[1:3]), op.count_include_pad, act_code(act))
     return Struct((*axes, *(np.int32(v) for v in numbers)))
 
 
-def _divisor(op: PoolWindow, x: Spec, y: Spec) -> int:
-    """The divisor of every window; 0 where they differ."""
+def divisor_of(op: PoolWindow, image: tuple[int, ...], out: tuple[int, ...]) -> int:
+    """A mean's divisor, of every window from an image (h, w) to (p, q) outputs; 0 where they differ."""
     if op.divisor:
         return op.divisor
     whole = all(
-        (y.shape[1 + a] - 1) * op.stride[a] + op.dilation[a] * (op.kernel[a] - 1) < x.shape[1 + a] + 2 * op.pad[a]
-        for a in (0, 1)
+        (out[a] - 1) * op.stride[a] + op.dilation[a] * (op.kernel[a] - 1) < image[a] + 2 * op.pad[a] for a in (0, 1)
     )
     return op.kernel[0] * op.kernel[1] if whole and (op.count_include_pad or op.pad == (0, 0)) else 0
 
