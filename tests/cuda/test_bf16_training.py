@@ -72,7 +72,7 @@ def pools() -> nn.Module:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            widths = (3, 24, 32, 64, 64)
+            widths = (3, 40, 32, 64, 64)
             layers = [nn.Conv2d(c, k, 3, padding=1) for c, k in pairwise(widths)]
             for i, layer in enumerate(layers):
                 setattr(self, f"conv{i}", layer)
@@ -92,8 +92,8 @@ def pools() -> nn.Module:
 def means() -> nn.Module:
     """Averages of several windows, on Hopper in convolutions (but the first, whose activation backward needs)."""
     layers = [
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.AvgPool2d(3, 2), nn.ReLU()),
+        *(nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(40, 64, 3, padding=1), nn.AvgPool2d(3, 2), nn.ReLU()),
         *(nn.Conv2d(64, 64, 3, padding=1), nn.AvgPool2d((3, 2), 2), nn.Tanh()),
         *(nn.Conv2d(64, 72, 1), nn.AvgPool2d((2, 3), (1, 3), divisor_override=5)),
     ]

@@ -62,13 +62,6 @@ windows = pytest.mark.parametrize("window", WINDOWS)
 problems = pytest.mark.parametrize("name", PROBLEMS)
 
 
-@pytest.fixture(autouse=True)
-def every_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those of which a pool of its own is faster."""
-    monkeypatch.setattr(conv_sm90, "MOST_COMPUTED", np.inf)
-    monkeypatch.setattr(conv_sm90, "MOST_OVERLAP", np.inf)
-
-
 def op_and_operands(name: str, window: str) -> tuple[Op, list[np.ndarray]]:
     kind = "pooled" if len(name) % 2 else "plain pooled"
     op = pooled_by(PROBLEMS[name].op(kind), WINDOWS[window])
@@ -107,12 +100,21 @@ def test_tiles_cover_every_output_once(name: str, window: str) -> None:
         assert (z - 1) * n < sizes.n <= z * n
 
 
-def test_only_hopper_fuses_them_and_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-
-    def fused(window: PoolWindow, side: int, c: int, k: int, arch: str = "sm_90a") -> bool:
-        x, w = Spec((64, side, side, c), "bf16"), Spec((k, 3, 3, c), "bf16")
-        return REGISTRY.on(arch).supports(ConvFprop(pad=(1, 1, 1, 1), pool=window.kind, window=window), (x, w))
+def test_only_hopper_fuses_them_and_only_where_it_pays() -> None:
+    def fused(
+        window: PoolWindow,
+        side: int,
+        c: int,
+        k: int,
+        arch: str = "sm_90a",
+        r: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> bool:
+        x, w = Spec((64, side, side, c), "bf16"), Spec((k, r, r, c), "bf16")
+        pad, strides, dilations = (r // 2,) * 4, (stride, stride), (dilation, dilation)
+        op = ConvFprop(stride=strides, pad=pad, dilation=dilations, pool=window.kind, window=window)
+        return REGISTRY.on(arch).supports(op, (x, w))
 
     overlapping, apart = WINDOWS["3x3 stride 2"], WINDOWS["3x3"]
     assert fused(overlapping, 13, 256, 256)  # a tile has the whole image
@@ -124,22 +126,28 @@ def test_only_hopper_fuses_them_and_only_where_it_pays(monkeypatch: pytest.Monke
     assert not fused(apart, 56, 66, 64)  # channels by eights
     assert not fused(replace(apart, dilation=(2, 2)), 56, 64, 64)
     assert not fused(PoolWindow("max", (5, 5), (5, 5)), 56, 64, 64)
+    for mean in (False, True):  # where tiles of windows read as much of x as others
+        window = replace(apart, kind="avg" if mean else "max")
+        assert fused(window, 57, 64, 64)
+        assert fused(window, 57, 32, 64, r=1)
+        assert fused(window, 57, 64, 64, r=5, dilation=2)
+        assert not fused(window, 57, 32, 64)
+        assert not fused(window, 57, 64, 64, r=5)
+        assert not fused(window, 57, 64, 64, stride=2)
 
 
-def test_means_are_fused_where_maxima_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+def test_means_are_fused_where_maxima_are() -> None:
     wide = [PoolWindow(kernel=(5, 5), stride=(5, 5)), PoolWindow(kernel=(3, 3), stride=(3, 3), dilation=(2, 2))]
     found = set()
     for window in (*WINDOWS.values(), *wide):
         for side, c, k in ((13, 256, 256), (56, 64, 64), (56, 66, 64)):
             inputs = (Spec((64, side, side, c), "bf16"), Spec((k, 3, 3, c), "bf16"))
-            maximum, mean = (
-                conv_sm90.supports(pooled_by(ConvFprop(pad=(1, 1, 1, 1)), replace(window, kind=kind)), inputs)
-                for kind in ("max", "avg")
-            )
+            ops = [pooled_by(ConvFprop(pad=(1, 1, 1, 1)), replace(window, kind=kind)) for kind in ("max", "avg")]
+            maximum, mean = ((conv_sm90.supports(op, inputs), conv_sm90.gains(op, inputs)) for op in ops)
             assert maximum == mean
-            found.add(mean is None)
-    assert found == {True, False}
+            found.add(mean)
+    assert {(None, True), (None, False)} < found
+    assert any(reason for reason, _ in found)
 
 
 @pytest.mark.parametrize("mode", ["train", "predict"])
@@ -147,10 +155,10 @@ def test_means_are_fused_where_maxima_are(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_plan_with_means(null: CudaExecutor, mode: str, act: str | None) -> None:
     """Behind an activation they are the convolution's only where no gradient asks for what comes before them."""
     acts = {None: [], "relu": [nn.ReLU()], "gelu": [nn.GELU()]}[act]
-    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), *acts, nn.AvgPool2d(3, 2, 1)]
+    layers = [nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), *acts, nn.AvgPool2d(3, 2)]
     train: dict[str, Any] = {"loss": nn.CrossEntropyLoss(), "optimizer": optim.SGD()} if mode == "train" else {}
     plan = outline(
-        nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 49, 10)), mode=mode, batch=64, sample=(64, 13, 13),
+        nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 36, 10)), mode=mode, batch=64, sample=(64, 13, 13),
         executor=null, precision="bf16", **train,
     )  # fmt: skip
     calls = plan.program.calls
