@@ -29,6 +29,7 @@ from parcnn.ops.program import Call
 from parcnn.optim import SGD
 from parcnn.plan.describe import outline
 
+REPEATS = 21  # under load, where the chip's clock moves single ones by up to 10 %
 # The second measurement: so many single graphs, before each of which the chip rests.
 RESTED_REPEATS, PAUSE_SECONDS = 5, 0.02
 _GEOMETRY = ("stride", "pad", "dilation", "groups", "image", "filter")  # what a Layer tells of an op
@@ -198,7 +199,7 @@ def _measure(
     ours = RepeatedCalls(executor, calls)
     theirs = _peers(subject, precision, ours, compiled) if peers and subject.layer else {}
     runs = [ours.run, *(peer.run for peer in theirs.values())]
-    took, *others = [timing.of(ours.count) for timing in time_in_turn(runs, executor.synchronize)]
+    took, *others = [timing.of(ours.count) for timing in time_in_turn(runs, executor.synchronize, REPEATS)]
     rested: list[float | None] = [None] * len(runs)
     if pauses:
         after_pauses = time_in_turn(runs, executor.synchronize, RESTED_REPEATS, 0.0, PAUSE_SECONDS)

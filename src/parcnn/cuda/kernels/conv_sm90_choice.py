@@ -163,9 +163,9 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 3, 3, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 224), 128), Shape("tap", (1, 1, 200), 128)),
     (256, 56, 56, 64, 64, 3, 1, False): (Shape("window", (8, 28, 1), 64), Shape("window", (8, 14, 1), 64)),
     (256, 28, 28, 128, 128, 3, 1, False): (Shape("column", (2, 14, 8), 128), Shape("column", (7, 28, 1), 128, 3)),
-    (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128, 3), Shape("tap", (1, 1, 256), 128)),
+    (256, 14, 14, 256, 256, 3, 1, False): (Shape("tap", (1, 1, 256), 128), Shape("column", (14, 14, 1), 128, 3)),
     (256, 7, 7, 512, 512, 3, 1, False): (Shape("column", (7, 7, 4), 128, 3), Shape("tap", (1, 1, 256), 128)),
-    (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (1, 4, 64), 128), Shape("tap", (4, 4, 16), 128)),
+    (64, 28, 28, 512, 512, 3, 1, False): (Shape("tap", (4, 2, 32), 128), Shape("tap", (4, 4, 16), 128)),
     (2000, 15, 15, 256, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("column", (15, 15, 1), 64)),
     (256, 56, 56, 64, 256, 1, 0, True): (
         Shape("tap", (2, 2, 32), 128, rounds=1),
@@ -193,5 +193,6 @@ MEASURED: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
 # The same where dgrad takes a batch norm's sums, and the fastest tiles are others.
 MEASURED_SUMS: dict[tuple[int | bool, ...], tuple[Shape, ...]] = {
     (2000, 15, 15, 64, 64, 3, 1, False): (Shape("column", (1, 15, 17), 64), Shape("window", (15, 15, 1), 64)),
+    (256, 14, 14, 256, 256, 3, 1, False): (Shape("column", (14, 14, 1), 128, 3),),
     (512, 8, 8, 64, 64, 3, 1, False): (Shape("column", (8, 8, 2), 64), Shape("window", (8, 8, 1), 64)),
 }
