@@ -73,6 +73,16 @@ def test_sums_for_a_batch_norm_both_ways() -> None:
     assert tables.TABLES["norm-sums"](rows).lines == [("a", "3.0 MiB", "100 µs", "80.0 µs", "1.25×")]
 
 
+def test_a_step_against_the_best_of_the_compilers_modes() -> None:
+    for modes, shown in (
+        ({"compile": 66.0, "compile max-autotune": 65.0}, "65.0 µs"),
+        ({"compile, autocast": 67.0, "compile max-autotune, autocast": 68.0, "graph, autocast": 5.0}, "67.0 µs"),
+    ):
+        row = Row("step", "a", "cuda", p50_us=50.0, extra={"images_per_second": 1e6, "peer_modes_us": modes})
+        table = tables.TABLES["step"]([row])
+        assert table.lines[0][table.columns.index("torch.compile")] == shown
+
+
 def test_the_other_tables() -> None:
     rows = [
         Row("step", "lenet5, batch 64", "cuda", p50_us=50.0, peer="torch 2, graph", peer_p50_us=60.0, gpu="H200",

@@ -1,8 +1,9 @@
 """What a user would take instead: PyTorch, timed in the same run. Optional: where it is not installed, rows have no peer.
 
 Its batch lies ready on the device (ours is gathered from the data set inside the step). On a GPU three modes are timed:
-eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead. In bf16 each of them by autocast (fp32
-weights, as ours are) and with the whole network in bf16, which is faster and learns worse.
+eager, the whole step in a CUDA graph, and torch.compile with reduce-overhead; where asked, torch.compile with max-autotune,
+too, which tries many kernels first. In bf16 each of them by autocast (fp32 weights, as ours are) and with the whole network
+in bf16, which is faster and learns worse.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import numpy as np
 
 from parcnn.bench.machine import installed
 
+# What rows call torch.compile's modes. Both replay CUDA graphs.
+COMPILE_MODES = {"compile": "reduce-overhead", "compile max-autotune": "max-autotune"}
 MODES = ("eager", "graph", "compile")
+ALL_MODES = (*MODES, "compile max-autotune")
 WARM_UP = 15  # torch.compile's graphs are recorded by then
 
 
@@ -83,7 +87,10 @@ def time_on_gpu(
     modes: Sequence[str] = MODES,
     precision: str = "fp32",
 ) -> dict[str, PeerStep]:
-    """A training step (SGD with momentum) in each of `modes`; fp32 is without TF32."""
+    """A training step (SGD with momentum) in each of `modes`, some of ALL_MODES; fp32 is without TF32.
+
+    Peaks include what a mode's trials of kernels take.
+    """
     import torch
 
     torch.backends.cudnn.benchmark = True
@@ -96,7 +103,7 @@ def time_on_gpu(
             torch.cuda.empty_cache()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            step = _step(network, shape, batch, True, "cuda", numbers, mode == "compile", mode == "graph")
+            step = _step(network, shape, batch, True, "cuda", numbers, COMPILE_MODES.get(mode), mode == "graph")
             if mode == "graph":
                 step = _captured(step)
             p50_us = _median(step, torch.cuda.synchronize, steps, repeats)
@@ -113,10 +120,13 @@ def _step(
     train: bool,
     device: str,
     numbers: str = "fp32",
-    compiled: bool = False,
+    compiled: str | None = None,
     in_place: bool = False,
 ) -> Callable[[], object]:
-    """One training step, or one forward pass, on a random batch; numbers: 'fp32', 'autocast' or 'bf16 weights'."""
+    """One training step, or one forward pass, on a random batch.
+
+    numbers: 'fp32', 'autocast' or 'bf16 weights'; compiled: torch.compile's mode.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -129,7 +139,7 @@ def _step(
         x = x.contiguous(memory_format=torch.channels_last)
     if numbers == "bf16 weights":
         model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
-    run = torch.compile(model, mode="reduce-overhead") if compiled else model
+    run = torch.compile(model, mode=compiled) if compiled else model
     if not train:
         model.eval()
 

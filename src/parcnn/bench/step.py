@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,10 +23,17 @@ STEPS = 48
 REPEATS = 9
 
 
-def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32", only: str = "") -> Iterator[Row]:
+def run(
+    executor: Executor,
+    say: Callable[[str], None],
+    precision: str = "fp32",
+    only: str = "",
+    peer_modes: Sequence[str] = peers.MODES,
+) -> Iterator[Row]:
     """Rows `step`, each as it is measured: SGD with momentum, images that are noise (a step's time does not depend on them).
 
-    only: problems with this in their name, such as "cifarnet" or "lenet5, batch 64".
+    only: problems with this in their name, such as "cifarnet" or "lenet5, batch 64". peer_modes: PyTorch's, some of
+    `peers.ALL_MODES`; the fastest is the row's peer.
     """
     machine = Machine.of(executor)
     with_torch = executor.name == "cuda" and peers.has_torch_on_gpu()
@@ -41,7 +48,7 @@ def run(executor: Executor, say: Callable[[str], None], precision: str = "fp32",
         plan = trainer.plan("train", subject.train)
         timing = time_steps(trainer, subject.train, "train", steps=steps, repeats=REPEATS)
         modes = (
-            peers.time_on_gpu(network, SHAPES[network], batch, steps, REPEATS, precision=precision)
+            peers.time_on_gpu(network, SHAPES[network], batch, steps, REPEATS, peer_modes, precision)
             if with_torch
             else {}
         )

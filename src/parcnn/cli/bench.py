@@ -14,6 +14,7 @@ from parcnn.bench import fused as fused_bench
 from parcnn.bench import gpu_check as gpu_check_bench
 from parcnn.bench import layers as layers_bench
 from parcnn.bench import memory as memory_bench
+from parcnn.bench import peers as peers_bench
 from parcnn.bench import speedup as speedup_bench
 from parcnn.bench import step as step_bench
 from parcnn.bench.layer import CONV, DEPTHWISE, FUSED, LAYERS, random_layers
@@ -140,10 +141,12 @@ def step(
     threads: Threads = None,
     precision: Annotated[str, typer.Option(help=f"One of {', '.join(step_bench.PRECISIONS)}.")] = "fp32",
     only: Annotated[str, typer.Option(help='Problems with this in their name, such as "cifarnet".')] = "",
+    max_autotune: Annotated[bool, typer.Option("--max-autotune", help="torch.compile's slowest mode too.")] = False,
     out: Out = RESULTS,
 ) -> None:
     """A whole training step against PyTorch's modes in the same run."""
-    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say, precision, only))
+    modes = peers_bench.ALL_MODES if max_autotune else peers_bench.MODES
+    _keep(out, "step", step_bench.run(resolve_executor(device, threads), say, precision, only, modes))
 
 
 @app.command()
