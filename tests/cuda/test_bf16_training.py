@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +122,23 @@ def odd(channels: int) -> nn.Module:
     ]
     top = [nn.Conv2d(36, 92, 3, padding=1), nn.BatchNorm2d(92), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*blocks, *top, nn.Linear(92, 10))
+
+
+def families() -> nn.Module:
+    """Convolutions by many kernel families: of images, with a pool, depthwise, 1x1; between them a batch norm."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 5, padding=2), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1, groups=64, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.Conv2d(64, 128, 1), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def trained_families(executor: CudaExecutor, precision: str) -> dict[str, np.ndarray]:
+    """What some steps make of the network's state."""
+    parcnn.manual_seed(3)
+    run = Trainer(families(), optim.SGD(0.01, momentum=0.9), device=executor, precision=precision, batch_size=64)
+    run.fit(noise(64 * 4 + 5, (3, 64, 64)), 2)
+    return run.model.state_dict()
 
 
 @pytest.mark.parametrize(("network", "shape"), [("lenet5", (1, 28, 28)), ("cifarnet", (3, 32, 32))])
@@ -239,6 +259,31 @@ def test_two_runs_give_the_same_bits(cuda: CudaExecutor) -> None:
     states = [run.model.state_dict() for run in runs]
     for name in states[0]:
         np.testing.assert_array_equal(states[0][name], states[1][name], err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_process_without_any_cache_gives_the_same_bits(cuda: CudaExecutor, tmp_path: Path, precision: str) -> None:
+    """It compiles all kernels anew, and has nothing that a process remembers."""
+    here = trained_families(cuda, precision)
+    code = (
+        "import sys; import numpy as np; from parcnn.cuda.executor import CudaExecutor\n"
+        "from tests.cuda.test_bf16_training import trained_families\n"
+        "np.savez(sys.argv[1], **trained_families(CudaExecutor(), sys.argv[2]))\n"
+    )
+    saved, cache = tmp_path / "state.npz", tmp_path / "cache"
+    paths = os.pathsep.join(filter(None, sys.path))
+    environment = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(cache)}
+    subprocess.run([sys.executable, "-c", code, saved, precision], env=environment, check=True, timeout=300)
+    assert len(list((cache / "parcnn" / "cubins").iterdir())) > 20, "kernels were compiled"
+    with np.load(saved) as there:
+        assert set(there) == set(here)
+        for name, values in here.items():
+            assert np.isfinite(values).all(), name
+            np.testing.assert_array_equal(there[name], values, err_msg=name)
+    parcnn.manual_seed(3)
+    for name, values in families().state_dict().items():
+        assert not np.array_equal(values, here[name]), f"{name} was not trained"
 
 
 @pytest.mark.gpu
