@@ -23,7 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speedup benchmark at full size; BENCH=NAME for another one"
 	@echo "make gpu-check  the GPU tests and figures; writes benchmarks/results/gpu-check.json"
-	@echo "make sanitize   convolutions under compute-sanitizer's four tools, on the GPU"
+	@echo "make sanitize   convolutions under compute-sanitizer's four tools, on the GPU; writes benchmarks/results/sanitize.json"
 	@echo "make setup      the environment only; tries PyCUDA again where it could not be built"
 	@echo "make clean      removes the environment and what tools left behind"
 	@echo
@@ -66,7 +66,8 @@ gpu-check:
 	$(PY) tools/gpu_record.py write --junit runs/gpu-check/kernels.xml runs/gpu-check/runtime.xml --figures runs/gpu-check/figures.json
 
 # A few problems by every kernel family: the tools slow kernels down by far too much for all tests. Errors of the driver's
-# functions are exceptions anyway, and some ask for functions that this driver lacks.
+# functions are exceptions anyway, and some ask for functions that this driver lacks. The record is written only when all four
+# tools were clean; SANITIZER_TOOLS="memcheck racecheck" runs some and writes none.
 SANITIZER_TOOLS ?= memcheck racecheck initcheck synccheck
 SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_winograd.py::test_integers_are_exact \
 	conv_depthwise_sm90.py::test_every_form conv_stem_sm90.py::test_not_a_number_and_infinity_pass \
@@ -76,11 +77,14 @@ SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_w
 	batch_norm_pool_kernels.py::test_train_by_given_moments batch_norm_pool_kernels.py::test_several_tiles_a_block)
 sanitize:
 	$(SETUP) test
+	@$(PY) tools/gpu_record.py require
+	@mkdir -p runs/sanitize
 	@for tool in $(SANITIZER_TOOLS); do \
 		echo "compute-sanitizer --tool $$tool"; \
 		PATH="$$PATH:/usr/local/cuda/bin" compute-sanitizer --tool $$tool --target-processes all --report-api-errors no --error-exitcode 1 \
-			env $(PY) -m pytest -q -m gpu $(SANITIZED) || exit 1; \
+			env $(PY) -m pytest -q -m gpu $(SANITIZED) --junitxml=runs/sanitize/$$tool.xml || exit 1; \
 	done
+	@$(PY) tools/gpu_record.py sanitized --junit $(SANITIZER_TOOLS:%=runs/sanitize/%.xml)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,12 +1,14 @@
-"""The committed record of the last run of the GPU tests, benchmarks/results/gpu-check.json.
+"""The committed records of the last run of the GPU tests, benchmarks/results/gpu-check.json, and of the last one under
+compute-sanitizer's tools, benchmarks/results/sanitize.json.
 
-CI has no GPU, so the record shows which sources were tested, and on which one. It holds a SHA-256 over the sources and
-tests; when they change, `status` says that the record is stale.
+CI has no GPU, so the records show which sources were tested, and on which one. They hold a SHA-256 over the sources and
+tests; when they change, `status` says that a record is stale.
 
     python tools/gpu_record.py require                      # fails where no GPU can be used
     python tools/gpu_record.py hash                         # the hash of the sources as they are now
-    python tools/gpu_record.py status                       # one line: fresh, stale or missing
+    python tools/gpu_record.py status                       # a line each: fresh, stale or missing
     python tools/gpu_record.py write --junit FILE ... --figures FILE
+    python tools/gpu_record.py sanitized --junit TOOL.xml ...       # of every tool; of some only, nothing is written
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = Path("benchmarks/results/gpu-check.json")
+SANITIZED = Path("benchmarks/results/sanitize.json")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Sources, tests, and what decides how they run: tables of tuned kernels, recipes.
 HASHED = tuple(
     [f"src/parcnn/**/*.{suffix}" for suffix in ("py", "cu", "cuh", "json", "toml")]
@@ -48,15 +52,30 @@ def source_hash(root: Path) -> str:
 
 
 def status(root: Path) -> str:
-    """One line that says whether the record is of the sources as they are."""
-    try:
-        record = json.loads((root / RECORD).read_text())
-    except FileNotFoundError:
-        return f"GPU record: missing ({RECORD}); `make gpu-check` on a machine with an NVIDIA GPU writes it"
-    passed_on = f"{record['tests']['passed']} tests passed on {record['gpu']}, {record['date']}"
-    if record["sources_sha256"] == source_hash(root):
-        return f"GPU record: fresh ({passed_on})"
-    return f"GPU record: stale, older than the sources ({passed_on}); `make gpu-check` renews it"
+    """A line for each record, which says whether it is of the sources as they are."""
+    digest = source_hash(root)
+
+    def line(name: str, path: Path, target: str, passed: Callable[[dict[str, Any]], str]) -> str:
+        try:
+            record = json.loads((root / path).read_text())
+        except FileNotFoundError:
+            return f"{name}: missing ({path}); `make {target}` on a machine with an NVIDIA GPU writes it"
+        passed_on = f"{passed(record)} on {record['gpu']}, {record['date']}"
+        if record["sources_sha256"] == digest:
+            return f"{name}: fresh ({passed_on})"
+        return f"{name}: stale, older than the sources ({passed_on}); `make {target}` renews it"
+
+    return "\n".join(
+        (
+            line("GPU record", RECORD, "gpu-check", lambda record: f"{record['tests']['passed']} tests passed"),
+            line("Sanitizer record", SANITIZED, "sanitize", _passed_by_tool),
+        )
+    )
+
+
+def _passed_by_tool(record: dict[str, Any]) -> str:
+    """'memcheck 167, racecheck 167 tests clean'."""
+    return ", ".join(f"{tool} {tests['passed']}" for tool, tests in record["tests"].items()) + " tests clean"
 
 
 def count_tests(junit: Sequence[Path]) -> dict[str, int]:
@@ -68,20 +87,40 @@ def count_tests(junit: Sequence[Path]) -> dict[str, int]:
     return {"passed": total - failures - errors - skipped, "failed": failures + errors, "skipped": skipped}
 
 
-def write(root: Path, junit: Sequence[Path], figures: Path) -> Path:
-    """Write the record of a run in which every test passed, atomically; raises RecordError for any other run."""
+def count_green(junit: Sequence[Path]) -> dict[str, int]:
+    """`count_tests` of a run in which every test passed; raises RecordError for any other run."""
     tests = count_tests(junit)
     if tests["failed"] or not tests["passed"]:
         raise RecordError(f"a record needs tests that pass and none that fails; {', '.join(map(str, junit))}: {tests}")
+    return tests
+
+
+def write(root: Path, junit: Sequence[Path], figures: Path) -> Path:
+    """Write the record of a run in which every test passed."""
+    return _keep(root, RECORD, {"tests": count_green(junit), "figures": json.loads(figures.read_text())})
+
+
+def write_sanitized(root: Path, junit: Sequence[Path]) -> Path | None:
+    """Write the record of runs in which every test passed, each under the tool that its file is named after.
+
+    None: a tool's run lacks, and nothing is written.
+    """
+    files = {file.stem: file for file in junit}
+    if not set(SANITIZERS) <= files.keys():
+        return None
+    return _keep(root, SANITIZED, {"tests": {tool: count_green([files[tool]]) for tool in SANITIZERS}})
+
+
+def _keep(root: Path, path: Path, found: dict[str, Any]) -> Path:
+    """Write a record of what was found here and now, atomically."""
     record = {
         **machine(),
         "sources_sha256": source_hash(root),
-        "tests": tests,
-        "figures": json.loads(figures.read_text()),
+        **found,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(root),
     }
-    target = root / RECORD
+    target = root / path
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_suffix(".writing")
     scratch.write_text(json.dumps(record, indent=2) + "\n")
@@ -148,6 +187,8 @@ def main() -> int:
     writer = commands.add_parser("write")
     writer.add_argument("--junit", type=Path, nargs="+", required=True, help="pytest's --junitxml")
     writer.add_argument("--figures", type=Path, required=True, help="JSON of `parcnn bench gpu-check`")
+    sanitized = commands.add_parser("sanitized")
+    sanitized.add_argument("--junit", type=Path, nargs="+", required=True, help="pytest's --junitxml, TOOL.xml each")
     arguments = parser.parse_args()
     try:
         if arguments.command == "require":
@@ -156,8 +197,10 @@ def main() -> int:
             print(source_hash(arguments.root))
         elif arguments.command == "status":
             print(status(arguments.root))
-        else:
+        elif arguments.command == "write":
             print(write(arguments.root, arguments.junit, arguments.figures))
+        else:
+            print(write_sanitized(arguments.root, arguments.junit) or f"no record: it takes {', '.join(SANITIZERS)}")
     except RecordError as error:
         print(f"gpu_record: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The GPU record is fresh, stale or missing, and is written of green runs only."""
+"""The GPU's records are fresh, stale or missing, and are written of green runs only."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.packaging.conftest import Tool
 
 JUNIT = """<?xml version="1.0" encoding="utf-8"?><testsuites name="pytest tests">
 <testsuite name="pytest" errors="{errors}" failures="{failures}" skipped="2" tests="12" time="1.0"/></testsuites>"""
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
 @pytest.fixture
@@ -22,11 +23,19 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_record(tree: Path, digest: str) -> None:
+def write_record(tree: Path, digest: str, name: str = "gpu-check", tests: dict[str, object] | None = None) -> None:
     record = {"sources_sha256": digest, "gpu": "NVIDIA H200", "date": "2026-01-01T00:00:00+00:00"}
-    file = tree / "benchmarks/results/gpu-check.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({**record, "tests": {"passed": 10, "failed": 0, "skipped": 2}}))
+    file = tree / f"benchmarks/results/{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**record, "tests": tests or {"passed": 10, "failed": 0, "skipped": 2}}))
+
+
+def tools_runs(tree: Path, failing: str = "", tools: tuple[str, ...] = TOOLS) -> list[Path]:
+    """Results of the tests under each tool."""
+    files = [tree / f"{tool}.xml" for tool in tools]
+    for file in files:
+        file.write_text(JUNIT.format(errors=0, failures=int(file.stem == failing)))
+    return files
 
 
 def test_status_without_a_record(tool: Tool, tree: Path) -> None:
@@ -101,3 +110,54 @@ def test_record_of_a_green_run(tool: Tool, tree: Path) -> None:
     assert record["figures"] == {"lenet5_step_us": 1.5}
     assert {"gpu", "driver", "cuda", "python", "numpy", "pycuda", "commit", "date"} <= record.keys()
     assert tool("gpu_record.py", "--root", tree, "status").stdout.startswith("GPU record: fresh")
+
+
+# The sanitizers'
+
+
+@pytest.mark.parametrize(("changed", "state"), [(None, "fresh"), ("tests/test_nn.py", "stale")])
+def test_status_of_the_sanitizers(tool: Tool, tree: Path, changed: str | None, state: str) -> None:
+    digest = tool("gpu_record.py", "--root", tree, "hash").stdout.strip()
+    write_record(tree, digest)
+    lines = tool("gpu_record.py", "--root", tree, "status").stdout.splitlines()
+    assert [line.partition(" (")[0] for line in lines] == ["GPU record: fresh", "Sanitizer record: missing"]
+    write_record(tree, digest, "sanitize", {"memcheck": {"passed": 7}, "racecheck": {"passed": 6}})
+    if changed is not None:
+        (tree / changed).write_text("changed")
+    of_tests, of_tools = tool("gpu_record.py", "--root", tree, "status").stdout.splitlines()
+    assert of_tests.startswith(f"GPU record: {state}")
+    assert of_tools.startswith(f"Sanitizer record: {state}")
+    assert "memcheck 7, racecheck 6 tests clean on NVIDIA H200" in of_tools
+
+
+@pytest.mark.parametrize("failing", TOOLS)
+def test_no_record_of_a_tool_that_found_something(tool: Tool, tree: Path, failing: str) -> None:
+    done = tool("gpu_record.py", "--root", tree, "sanitized", "--junit", *tools_runs(tree, failing))
+    assert done.returncode == 1
+    assert f"{failing}.xml: {{'passed': 9, 'failed': 1, 'skipped': 2}}" in done.stderr
+    assert not (tree / "benchmarks").exists()
+
+
+def test_no_record_of_some_tools(tool: Tool, tree: Path) -> None:
+    done = tool("gpu_record.py", "--root", tree, "sanitized", "--junit", *tools_runs(tree, tools=TOOLS[1:]))
+    assert done.returncode == 0
+    assert done.stdout == "no record: it takes memcheck, racecheck, initcheck, synccheck\n"
+    assert not (tree / "benchmarks").exists()
+
+
+def test_no_record_of_tools_without_a_gpu(tool: Tool, tree: Path) -> None:
+    hidden: dict[str, str | None] = {"CUDA_VISIBLE_DEVICES": ""}
+    done = tool("gpu_record.py", "--root", tree, "sanitized", "--junit", *tools_runs(tree), env=hidden)
+    assert done.returncode == 1
+    assert "no GPU can be used" in done.stderr
+    assert not (tree / "benchmarks").exists()
+
+
+@pytest.mark.gpu
+def test_record_of_clean_tools(tool: Tool, tree: Path) -> None:
+    done = tool("gpu_record.py", "--root", tree, "sanitized", "--junit", *tools_runs(tree))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tree / "benchmarks/results/sanitize.json").read_text())
+    assert record["tests"] == {each: {"passed": 10, "failed": 0, "skipped": 2} for each in TOOLS}
+    assert {"gpu", "driver", "cuda", "python", "numpy", "pycuda", "commit", "date"} <= record.keys()
+    assert "Sanitizer record: fresh" in tool("gpu_record.py", "--root", tree, "status").stdout
