@@ -15,7 +15,7 @@ from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 SOURCE = "conv_dgrad_direct.cu"
 MOST_WARPS = 16
 BLOCKS_PER_SM = 4
-SHARED_BYTES = 72 * 1024  # of a block, so that three share an SM
+SHARED_BYTES = 72 * 1024  # of a block, so that three share an SM; where an SM has more, half of it
 
 
 class Direct(NamedTuple):
@@ -59,7 +59,7 @@ def plan(conv: Conv, direct: Direct, device: Device) -> Plan | None:
     filter_size = reach * channels + channels
     weights_size = filters * filter_size + max(row, 32 * direct.t - conv.r * row)
     shared_bytes = 4 * (2 * windows * filters + windows * 32 * direct.t + weights_size)
-    if shared_bytes > min(SHARED_BYTES, device.shared_bytes_per_block):
+    if shared_bytes > min(max(SHARED_BYTES, device.shared_bytes_per_block // 2), device.shared_bytes_per_block):
         return None
     warps = ceil(windows / ceil(windows / MOST_WARPS))
     runs = ceil(conv.n / ceil(conv.n / (BLOCKS_PER_SM * device.sm_count)))
