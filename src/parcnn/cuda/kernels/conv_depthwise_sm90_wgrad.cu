@@ -48,7 +48,8 @@ struct Feed {
     int y_end;    // behind the strip's last row of outputs
 };
 
-// Have the next turn's rows of x and dy brought; what lies outside of the image or the strip is zeros.
+// Have the next turn's rows of x and dy brought; what lies outside of the image or the strip is zeros. With the last ones on their
+// way, the closing sum may start.
 __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const TensorMap &dy, const Stages &stages, const Rows &g) {
     int4 next = f.next;
     if (next.x >= next.y) {
@@ -63,6 +64,7 @@ __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const Tens
     load_tile(to, x, full, f.share.channel, f.share.column - g.left, next.x - g.top, next.z);
     load_tile(to + g.y_at, dy, full, f.share.channel, f.share.column, next.x, next.x < f.y_end ? next.z : g.n);
     f.next = make_int4(next.x + 1, next.y, next.z, next.w + 1 == g.stages ? 0 : next.w + 1);
+    if (next.x + 1 == next.y && f.share.first >= f.share.end) let_successors_start();
 }
 
 // Add to the sums what a row of x gives with three rows of dy, the newest last.
@@ -130,7 +132,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         });
         at += strip.end - strip.first;
     }
-    let_successors_start();
 
     const int run = quotient(blockIdx.x, g.by_slices);
     write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, run, dw, db, partial);
