@@ -322,8 +322,8 @@ def _cost(walk: Walk, variant: Variant, device: Device) -> float:
 
 
 def _shared_bytes(walk: Walk, variant: Variant, own: Cut) -> int:
-    """The ring; wgrad's sums of a filter's row, of each thread, take its place at the end."""
-    sums = 4 * SIDE * variant.form.vec * variant.busy if walk.wgrad else 0
+    """The ring; wgrad's sums, of each thread, take its place at the end: of each tap, then the bias, banks apart."""
+    sums = 4 * (SIDE * SIDE + 1) * (variant.form.vec * variant.busy + WARP) if walk.wgrad else 0
     return max(variant.stages * own.stage_bytes, sums)
 
 

@@ -85,12 +85,43 @@ __device__ __forceinline__ void multiply(const Pixels<SEEN> &pixels, const float
     }
 }
 
+// Adds the block's threads' sums of each channel in their order, all taps between two barriers, and writes them, neighbours in memory
+// by neighbours: into row `run` of `partial` (dw, then db), or where that is null to dw and db (which may be null).
+__device__ __forceinline__ void write_sums(const float (&sums)[TAPS][VEC], const float (&bias_sums)[VEC], float *shared, const Rows &g,
+                                           int first_channel, int run, float *dw, float *db, float *partial) {
+    const int width = blockDim.x * VEC, height = blockDim.y * blockDim.z, threads = blockDim.x * height, thread = thread_of_block();
+    const int pitch = height * width + (36 - height * width % 32) % 32;  // of a tap: four banks after the one before
+    float *own = shared + thread / blockDim.x * width + threadIdx.x * VEC;
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t <= TAPS; ++t) {
+        if (t == TAPS && !db) break;
+        Floats<VEC> v;
+#pragma unroll
+        for (int e = 0; e < VEC; ++e) v.v[e] = t < TAPS ? sums[t][e] : bias_sums[e];
+        store<VEC>(own + t * pitch, v);
+    }
+    __syncthreads();
+    const auto sum_of = [&](int tap, int channel) {
+        float sum = 0.0f;
+#pragma unroll 4
+        for (int y = 0; y < height; ++y) sum += shared[tap * pitch + y * width + channel];
+        return sum;
+    };
+    const int channels = min(width, g.c - first_channel);
+    float *dw_out = partial ? partial + (long long)run * g.c * (TAPS + (db ? 1 : 0)) : dw;
+    float *db_out = partial ? dw_out + g.c * TAPS : db;
+    for (int i = thread; i < channels * TAPS; i += threads) dw_out[first_channel * TAPS + i] = sum_of(i % TAPS, i / TAPS);
+    if (!db) return;
+    for (int i = thread; i < channels; i += threads) db_out[first_channel + i] = sum_of(TAPS, i);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     conv_depthwise_sm90_wgrad(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap dy, float *__restrict__ dw,
                               float *__restrict__ db, float *__restrict__ partial, Rows g) {
     __shared__ u64 barriers[2 * MOST_STAGES];
     __shared__ Feed feed;
-    RING_MEMORY(ring_memory);  // at the end: write_gradients'
+    RING_MEMORY(ring_memory);  // at the end: write_sums'
     const int thread = thread_of_block();
     const Share share = share_of(blockIdx.x, g);
     if (thread == 0) prefetch(x), prefetch(dy);
@@ -134,5 +165,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     const int run = quotient(blockIdx.x, g.by_slices);
-    write_gradients(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g.c, share.channel, run, dw, db, partial);
+    write_sums(sums, bias_sums, reinterpret_cast<float *>(ring_memory), g, share.channel, run, dw, db, partial);
 }
