@@ -51,7 +51,14 @@ class Form(NamedTuple):
 
 
 FORMS = (Form(4, 4, 512), Form(2, 7, 640), Form(4, 7, 384), Form(2, 7, 640, whole_rows=True))
-WGRAD_FORMS = (Form(4, 7, 384), Form(4, 7, 256), Form(4, 4, 512), Form(2, 7, 512))
+WGRAD_FORMS = (
+    Form(4, 7, 384),
+    Form(4, 7, 256),
+    Form(4, 4, 512),
+    Form(2, 7, 512),
+    Form(2, 7, 512, whole_rows=True),
+    Form(4, 7, 256, whole_rows=True),
+)
 # Forward and input gradients of fewer pixels an image are left to `conv_depthwise`. On an H200 256 images take 5.8 us here,
 # not 9.9 (3x3x1024), 7.5, not 11.8 (4x4x1024), 7.4, not 9.8 (6x6x512); smaller ones were not measured.
 LEAST_PIXELS = 9
@@ -126,6 +133,23 @@ MEASURED = {
     (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 5, 2),
     (14, 14, 384, True): Variant(WGRAD_FORMS[3], 96, 2, 2, 4, 1),
     (7, 7, 512, True): Variant(WGRAD_FORMS[3], 32, 1, 4, 3, 4),
+}
+# Candidates beside them, until they are measured (`benchmarks/kernels_depthwise.py`): other rings, rows without padding, and
+# narrower slices of more images, whose sums are half as many or fewer.
+TRIED = {
+    (28, 28, 144, True): (
+        Variant(WGRAD_FORMS[2], 36, 7, 1, 4, 2),
+        Variant(WGRAD_FORMS[2], 36, 7, 1, 6, 2),
+        Variant(WGRAD_FORMS[2], 18, 7, 2, 5, 2),
+        Variant(WGRAD_FORMS[2], 12, 7, 3, 5, 2),
+    ),
+    (7, 7, 512, True): (
+        Variant(WGRAD_FORMS[3], 16, 1, 8, 3, 4),
+        Variant(WGRAD_FORMS[4], 32, 1, 4, 3, 4),
+        Variant(WGRAD_FORMS[4], 32, 1, 4, 4, 4),
+        Variant(WGRAD_FORMS[4], 32, 1, 4, 6, 4),
+        Variant(WGRAD_FORMS[4], 16, 1, 8, 4, 4),
+    ),
 }
 
 
@@ -255,14 +279,15 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
 
 def _ranked(walk: Walk, device: Device) -> list[Variant]:
     """What was measured, if it fits, then by estimated cost."""
-    known = MEASURED.get((walk.p, walk.q, walk.c, walk.wgrad))
-    first = [known] if known and known.images <= walk.n and known.form.fits(walk) else []
+    key = (walk.p, walk.q, walk.c, walk.wgrad)
+    known = [*filter(None, [MEASURED.get(key)]), *TRIED.get(key, ())]
+    first = [variant for variant in known if variant.images <= walk.n and variant.form.fits(walk)]
     found = sorted(_all(walk, device), key=lambda variant: _cost(walk, variant, device))
     return [*first, *(variant for variant in found if variant not in first)][:MOST_CANDIDATES]
 
 
 def _all(walk: Walk, device: Device) -> Iterator[Variant]:
-    for form in WGRAD_FORMS if walk.wgrad else (form for form in FORMS if form.fits(walk)):
+    for form in filter(lambda form: form.fits(walk), WGRAD_FORMS if walk.wgrad else FORMS):
         vectors, pieces = walk.c // form.vec, ceil(walk.q / form.columns)
         for slices in range(1, vectors + 1):
             lanes = ceil(vectors / slices)

@@ -61,18 +61,18 @@ __device__ __forceinline__ void feed_row(Feed &f, const TensorMap &x, const Tens
     }
     const u32 full = stages.full + 8 * next.w, to = stages.memory + next.w * g.stage_bytes;
     barrier_expect(full, g.x_bytes + g.y_bytes);
-    load_tile(to, x, full, f.share.channel, f.share.column - g.left, next.x - g.top, next.z);
+    load_tile(to, x, full, f.share.channel, f.share.column - g.left + BESIDE, next.x - g.top, next.z);
     load_tile(to + g.y_at, dy, full, f.share.channel, f.share.column, next.x, next.x < f.y_end ? next.z : g.n);
     f.next = make_int4(next.x + 1, next.y, next.z, next.w + 1 == g.stages ? 0 : next.w + 1);
     if (next.x + 1 == next.y && f.share.first >= f.share.end) let_successors_start();
 }
 
 // Add to the sums what a row of x gives with three rows of dy, the newest last.
-__device__ __forceinline__ void multiply(const Pixels<SEEN> &pixels, const float (&errors)[FILTER][COLUMNS][VEC],
+__device__ __forceinline__ void multiply(const Pixels<SEEN - 2 * BESIDE> &pixels, const float (&errors)[FILTER][COLUMNS][VEC],
                                          float (&sums)[TAPS][VEC]) {
 #pragma unroll
-    for (int at = 0; at < SEEN; ++at) {
-        const Floats<VEC> v = widen(pixels.at[at]);
+    for (int at = BESIDE; at < SEEN - BESIDE; ++at) {
+        const Floats<VEC> v = widen(pixels.at[at - BESIDE]);
 #pragma unroll
         for (int i = 0; i < FILTER; ++i)
 #pragma unroll
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     const int pitch = blockDim.x * VEC, columns = blockDim.y * COLUMNS;
-    const int own_x = (threadIdx.z * (columns + FILTER - 1) + threadIdx.y * COLUMNS) * pitch + threadIdx.x * VEC;
+    const int own_x = (threadIdx.z * (columns + FILTER - 1 - 2 * BESIDE) + threadIdx.y * COLUMNS) * pitch + threadIdx.x * VEC;
     const int own_dy = g.y_at / (int)sizeof(ELEMENT) + (threadIdx.z * columns + threadIdx.y * COLUMNS) * pitch + threadIdx.x * VEC;
     float sums[TAPS][VEC] = {}, bias_sums[VEC] = {};
 
@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             stages.wait_full();
             move_up(errors);
             widen_pixels(fetch_shared<COLUMNS>(stage + own_dy, pitch), errors[FILTER - 1]);
-            const Pixels<SEEN> pixels = fetch_shared<SEEN>(stage + own_x, pitch);
+            const Pixels<SEEN - 2 * BESIDE> pixels = fetch_shared<SEEN - 2 * BESIDE>(stage + own_x, pitch);
             stages.release();
             stages.now.next(g.stages);
             if (db) {
