@@ -130,26 +130,9 @@ MEASURED = {
     (7, 7, 512, False): Variant(FORMS[3], 64, 1, 2, 6, 4),
     (112, 112, 32, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
     (56, 56, 96, True): Variant(WGRAD_FORMS[0], 8, 8, 4, 3, 1),
-    (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 5, 2),
+    (28, 28, 144, True): Variant(WGRAD_FORMS[2], 36, 7, 1, 4, 2),
     (14, 14, 384, True): Variant(WGRAD_FORMS[3], 96, 2, 2, 4, 1),
-    (7, 7, 512, True): Variant(WGRAD_FORMS[3], 32, 1, 4, 3, 4),
-}
-# Candidates beside them, until they are measured (`benchmarks/kernels_depthwise.py`): other rings, rows without padding, and
-# narrower slices of more images, whose sums are half as many or fewer.
-TRIED = {
-    (28, 28, 144, True): (
-        Variant(WGRAD_FORMS[2], 36, 7, 1, 4, 2),
-        Variant(WGRAD_FORMS[2], 36, 7, 1, 6, 2),
-        Variant(WGRAD_FORMS[2], 18, 7, 2, 5, 2),
-        Variant(WGRAD_FORMS[2], 12, 7, 3, 5, 2),
-    ),
-    (7, 7, 512, True): (
-        Variant(WGRAD_FORMS[3], 16, 1, 8, 3, 4),
-        Variant(WGRAD_FORMS[4], 32, 1, 4, 3, 4),
-        Variant(WGRAD_FORMS[4], 32, 1, 4, 4, 4),
-        Variant(WGRAD_FORMS[4], 32, 1, 4, 6, 4),
-        Variant(WGRAD_FORMS[4], 16, 1, 8, 4, 4),
-    ),
+    (7, 7, 512, True): Variant(WGRAD_FORMS[4], 32, 1, 4, 3, 4),
 }
 
 
@@ -279,9 +262,8 @@ def cut(walk: Walk, variant: Variant, device: Device) -> Cut:
 
 def _ranked(walk: Walk, device: Device) -> list[Variant]:
     """What was measured, if it fits, then by estimated cost."""
-    key = (walk.p, walk.q, walk.c, walk.wgrad)
-    known = [*filter(None, [MEASURED.get(key)]), *TRIED.get(key, ())]
-    first = [variant for variant in known if variant.images <= walk.n and variant.form.fits(walk)]
+    known = MEASURED.get((walk.p, walk.q, walk.c, walk.wgrad))
+    first = [known] if known and known.images <= walk.n and known.form.fits(walk) else []
     found = sorted(_all(walk, device), key=lambda variant: _cost(walk, variant, device))
     return [*first, *(variant for variant in found if variant not in first)][:MOST_CANDIDATES]
 
