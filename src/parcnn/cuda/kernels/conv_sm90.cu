@@ -326,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         // A row for each consumer that has tiles of its own, or for each patch of pixels.
         constexpr int Rows = ALTERNATE ? 2 : 1;
         const bool by_patch = !keeps_sums(g);
-        const MomentsRows rows = {partial_rows, row_count, g.k};
+        const PartialRows rows = {partial_rows, row_count, g.k};
         Moments moments;
 #endif
 #endif

@@ -28,8 +28,15 @@ __device__ __forceinline__ int ends_within(const Problem &g, const Tile &t) {
 // beside a product's. Twin: _rows_of_moments of conv_sm90.py.
 __device__ __forceinline__ bool keeps_sums(const Problem &g) { return PIXELS <= MOST_PIXELS_BESIDE_SUMS && g.by_k_inner.d == 1 && k_rounds(g) == 1; }
 
-// partial: counts, means, then sums of squared deviations, (rows, K) each.
-struct MomentsRows {
+// Of the four lanes that have pixels of the same channels.
+__device__ __forceinline__ float sum_of_four(float v) {
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    return v;
+}
+
+// partial: counts, means, then sums of squared deviations (of a batch norm's sums dgammas, then dbetas), (rows, K) each.
+struct PartialRows {
     float *partial;
     int rows, channels;
 };
@@ -81,16 +88,12 @@ struct Moments {
     }
 
     // Write what the warp has of the channels k and k + 8.
-    __device__ __forceinline__ void write(const MomentsRows &to, int row, int k, int lane) {
+    __device__ __forceinline__ void write(const PartialRows &to, int row, int k, int lane) {
         const size_t plane = (size_t)to.rows * to.channels;
         float *at = to.partial + (size_t)row * to.channels + k;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int offset = 1; offset < 4; offset *= 2) {
-                sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
-                squares[i] += __shfl_xor_sync(0xffffffffu, squares[i], offset);
-            }
+            sum[i] = sum_of_four(sum[i]), squares[i] = sum_of_four(squares[i]);
             if (lane % 4 != 0 || k + 8 * i >= to.channels) continue;
             const float offset = count > 0.0f ? sum[i] / count : 0.0f;
             at[8 * i] = count;

@@ -2,8 +2,8 @@
 // dz = dx * act'(gamma*xhat + beta), which takes the place of dx, dbeta = sum dz and dgamma = sum dz*xhat; of dz as it is stored,
 // so after the rounding; of pixels inside the image only.
 //
-// x comes into the staged tile's place, where dz then goes. Each patch of pixels gives a row of partial sums, which
-// batch_norm_sum_gradients adds.
+// x comes into the staged tile's place, where dz then goes. Each patch of pixels gives a row of partial sums, dgammas
+// and dbetas, which batch_norm_sum_gradients adds.
 #pragma once
 
 #include "conv_sm90_moments.cuh"
@@ -11,12 +11,6 @@
 // The batch norm's, (C) each.
 struct Norm {
     const float *gamma, *beta, *mean, *rstd;
-};
-
-// partial: dgammas, then dbetas, (rows, C) each.
-struct NormRows {
-    float *partial;
-    int rows, channels;
 };
 
 // What the batch norm does to the thread's two channels, k and k + 8. scale: gamma * rstd.
@@ -82,16 +76,12 @@ struct NormSums {
     }
 
     // Write what the warp has of the channels k and k + 8.
-    __device__ __forceinline__ void write(const NormRows &to, const Norm &norm, int row, int k, int lane) {
+    __device__ __forceinline__ void write(const PartialRows &to, const Norm &norm, int row, int k, int lane) {
         const size_t plane = (size_t)to.rows * to.channels;
         float *at = to.partial + (size_t)row * to.channels + k;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-#pragma unroll
-            for (int offset = 1; offset < 4; offset *= 2) {
-                errors[i] += __shfl_xor_sync(0xffffffffu, errors[i], offset);
-                products[i] += __shfl_xor_sync(0xffffffffu, products[i], offset);
-            }
+            errors[i] = sum_of_four(errors[i]), products[i] = sum_of_four(products[i]);
             if (lane % 4 != 0 || k + 8 * i >= to.channels) continue;
             at[8 * i] = products[i] * norm.rstd[k + 8 * i];
             at[plane + 8 * i] = errors[i];
