@@ -38,6 +38,31 @@ def test_train(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, 
     np.testing.assert_allclose(new_var, 0.7 * running_var + 0.3 * unbiased, rtol=1e-12)
 
 
+@shapes
+@acts
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_train_with_an_addend(
+    cpu: CpuExecutor,
+    random: np.random.Generator,
+    shape: tuple[int, ...],
+    act: str | None,
+    moments: bool,
+    in_place: bool,
+) -> None:
+    """The addend is the last input, behind the moments; y may lie over it. Nothing else changes."""
+    x, *rest = tensors(random, shape)
+    addend, rows = random.standard_normal(shape), x.reshape(-1, shape[-1])
+    given = [np.array([rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)])] * moments
+    op = BatchNormTrain(act=act, moments=moments, add=True)
+    alias = [(0, 5 + moments)] * in_place
+    y, *statistics = run_op(cpu, op, [x, *rest, *given, addend], alias=alias)
+    plain, *expected = run_op(cpu, BatchNormTrain(moments=moments), [x, *rest, *given])
+    np.testing.assert_array_equal(y, reference.act(act, plain + addend))
+    for one, other in zip(statistics, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @acts
 @pytest.mark.parametrize("pool", [None, "max", "avg"])
 @pytest.mark.parametrize("groups", [1, 3])
@@ -68,6 +93,18 @@ def test_infer(cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, 
     for alias in ((), ((0, 0),)):
         (y,) = run_op(cpu, BatchNormInfer(act=act), arrays, alias=alias)
         np.testing.assert_allclose(y, expected, rtol=1e-11, atol=1e-12)
+
+
+@shapes
+@acts
+@pytest.mark.parametrize("alias", [(), ((0, 0),), ((0, 5),)])
+def test_infer_with_an_addend(
+    cpu: CpuExecutor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, alias: tuple
+) -> None:
+    arrays, addend = tensors(random, shape), random.standard_normal(shape)
+    (plain,) = run_op(cpu, BatchNormInfer(), arrays)
+    (y,) = run_op(cpu, BatchNormInfer(act=act, add=True), [*arrays, addend], alias=alias)
+    np.testing.assert_array_equal(y, reference.act(act, plain + addend))
 
 
 @acts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,45 @@ def test_train_by_given_moments(
     check(executor, BatchNormTrain(1e-5, 0.1, act, moments=True), [x, *parameters(random, shape[-1]), moments])
 
 
+@shapes
+@acts
+@dtypes
+def test_train_with_an_addend(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], act: str | None, dtype: str
+) -> None:
+    arrays = [data(random, shape, dtype), *parameters(random, shape[-1]), data(random, shape, dtype)]
+    check(executor, BatchNormTrain(1e-5, 0.1, act, add=True), arrays)
+
+
+@dtypes
+@pytest.mark.parametrize("moments", [False, True])
+@pytest.mark.parametrize("alias", [(), "addend"], ids=["apart", "y is the addend"])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 24), (9, 8, 8, 3), (3, 37, 41, 8), (1, 1, 1300, 60)], ids=str)
+def test_train_with_an_addend_in_place_and_by_given_moments(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], alias: str, moments: bool, dtype: str
+) -> None:
+    x = data(random, shape, dtype)
+    rows = values_of(x).astype(float).reshape(-1, shape[-1])
+    given = [np.array([rows.mean(0), ((rows - rows.mean(0)) ** 2).sum(0)], np.float32)] * moments
+    arrays = [x, *parameters(random, shape[-1]), *given, data(random, shape, dtype)]
+    op = BatchNormTrain(1e-5, 0.1, "relu", moments=moments, add=True)
+    check(executor, op, arrays, alias=[(0, 5 + moments)] if alias else [])
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(3, 5, 7, 24), (3, 37, 41, 8)], ids=["one launch", "two launches"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
+def test_an_addend_keeps_its_nan_and_infinities(
+    executor: Executor, random: np.random.Generator, shape: tuple[int, ...], train: bool, dtype: str
+) -> None:
+    addend = data(random, shape, dtype)
+    for place, value in (((0, 0, 0, 1), np.nan), ((1, 2, 3, 7), np.inf), ((2, 4, 6, 0), -np.inf)):
+        addend[place] = stored(np.array(value), dtype)
+    op = BatchNormTrain(act="relu", add=True) if train else BatchNormInfer(act="relu", add=True)
+    y, *_ = check(executor, op, [data(random, shape, dtype), *parameters(random, shape[-1]), addend])
+    assert np.isnan(values_of(y)).sum() == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -116,6 +157,9 @@ def test_infer(
     inputs = [data(random, shape, dtype), *parameters(random, shape[-1])]
     check(executor, BatchNormInfer(1e-3, act), inputs)
     check(executor, BatchNormInfer(1e-3, act), inputs, alias=[(0, 0)])
+    inputs.append(data(random, shape, dtype))
+    for alias in ([], [(0, 0)], [(0, 5)]):
+        check(executor, BatchNormInfer(1e-3, act, add=True), inputs, alias=alias)
 
 
 def gradient_inputs(random: np.random.Generator, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
@@ -232,6 +276,9 @@ def test_launches_fit_the_device_and_the_compiled_kernels(
     x, channels = stored(np.ones(shape), dtype), [np.ones(shape[-1], np.float32)] * 4
     for forward in (BatchNormTrain(act="relu"), BatchNormInfer()):
         run_op(null, forward, [x, *channels])
+        run_op(null, replace(forward, add=True), [x, *channels, x])
+    moments = np.ones((2, shape[-1]), np.float32)
+    run_op(null, BatchNormTrain(moments=True, add=True), [x, *channels, moments, x], alias=[(0, 6)])
     for backward in (BatchNormDgrad(act="relu"), BatchNormInferDgrad()):
         run_op(null, backward, [x, x, *channels])
 
@@ -244,3 +291,13 @@ def test_refuses_tensors_of_mixed_types(changed: int) -> None:
     assert batch_norm.supports(BatchNormDgrad(), tuple(inputs)) is None
     inputs[changed] = Spec(inputs[changed].shape, "f32" if inputs[changed].dtype == "bf16" else "bf16")
     assert "f32" in (batch_norm.supports(BatchNormDgrad(), tuple(inputs)) or "")
+
+
+@pytest.mark.parametrize("changed", [0, 1, 4, 5, 6])
+def test_an_addend_is_of_the_type_of_x(changed: int) -> None:
+    x, c = Spec((2, 3, 3, 8), "bf16"), Spec((8,))
+    inputs = [x, c, c, c, c, Spec((2, 8)), x]
+    op = BatchNormTrain(moments=True, add=True)
+    assert batch_norm.supports(op, tuple(inputs)) is None
+    inputs[changed] = Spec(inputs[changed].shape, "f32" if inputs[changed].dtype == "bf16" else "bf16")
+    assert "f32" in (batch_norm.supports(op, tuple(inputs)) or "")

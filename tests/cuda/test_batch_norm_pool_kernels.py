@@ -202,6 +202,8 @@ def test_refuses_forward() -> None:
     assert "2x2" in (batch_norm_pool.supports(odd, inputs) or "")
     assert "pool" in (batch_norm_pool.supports(BatchNormTrain(), inputs) or "")
     assert "pool" in (batch_norm.supports(BatchNormTrain(window=PoolWindow()), inputs) or "")
+    added = BatchNormTrain(window=PoolWindow(), add=True)
+    assert "addend" in (batch_norm_pool.supports(added, (*inputs, inputs[0])) or "")
 
 
 def test_workspace_is_little() -> None:

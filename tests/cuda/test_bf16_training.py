@@ -20,6 +20,7 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import conv_padded
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError
+from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
 from parcnn.plan.describe import outline
 from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
@@ -27,7 +28,7 @@ from parcnn.train import Trainer
 
 
 def create(network: str) -> nn.Module:
-    own = {"mixed": mixed, "pools": pools, "means": means, "norms": norms}
+    own = {"mixed": mixed, "pools": pools, "means": means, "norms": norms, "residual": residual}
     if network in own:
         return own[network]()
     return models.create(network, in_channels=3 if network == "cifarnet" else 1)
@@ -113,6 +114,25 @@ def norms() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(72 * 9, 10))
 
 
+def residual() -> nn.Module:
+    """Blocks of a residual network: a shortcut as it is, and one with a convolution and a norm; few rows at last."""
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+            self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(outputs) for _ in range(3))
+            self.down = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if (inputs, stride) != (outputs, 1) else None
+
+        def forward(self, x: parcnn.Tensor) -> parcnn.Tensor:
+            y = self.norm2(self.conv2(nn.functional.relu(self.norm1(self.conv1(x)))))
+            return nn.functional.relu(y + (self.norm3(self.down(x)) if self.down else x))
+
+    blocks = [Block(3, 64, 1), Block(64, 64, 1), Block(64, 72, 2), Block(72, 128, 8)]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
 def odd(channels: int) -> nn.Module:
     """Channels that are no multiples of 8, of images, too."""
     blocks = [
@@ -151,10 +171,26 @@ def test_every_launch_of_a_run_is_sound(null: CudaExecutor, network: str, shape:
     run.session.pull()
 
 
-@pytest.mark.parametrize("network", [mixed, pools, means, norms])
+@pytest.mark.parametrize("network", [mixed, pools, means, norms, residual])
 def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callable[[], nn.Module]) -> None:
     run = Trainer(network(), optim.AdamW(1e-3), device=null, precision="bf16", batch_size=16)
     run.fit(noise(40, (3, 32, 32)), 1)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_residual_block_needs_no_pass_for_its_sum(null: CudaExecutor, mode: str) -> None:
+    """The second norm of each takes the shortcut along, with ReLU; from 4 MB on also by the moments of its convolution."""
+    plan = outline(
+        residual(), mode=mode, batch=128, sample=(3, 32, 32), executor=null, loss=nn.CrossEntropyLoss(),
+        optimizer=optim.SGD(), precision="bf16",
+    )  # fmt: skip
+    forward = [call for call in plan.program.calls if call.phase == "forward"]
+    assert not [call for call in forward if call.op.name in ("add", "act")]
+    sums = [call for call in forward if isinstance(call.op, BatchNormTrain | BatchNormInfer) and call.op.add]
+    assert [call.op.act for call in sums] == ["relu"] * 4
+    assert [name for call in sums for name in null.kernels(call) if name.entry == "batch_norm_moments"] == []
+    if mode == "train":
+        assert [call.op.moments for call in sums if isinstance(call.op, BatchNormTrain)] == [True, True, True, False]
 
 
 def test_a_network_is_padded_once(null: CudaExecutor) -> None:
@@ -200,6 +236,7 @@ def test_it_learns_as_fp32_does(cuda: CudaExecutor) -> None:
         ("pools", (3, 32, 32)),
         ("means", (3, 32, 32)),
         ("norms", (3, 32, 32)),
+        ("residual", (3, 32, 32)),
     ],
 )
 def test_the_first_steps_follow_fp32(cuda: CudaExecutor, network: str, shape: tuple[int, ...]) -> None:

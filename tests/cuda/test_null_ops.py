@@ -112,7 +112,10 @@ CASES: list[tuple[Op, list[np.ndarray]]] = [
     (Cast("f32"), [bf16(5, 7), bf16(4097)]),
     (BatchNormTrain(act="relu"), [f32(3, 5, 5, 65), *CHANNELS]),
     (BatchNormTrain(), [f32(512, 16, 16, 65), *CHANNELS]),
+    (BatchNormTrain(add=True), [f32(3, 5, 5, 65), *CHANNELS, f32(3, 5, 5, 65)]),
+    (BatchNormTrain(act="relu", add=True), [bf16(512, 16, 16, 65), *CHANNELS, bf16(512, 16, 16, 65)]),
     (BatchNormInfer(), [f32(3, 5, 5, 65), *CHANNELS]),
+    (BatchNormInfer(add=True), [f32(3, 5, 5, 65), *CHANNELS, f32(3, 5, 5, 65)]),
     (BatchNormDgrad(), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS]),
     (BatchNormDgrad(sums=True), [f32(3, 5, 5, 65), f32(3, 5, 5, 65), *CHANNELS, f32(65), f32(65)]),
     *(

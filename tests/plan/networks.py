@@ -174,7 +174,7 @@ def networks(draw: st.DrawFn, most: int = 6) -> Problem:
             norm = nn.BatchNorm2d(c, eps=1e-2)
             if draw(st.booleans()):
                 norm.eval()  # frozen statistics
-            append(norm)
+            append(norm, draw(st.sampled_from(["plain", "plain", "residual", "residual_first", "residual_relu"])))
             if draw(st.booleans()):
                 append(act())
         elif kind in ("residual", "shared", "dead"):

@@ -39,7 +39,7 @@ class Net(nn.Module):
         self.middle = middle
         self.conv = nn.Conv2d(2, 3, 3, padding=1)
         self.other = nn.Conv2d(3, 3, 3, padding=1)
-        self.norm = nn.BatchNorm2d(3)
+        self.norm, self.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
         self.head = nn.Linear(features, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ def _forward(calls: list[Call]) -> list[str]:
 
 
 def _describe(op: Op) -> str:
-    return " ".join([op.name] + [str(getattr(op, a)) for a in ("act", "pool", "kind") if getattr(op, a, None)])
+    attributes = [str(getattr(op, a)) for a in ("act", "pool", "kind") if getattr(op, a, None)]
+    return " ".join([op.name, *attributes, *["add"] * getattr(op, "add", False)])
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
@@ -171,6 +172,61 @@ def test_batch_norm_and_sum_with_their_activations(cpu: CpuExecutor, mode: str) 
     assert found == ["conv_fprop", "conv_fprop", "add relu"]
 
 
+@pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
+def test_batch_norm_takes_a_shortcut_along(cpu: CpuExecutor, mode: str) -> None:
+    """Which side of the sum it is on, and whether the shortcut is computed before it or after it, makes no difference."""
+    norm = "batch_norm_train" if mode == "train" else "batch_norm_infer"
+
+    def found(middle: Callable[[Net, Tensor], Tensor]) -> list[str]:
+        def with_statistics(net: Net, x: Tensor) -> Tensor:
+            for layer in (net.norm, net.norm2) if mode == "frozen" else ():
+                layer.eval()
+            return middle(net, x)
+
+        return _forward(_calls(cpu, with_statistics, "eval" if mode == "eval" else "train", 105))
+
+    first = ["conv_fprop"]
+    assert found(lambda net, x: F.relu(net.norm(x) + x)) == [*first, f"{norm} relu add"]
+    assert found(lambda net, x: F.relu(x + net.norm(net.other(x)))) == [*first, "conv_fprop", f"{norm} relu add"]
+    assert found(lambda net, x: net.norm(x) + x) == [*first, f"{norm} add"]
+    assert found(lambda net, x: F.tanh(net.norm(x) + x)) == [*first, f"{norm} add", "act tanh"]
+    # The shortcut comes second: as a pool, as a convolution, as one with a norm of its own.
+    late = found(lambda net, x: F.relu(net.norm(x) + F.max_pool2d(x, 3, 1, 1)))
+    assert late == [*first, "pool_fprop max", f"{norm} relu add"]
+    late = found(lambda net, x: F.relu(net.norm(x) + net.other(x)))
+    assert late == [*first, "conv_fprop", f"{norm} relu add"]
+    late = found(lambda net, x: F.relu(net.norm(x) + net.norm2(net.other(x))))
+    assert late == [*first, "conv_fprop", norm, f"{norm} relu add"]
+    # The same norm twice: its running statistics move in the order of the calls, so the first of them stays where it is.
+    twice = found(lambda net, x: F.relu(net.norm(x) + net.norm(net.other(x))))
+    assert twice == [*first, *([norm, "conv_fprop"] if mode == "train" else ["conv_fprop", norm]), f"{norm} relu add"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_sums_that_no_batch_norm_takes_along(cpu: CpuExecutor, mode: str) -> None:
+    """Of a tensor with itself, of what others read too, behind an activation."""
+    norm = "batch_norm_train" if mode == "train" else "batch_norm_infer"
+    assert _forward(_calls(cpu, lambda net, x: (y := net.norm(x)) + y, mode, 105))[1:] == [norm, "add"]
+    found = _forward(_calls(cpu, lambda net, x: (y := net.norm(x)) + net.other(y), mode, 105))
+    assert found[1:] == [norm, "conv_fprop", "add"]
+    assert _forward(_calls(cpu, lambda net, x: F.relu(net.norm(x)) + x, mode, 105))[1:] == [f"{norm} relu", "add"]
+    found = _forward(_calls(cpu, lambda net, x: F.gelu(net.norm(x)) + x, mode, 105))
+    assert found[1:] == [norm, "act gelu", "add"]
+
+
+def test_a_norm_that_is_used_twice_keeps_the_order_of_its_statistics(cpu: CpuExecutor) -> None:
+    images, targets = np.random.default_rng(0).standard_normal((3, 2, 5, 7)), np.zeros(3, np.int32)
+    moved = []
+    for options in (Options(), Options(fuse=False)):
+        model = Net(lambda net, x: F.relu(net.norm(x) + net.norm(net.other(x))), 105)
+        for parameter in model.parameters():
+            parameter.assign(np.random.default_rng(len(parameter.shape)).standard_normal(parameter.shape))
+        step = step_of(cpu, model, images, targets, options=options)
+        moved.append(step.gradients()[1])
+    for name, value in moved[0].items():
+        np.testing.assert_allclose(value, moved[1][name], rtol=1e-9, atol=1e-9, err_msg=name)
+
+
 def _with_moments(calls: list[Call]) -> list[str]:
     """Forward ops between the batch and the head that give or take moments."""
     return _forward([c for c in calls if getattr(c.op, "moments", False)])
@@ -181,16 +237,14 @@ def test_convolutions_take_the_moments_of_what_a_batch_norm_reads(cpu: CpuExecut
     both = ["conv_fprop", "batch_norm_train relu"]
     assert _with_moments(_calls(cpu, lambda net, x: F.relu(net.norm(x)), "train", 105)) == both
     assert _with_moments(_calls(cpu, lambda net, x: F.relu(net.norm(x)), "eval", 105)) == []
-    assert _with_moments(_calls(cpu, lambda net, x: x + net.norm(x), "train", 105)) == [
-        "conv_fprop",
-        "batch_norm_train",
-    ]
+    residual = ["conv_fprop", "batch_norm_train add"]
+    assert _with_moments(_calls(cpu, lambda net, x: x + net.norm(x), "train", 105)) == residual
     pooled = _calls(cpu, lambda net, x: net.norm(F.max_pool2d(F.tanh(x), 2)), "train", 18)
     assert _with_moments(pooled) == ["conv_fprop tanh max", "batch_norm_train"]
     assert _with_moments(_calls(cpu, lambda net, x: net.norm(F.gelu(x)), "train", 105)) == []
     twice = _calls(cpu, lambda net, x: net.norm(x) + net.norm(x), "train", 105)
-    assert _with_moments(twice) == ["conv_fprop", "batch_norm_train", "batch_norm_train"]
-    taken = {slot.offset for c in twice if c.op.name == "batch_norm_train" for slot in c.inputs[5:]}
+    assert _with_moments(twice) == ["conv_fprop", "batch_norm_train", "batch_norm_train add"]
+    taken = {slot.offset for c in twice if c.op.name == "batch_norm_train" for slot in c.inputs[5:6]}
     given = [slot.offset for c in twice if c.op.name == "conv_fprop" for slot in c.outputs[1:]]
     assert taken == set(given)
     assert len(given) == 1
@@ -215,6 +269,22 @@ def test_the_error_signal_takes_sum_and_derivative_along(cpu: CpuExecutor) -> No
     assert not [c for c in calls if c.op.name in ("act_dgrad", "add") and c.phase == "backward"]
 
 
+def test_the_error_behind_a_residual_block(cpu: CpuExecutor) -> None:
+    """The derivative of a block's activation is taken once, by the convolution above, though two paths read that error."""
+
+    def middle(net: Net, x: Tensor) -> Tensor:
+        y = F.relu(net.norm(net.other(x)) + x)
+        return F.relu(net.norm2(net.other(y)) + y)
+
+    calls = _calls(cpu, middle, "train", 105)
+    backward = [
+        _describe(c.op) for c in calls if c.phase == "backward" and isinstance(c.op, ConvDgrad | BatchNormDgrad)
+    ]
+    first = ["conv_dgrad relu", "batch_norm_dgrad"]  # by the linear layer
+    assert backward == [*first, "conv_dgrad relu add", "batch_norm_dgrad", "conv_dgrad add"]
+    assert not [c for c in calls if c.op.name in ("act_dgrad", "add") and c.outputs[0].spec.shape == (3, 5, 7, 3)]
+
+
 class Summing(CpuExecutor):
     """An executor whose input gradients take the sums of a batch norm below."""
 
@@ -232,7 +302,7 @@ def _sums(middle: Callable[[Net, Tensor], Tensor], features: int = 105, refused:
     calls = _calls(executor, middle, "train", features)
     executor.close()
     found = [c.op for c in calls if isinstance(c.op, ConvDgrad | BatchNormDgrad) and c.op.sums]
-    return [_describe(op) + " add" * getattr(op, "add", False) for op in found]
+    return [_describe(op) for op in found]
 
 
 def test_input_gradients_take_the_sums_of_a_batch_norm_below() -> None:
@@ -242,6 +312,9 @@ def test_input_gradients_take_the_sums_of_a_batch_norm_below() -> None:
     assert _sums(lambda net, x: net.norm(net.other(x))) == ["conv_dgrad", "batch_norm_dgrad"]  # by the linear layer
     both = _sums(lambda net, x: (y := F.relu(net.norm(x))) + net.other(y))
     assert both == ["conv_dgrad relu add", "batch_norm_dgrad"]
+    assert _sums(lambda net, x: net.other(F.relu(net.norm(x) + x))) == []  # two read the error
+    block = _sums(lambda net, x: F.relu(net.norm2(net.other(y := F.relu(net.norm(x)))) + y))
+    assert block == ["conv_dgrad relu add", "batch_norm_dgrad"]
     pooled = _sums(lambda net, x: F.max_pool2d(F.tanh(net.other(F.relu(net.norm(x)))), 2), 18)
     assert pooled == ["conv_dgrad relu max", "batch_norm_dgrad"]
     assert _sums(lambda net, x: net.other(net.norm(x) + x)) == []
@@ -332,7 +405,7 @@ def test_the_executor_decides(mode: str) -> None:
     choosy = Choosy(threads=1)
 
     def middle(net: Net, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(net.norm(F.relu(net.other(F.relu(x))))), 2)
+        return F.max_pool2d(F.relu(net.norm2(x) + net.norm(F.relu(net.other(F.relu(x))))), 2)
 
     calls = _calls(choosy, middle, mode, 18)
     choosy.close()

@@ -19,7 +19,7 @@ from parcnn.ops.pool import PoolFprop
 def batch_norm_train(
     op: BatchNormTrain, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
 ) -> None:
-    """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics; running statistics move towards them."""
+    """y = act((x - mean) * rstd * gamma + beta [+ addend]) with the batch's statistics, to which the running ones move."""
     if op.window:
         workspace.shared.rewind()
         z = workspace.shared.take(inputs[0].shape, inputs[0].dtype)
@@ -38,9 +38,7 @@ def batch_norm_train(
     rstd[...] = 1 / np.sqrt(var + op.eps)
     running_mean += op.momentum * (mean - running_mean)
     running_var += op.momentum * (var * (n / max(n - 1, 1)) - running_var).astype(x.dtype)
-    workspace.each_slice(
-        n, lambda i, _: _normalise(x[i], mean, rstd * gamma, beta, op.act, y[i]), rows_a_piece(*x.shape)
-    )
+    _normalise(op, x, mean, rstd * gamma, beta, inputs[5 + op.moments :], y, workspace)
 
 
 def moments(x: np.ndarray, mean: np.ndarray, workspace: Workspace) -> np.ndarray:
@@ -58,13 +56,10 @@ def moments(x: np.ndarray, mean: np.ndarray, workspace: Workspace) -> np.ndarray
 def batch_norm_infer(
     op: BatchNormInfer, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace
 ) -> None:
-    """y = act((x - running_mean) / sqrt(running_var + eps) * gamma + beta)."""
+    """y = act((x - running_mean) / sqrt(running_var + eps) * gamma + beta [+ addend])."""
     x, y = _rows(inputs[0]), _rows(outputs[0])
-    gamma, beta, mean, var = inputs[1:]
-    scale = gamma / np.sqrt(var + op.eps)
-    workspace.each_slice(
-        x.shape[0], lambda i, _: _normalise(x[i], mean, scale, beta, op.act, y[i]), rows_a_piece(*x.shape)
-    )
+    gamma, beta, mean, var = inputs[1:5]
+    _normalise(op, x, mean, gamma / np.sqrt(var + op.eps), beta, inputs[5:], y, workspace)
 
 
 def batch_norm_dgrad(
@@ -125,13 +120,28 @@ def batch_norm_infer_dgrad(
 
 
 def _normalise(
-    x: np.ndarray, mean: np.ndarray, scale: np.ndarray, beta: np.ndarray, act: str | None, out: np.ndarray
+    op: BatchNormTrain | BatchNormInfer,
+    x: np.ndarray,
+    mean: np.ndarray,
+    scale: np.ndarray,
+    beta: np.ndarray,
+    addends: list[np.ndarray],
+    y: np.ndarray,
+    workspace: Workspace,
 ) -> None:
-    np.subtract(x, mean, out=out)
-    out *= scale
-    out += beta
-    if act:
-        np.maximum(out, 0, out=out)
+    """Write y = act((x - mean) * scale + beta), or act(... + beta + addend), which y may lie over."""
+
+    def piece(rows: slice, scratch: Scratch) -> None:
+        z = scratch.take(y[rows].shape, y.dtype) if op.add else y[rows]
+        np.subtract(x[rows], mean, out=z)
+        z *= scale
+        z += beta
+        for addend in addends:
+            np.add(z, _rows(addend)[rows], out=y[rows])
+        if op.act:
+            np.maximum(y[rows], 0, out=y[rows])
+
+    workspace.each_slice(len(x), piece, rows_a_piece(*x.shape))
 
 
 def _dz_centred(
@@ -210,6 +220,12 @@ def _train_scratch(
     return ScratchSize(size.shared + z, max(size.per_worker, pool.per_worker))
 
 
+def _infer_scratch(
+    op: BatchNormInfer, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
+) -> ScratchSize:
+    return ScratchSize(0, scratch_size(1)(op, inputs, outputs, workers).per_worker if op.add else 0)
+
+
 def _dgrad_scratch(
     op: BatchNormDgrad, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...], workers: int
 ) -> ScratchSize:
@@ -229,4 +245,9 @@ RUN = {
     BatchNormDgrad: batch_norm_dgrad,
     BatchNormInferDgrad: batch_norm_infer_dgrad,
 }
-SCRATCH = {BatchNormTrain: _train_scratch, BatchNormDgrad: _dgrad_scratch, BatchNormInferDgrad: scratch_size(2)}
+SCRATCH = {
+    BatchNormTrain: _train_scratch,
+    BatchNormInfer: _infer_scratch,
+    BatchNormDgrad: _dgrad_scratch,
+    BatchNormInferDgrad: scratch_size(2),
+}

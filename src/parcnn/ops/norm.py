@@ -11,14 +11,15 @@ from parcnn.ops.pool import PoolWindow
 
 @dataclass(frozen=True)
 class BatchNormTrain(Op):
-    """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics.
+    """y = act((x - mean) * rstd * gamma + beta) with the batch's statistics; act(... + beta + addend) if `add`.
 
-    inputs: x (..., C), gamma (C), beta (C), running_mean (C), running_var (C), and if `moments`, those of x (2, C), as
-    ConvFprop gives them: statistics then need no pass over x; outputs: y, mean (C), rstd (C), both in the
-    tensor's float type. running = (1-momentum)*running + momentum*batch, with the unbiased variance (n/(n-1)).
-    `act`: None or 'relu'.
+    inputs: x (..., C), gamma (C), beta (C), running_mean (C), running_var (C), if `moments`, those of x (2, C), as
+    ConvFprop gives them: statistics then need no pass over x; if `add`, the addend (shape of x), the last; outputs: y,
+    mean (C), rstd (C), both in the tensor's float type. running = (1-momentum)*running + momentum*batch, with the unbiased
+    variance (n/(n-1)). `act`: None or 'relu'.
 
-    `window`: a maximum is taken of what y would be, and the outputs are y and idx of that (`PoolFprop`), mean, rstd.
+    `window`: a maximum is taken of what y would be, and the outputs are y and idx of that (`PoolFprop`), mean, rstd. Not with
+    `add`.
     """
 
     eps: float = 1e-5
@@ -26,6 +27,7 @@ class BatchNormTrain(Op):
     act: str | None = None
     moments: bool = False
     window: PoolWindow | None = None
+    add: bool = False
 
     @property
     def overwritten(self) -> tuple[int, ...]:
@@ -48,12 +50,17 @@ class BatchNormTrain(Op):
             if act:
                 (dy,) = emit(ActDgrad(act), dy, outputs[0])
             (dy,), act = emit(self.window.backward(image_of(x)), dy, outputs[1]), None
+        elif self.add and act:
+            (dy,), act = emit(ActDgrad(act), dy, outputs[0]), None
         # dx has the moments' part in it.
         dx, dgamma, dbeta = emit(BatchNormDgrad(act=act), dy, x, gamma, beta, *outputs[-2:])
-        return dx, dgamma, dbeta, *[None] * len(inputs[3:])
+        return dx, dgamma, dbeta, *[None] * (2 + self.moments), *[dy] * self.add
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 5 + self.moments),) if self.add else ()  # an element of the addend is read for its own output
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return 5 * inputs[0].size
+        return (5 + self.add) * inputs[0].size
 
     def bytes(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         statistics = 0 if self.moments else inputs[0].nbytes  # need a pass of their own
@@ -62,29 +69,33 @@ class BatchNormTrain(Op):
 
 @dataclass(frozen=True)
 class BatchNormInfer(Op):
-    """y = act((x - running_mean) / sqrt(running_var + eps) * gamma + beta).
+    """y = act((x - running_mean) / sqrt(running_var + eps) * gamma + beta), or act(... + beta + addend) if `add`.
 
-    inputs: x (..., C), gamma, beta, running_mean, running_var (C); output: y.
+    inputs: x (..., C), gamma, beta, running_mean, running_var (C), if `add`, the addend (shape of x); output: y.
     """
 
     eps: float = 1e-5
     act: str | None = None
+    add: bool = False
 
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         return (inputs[0],)
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         """With frozen statistics the layer is an affine map of its input."""
-        if dys[0] is None:
-            return (None,) * 5
-        dx, dgamma, dbeta = emit(BatchNormInferDgrad(eps=self.eps, act=self.act), dys[0], inputs[0], *inputs[1:5])
-        return dx, dgamma, dbeta, None, None
+        dy, act = dys[0], self.act
+        if dy is None:
+            return (None,) * len(inputs)
+        if self.add and act:
+            (dy,), act = emit(ActDgrad(act), dy, outputs[0]), None
+        dx, dgamma, dbeta = emit(BatchNormInferDgrad(eps=self.eps, act=act), dy, inputs[0], *inputs[1:5])
+        return dx, dgamma, dbeta, None, None, *[dy] * self.add
 
     def inplace(self) -> tuple[tuple[int, int], ...]:
-        return ((0, 0),)
+        return ((0, 0), (0, 5)) if self.add else ((0, 0),)
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
-        return 2 * inputs[0].size
+        return (2 + self.add) * inputs[0].size
 
 
 @dataclass(frozen=True)

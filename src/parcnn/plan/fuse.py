@@ -2,7 +2,8 @@
 
 Forward, before differentiation (a fused op carries its own gradient rule):
     act -> max-pool, wherever it stands: then nothing of the size before the pool is kept for backward
-    conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, batch norm -> max-pool, add -> act
+    conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, batch norm -> max-pool, add -> act,
+    batch norm -> add (-> relu)
     conv -> batch norm in training: two ops still, but the convolution takes the moments of what it writes
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
@@ -13,7 +14,7 @@ A group fuses only when what lies inside it has no other reader and the executor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec, Value
@@ -61,17 +62,24 @@ def _pass(graph: Graph, rule: Rule, can_fuse: CanFuse) -> bool:
             if fused is None:
                 continue
             op, inputs = fused
-            # The merged node stands where the producer stood: later, an update might have changed its weights.
-            if any(position[id(producer_of[v])] > position[id(producer)] for v in inputs if v in producer_of):
+            first, last = position[id(producer)], position[id(node)]
+            late = any(position[id(producer_of[v])] > first for v in inputs if v in producer_of)
+            between = graph.nodes[first + 1 : last]
+            if late and not _may_wait(producer, between):
                 continue
             if not can_fuse(op, tuple(v.spec for v in inputs)):
                 continue
             outputs = _outputs(op, inputs, producer, node)
             merged = Node(op, inputs, outputs, producer.layer, producer.phase)
-            graph.nodes[position[id(producer)]] = merged
-            del graph.nodes[position[id(node)]]
+            graph.nodes[first : last + 1] = [*between, merged] if late else [merged, *between]
             return True
     return False
+
+
+def _may_wait(producer: Node, others: Sequence[Node]) -> bool:
+    """Whether a node may run after these: a later update would change its weights, and none may see its statistics sooner."""
+    statistics = {producer.inputs[i] for i in producer.op.overwritten}
+    return producer.phase == "forward" and not any(v in statistics for node in others for v in node.inputs)
 
 
 def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> tuple[Value, ...]:
@@ -113,12 +121,17 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
                 return pooled, producer.inputs
-    if isinstance(first, BatchNormTrain) and first.window is None and first.act is None:
+    if isinstance(first, BatchNormTrain) and first.window is None and first.act is None and not first.add:
         if isinstance(second, PoolFprop) and second.kind == "max" and second.act in (None, "relu"):
             return replace(first, act=second.act, window=second.window), producer.inputs
     if isinstance(first, BatchNormTrain | BatchNormInfer) and first.act is None:
         if isinstance(second, Act) and second.kind == "relu":  # behind a maximum, too: they commute
             return replace(first, act="relu"), producer.inputs
+        has_pool = isinstance(first, BatchNormTrain) and first.window is not None
+        if isinstance(second, Add) and second.act in (None, "relu") and not (first.add or has_pool):
+            others = [v for v in node.inputs if v is not producer.outputs[0]]
+            if len(others) == 1:
+                return replace(first, add=True, act=second.act), (*producer.inputs, *others)
     if isinstance(first, Add) and first.act is None and isinstance(second, Act) and second.kind in FROM_OUTPUT:
         return replace(first, act=second.kind), producer.inputs
     return None
@@ -133,7 +146,7 @@ def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:
             continue
         op, specs = replace(conv.op, moments=True), tuple(v.spec for v in conv.inputs)
         moments = conv.outputs[-1] if conv.op.moments else Value(op.infer(*specs)[-1], f"{conv.layer}.moments")
-        norm, inputs = replace(node.op, moments=True), (*node.inputs, moments)
+        norm, inputs = replace(node.op, moments=True), (*node.inputs[:5], moments, *node.inputs[5:])
         if not can_fuse(op, specs) or not can_fuse(norm, tuple(v.spec for v in inputs)):
             continue
         node.op, node.inputs = norm, inputs

@@ -1,10 +1,12 @@
 // Batch normalisation of x (rows, C); rows = N*H*W. With xhat = (x - mean) * rstd:
-//   forward    y = act(gamma*xhat + beta); training: mean and rstd = 1/sqrt(var + eps) of this batch, and
-//              running += momentum * (batch - running), the variance unbiased there; inference: the running statistics
+//   forward    y = act(gamma*xhat + beta), or act(gamma*xhat + beta + addend); training: mean and rstd = 1/sqrt(var + eps) of
+//              this batch, and running += momentum * (batch - running), the variance unbiased there; inference: the running
+//              statistics
 //   backward   dz = dy * act'(gamma*xhat + beta), recomputed;  dbeta = sum dz;  dgamma = sum dz*xhat;
 //              training: dx = gamma*rstd * (dz - (dbeta + xhat*dgamma)/rows);  frozen statistics: dx = gamma*rstd * dz
 //
-// x, y, dy and dx are float or bf16; everything else is float, and so is all arithmetic: bf16 is rounded to once, at the store.
+// x, addend, y, dy and dx are float or bf16; everything else is float, and so is all arithmetic: bf16 is rounded to once, at
+// the store.
 // Backward recomputes the forward's float before the activation, bit for bit, and cuts off where that was zero or less. The
 // rounding to bf16 has no part in it: where a positive float rounds to a zero y (up to 2^-134), dy still passes.
 //
@@ -19,12 +21,12 @@
 // Variances: the mean comes before the squared deviations from it, and is corrected by the deviations. In two launches a
 //   thread takes both of UNROLL rows at a time and merges them (Chan, Golub & LeVeque 1979): no difference of large numbers.
 //   Every order is fixed.
-// Bytes: forward reads x twice (training, two launches), writes y; backward reads dy and x twice (frozen or one launch: once),
-//   writes dx.
+// Bytes: forward reads x twice (training, two launches) and the addend once, writes y; backward reads dy and x twice (frozen or
+//   one launch: once), writes dx.
 // Preconditions: C is a multiple of VEC and tensors start on 16 bytes; rows below 2^31; blockDim.x a power of two, at least
-//   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP but in one launch. dx may be dy or x: an element is
-//   read for the last time by the thread that writes it.
-// Macros: ELEMENT (float, bf16), VEC; ENTRY: which kernel is compiled.
+//   32 and a block's channels, 2^lanes_log2 * VEC, which are at most GROUP but in one launch. y may be the addend (in inference
+//   x, too), dx dy or x: an element is read for the last time by the thread that writes it.
+// Macros: ELEMENT (float, bf16), VEC; ENTRY: which kernel is compiled; ADDEND 1: forward has an addend.
 #include "batch_norm.cuh"
 
 #define MOMENTS 0
@@ -35,6 +37,10 @@
 #define SUM_GRADIENTS 5
 #define DGRAD 6
 #define DGRAD_SINGLE 7
+
+#ifndef ADDEND
+#define ADDEND 0
+#endif
 
 #define UNROLL (sizeof(Element) == 2 ? 8 : 4)  // rows of a tile that a thread has
 #define GROUP 32  // most channels of a block, but in one launch
@@ -96,14 +102,33 @@ __device__ __forceinline__ void add_rows(Moments &own, const Word (&rows)[UNROLL
 }
 
 // Write y of a row's channels.
-__device__ __forceinline__ void normalise(Element *y, const Word &x, const Normal &n, int relu) {
-    Vector v = to_floats(x);
+__device__ __forceinline__ void normalise(Element *y, const Word &x, const Word &addend, const Normal &n, int relu) {
+    Vector v = to_floats(x), a = ADDEND ? to_floats(addend) : splat<VEC>(0.0f);
 #pragma unroll
     for (int e = 0; e < VEC; ++e) {
         float z = (v.v[e] - n.mean.v[e]) * n.scale.v[e] + n.shift.v[e];
+        if (ADDEND) z += a.v[e];
         v.v[e] = relu ? activate<ACT_RELU>(z) : z;
     }
     store<VEC>(y, v);
+}
+
+// A thread's rows of a tile: they may still be on their way.
+struct Rows {
+    Word x[UNROLL], addend[UNROLL];
+};
+
+__device__ __forceinline__ void load_operands(const Element *x, const Element *addend, int count, size_t step, Rows &rows) {
+    load_rows(x, count, step, rows.x);
+    if (ADDEND) load_rows(addend, count, step, rows.addend);
+}
+
+__device__ __forceinline__ void write_rows(Element *y, const Rows &rows, int count, size_t step, const Normal &n, int relu) {
+#pragma unroll
+    for (int j = 0; j < UNROLL; ++j) {
+        if (j >= count) break;
+        normalise(y + j * step, rows.x[j], rows.addend[j], n, relu);
+    }
 }
 
 #if ENTRY == MOMENTS
@@ -135,30 +160,27 @@ batch_norm_moments(const Element *__restrict__ x, float *__restrict__ partial, S
 // The second pass. split: of the first.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                 const float *__restrict__ partial, Element *__restrict__ y, Statistics s, Split split, Shape shape, int relu) {
+                 const float *__restrict__ partial, const Element *addend, Element *y, Statistics s, Split split, Shape shape,
+                 int relu) {
     await_predecessors();
     __shared__ float4 scratch[3 * WRITE_THREADS / 32 * GROUP / 4];
     Part at = part_of(shape);
     int tile = shape.tiles - 1 - (int)blockIdx.y;
     size_t start;
     int count = rows_in(tile, at, shape, start);
-    Word v[UNROLL];
-    load_rows(x + start, count, at.step, v);  // on their way while the partial results are merged
+    Rows rows;
+    load_operands(x + start, addend + start, count, at.step, rows);  // on their way while the partial results are merged
 
     // No block has fewer tiles than the last.
     Normal normal = merge_partials(partial, gamma, beta, s, split, shape, at, &scratch->x, blockIdx.y == gridDim.y - 1);
     if (!at.live) return;
 
     while (true) {
-#pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], normal, relu);
-        }
+        write_rows(y + start, rows, count, at.step, normal, relu);
         tile -= gridDim.y;
         if (tile < 0) return;
         count = rows_in(tile, at, shape, start);
-        load_rows(x + start, count, at.step, v);
+        load_operands(x + start, addend + start, count, at.step, rows);
     }
 }
 #endif
@@ -167,24 +189,21 @@ batch_norm_train(const Element *__restrict__ x, const float *__restrict__ gamma,
 // Inference.
 extern "C" __global__ void __launch_bounds__(WRITE_THREADS)
 batch_norm_infer(const Element *x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                 const float *__restrict__ mean, const float *__restrict__ var, Element *y, Shape shape, float eps, int relu) {
+                 const float *__restrict__ mean, const float *__restrict__ var, const Element *addend, Element *y, Shape shape,
+                 float eps, int relu) {
     await_predecessors();
     Part at = part_of(shape);
     if (!at.live) return;
     for (int tile = blockIdx.y; tile < shape.tiles; tile += gridDim.y) {
         size_t start;
         int count = rows_in(tile, at, shape, start);
-        Word v[UNROLL];
-        load_rows(x + start, count, at.step, v);
+        Rows rows;
+        load_operands(x + start, addend + start, count, at.step, rows);
         Normal normal = {load<VEC>(gamma + at.c), load<VEC>(beta + at.c), load<VEC>(mean + at.c)};
         Vector variance = load<VEC>(var + at.c);
 #pragma unroll
         for (int e = 0; e < VEC; ++e) normal.scale.v[e] *= 1.0f / sqrtf(variance.v[e] + eps);
-#pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            if (j >= count) break;
-            normalise(y + start + j * at.step, v[j], normal, relu);
-        }
+        write_rows(y + start, rows, count, at.step, normal, relu);
     }
 }
 #endif
@@ -203,35 +222,39 @@ __device__ __forceinline__ void keep_rows(Word *kept, const Element *x, int firs
     }
 }
 
-// Wait for a thread's chunk of rows; later ones may still be on their way.
+// Wait for a thread's chunk of rows; later ones, and the addend behind them, may still be on their way.
 __device__ __forceinline__ void wait_for_chunk(int chunk) {
     if (chunk == 0)
-        copy_async_wait<CHUNKS - 1>();
+        copy_async_wait<CHUNKS - 1 + ADDEND>();
     else if (chunk == 1)
-        copy_async_wait<CHUNKS - 2>();
+        copy_async_wait<CHUNKS - 2 + ADDEND>();
     else if (chunk == 2)
-        copy_async_wait<CHUNKS - 3>();
+        copy_async_wait<CHUNKS - 3 + ADDEND>();
     else
-        copy_async_wait<0>();
+        copy_async_wait<ADDEND>();
 }
 
 #if ENTRY == TRAIN_SINGLE
-// grid: (groups of channels, 1). Shared memory: the rows, then scratch. Without the least number of blocks ptxas spills to save
-// registers.
-extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, sizeof(Element) == 2 ? 1 : 0)
+// grid: (groups of channels, 1). Shared memory: the rows, those of the addend, then scratch. Without the least number of blocks
+// ptxas spills to save registers.
+extern "C" __global__ void __launch_bounds__(SINGLE_THREADS, sizeof(Element) == 2 || ADDEND ? 1 : 0)
 batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__ gamma, const float *__restrict__ beta,
-                        Element *__restrict__ y, Statistics s, Shape shape, int relu) {
+                        const Element *addend, Element *y, Statistics s, Shape shape, int relu) {
     await_predecessors();
     DYNAMIC_SHARED(Word, shared);
     Part at = part_of(shape);
-    int stride = blockDim.x;
-    Word *kept = shared + threadIdx.x;
-    float *scratch = reinterpret_cast<float *>(shared + shape.tiles * stride);
+    int stride = blockDim.x, kept_words = shape.tiles * stride;
+    Word *kept = shared + threadIdx.x, *kept_addend = kept + kept_words;
+    float *scratch = reinterpret_cast<float *>(shared + (1 + ADDEND) * kept_words);
     size_t start;
     int count = rows_from(at.row, at, shape, start), chunk = (shape.tiles + CHUNKS - 1) / CHUNKS;
 #pragma unroll 1
     for (int i = 0; i < CHUNKS; ++i) {
         keep_rows(kept, x + start, i * chunk, min((i + 1) * chunk, count), at.step);
+        copy_async_commit();
+    }
+    if (ADDEND) {
+        keep_rows(kept_addend, addend + start, 0, count, at.step);
         copy_async_commit();
     }
 
@@ -269,10 +292,10 @@ batch_norm_train_single(const Element *__restrict__ x, const float *__restrict__
     __syncthreads();
     if (!at.live) return;
     Normal normal = load_normal(scratch, at, shape.lanes_log2);
+    if (ADDEND) copy_async_wait<0>();
 #pragma unroll 4
-    for (int k = 0; k < count; ++k) {
-        normalise(y + start + k * at.step, kept[k * stride], normal, relu);
-    }
+    for (int k = 0; k < count; ++k)
+        normalise(y + start + k * at.step, kept[k * stride], ADDEND ? kept_addend[k * stride] : Word(), normal, relu);
 }
 #endif
 

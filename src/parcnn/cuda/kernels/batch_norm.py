@@ -26,6 +26,7 @@ WIDEST = 4
 MOMENTS_THREADS, GRADIENT_THREADS, LEAST_SUM_THREADS = 1024, 512, 256
 WRITE_THREADS = 256
 TRAIN_BLOCKS_PER_SM, DGRAD_BLOCKS_PER_SM = {"f32": 4, "bf16": 3}, {"f32": 3, "bf16": 3}
+ADD_BLOCKS_PER_SM = {"f32": 3, "bf16": 2}  # in training, with an addend
 # One launch, for few rows: longer columns of a few channels come slower from memory than whole rows come twice (64x2048x7x7,
 # f32, H200: 37 us against 27). Bytes of a block's channels, from a line to a sector: the longest run wins whose rows fit into
 # shared memory and whose blocks leave few multiprocessors idle.
@@ -53,6 +54,7 @@ ENTRIES = (
     "batch_norm_dgrad",
     "batch_norm_dgrad_single",
 )
+ADDING = ("batch_norm_train", "batch_norm_train_single", "batch_norm_infer")  # those that there are with an addend, too
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,24 @@ class Geometry:
         kept = ITEM_BYTES[self.dtype] * tensors * self.tiles * self.threads
         return self.width * (kept + 4 * 3 * (self.threads // WARP << self.lanes_log2))
 
-    def launch(self, entry: str, *args: Argument, shared_bytes: int = 0) -> Launch:
+    def launch(self, entry: str, *args: Argument, shared_bytes: int = 0, add: bool = False) -> Launch:
         """A launch of this geometry."""
         grid = (self.groups, self.row_blocks, 1)
-        return Launch(_kernel(entry, self.dtype, self.width), grid, (self.threads, 1, 1), args, shared_bytes)
+        return Launch(_kernel(entry, self.dtype, self.width, add), grid, (self.threads, 1, 1), args, shared_bytes)
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None, or why these kernels do not run `op`."""
     if isinstance(op, BatchNormTrain | BatchNormDgrad) and op.window:
         return "there must be no pool behind the norm"
-    tensors = 2 if isinstance(op, BatchNormDgrad | BatchNormInferDgrad) else 1
     dtype, rows = inputs[0].dtype, inputs[0].size // inputs[0].shape[-1]
-    if dtype not in ELEMENTS or any(t.dtype != dtype for t in inputs[:tensors]):
-        return (
-            f"tensors must be all {' or all '.join(ELEMENTS)}, they are {', '.join(t.dtype for t in inputs[:tensors])}"
-        )
-    for t in inputs[tensors:]:
+    tensors, parameters = inputs[:2], inputs[2:]
+    if isinstance(op, BatchNormTrain | BatchNormInfer):
+        end = len(inputs) - op.add
+        tensors, parameters = (*inputs[:1], *inputs[end:]), inputs[1:end]
+    if dtype not in ELEMENTS or any(t.dtype != dtype for t in tensors):
+        return f"tensors must be all {' or all '.join(ELEMENTS)}, they are {', '.join(t.dtype for t in tensors)}"
+    for t in parameters:
         if t.dtype != accumulator(dtype):
             return f"parameters and statistics must be {accumulator(dtype)}, one is {t.dtype}"
     return None if rows < 2**31 else f"rows must be fewer than 2**31, there are {rows}"
@@ -150,8 +153,9 @@ def launches(call: Call, device: Device) -> list[Launch]:
         return _train(op, call, device)
     if isinstance(op, BatchNormInfer):
         geometry = _infer(call.inputs[0].spec)
-        numbers = (np.float32(op.eps), _relu(op))
-        return [geometry.launch("batch_norm_infer", *call.inputs, call.outputs[0], geometry.shape, *numbers)]
+        addend = call.inputs[5] if op.add else None
+        args = (*call.inputs[:5], addend, call.outputs[0], geometry.shape, np.float32(op.eps), _relu(op))
+        return [geometry.launch("batch_norm_infer", *args, add=op.add)]
     if isinstance(op, BatchNormDgrad):
         return _dgrad(op, call, device)
     if isinstance(op, BatchNormInferDgrad):
@@ -162,32 +166,36 @@ def launches(call: Call, device: Device) -> list[Launch]:
 def variants() -> Iterable[Kernel]:
     """Every kernel that launches() may name."""
     return (
-        _kernel(entry, dtype, width)
+        _kernel(entry, dtype, width, add)
         for dtype in ELEMENTS
         for width in VECTOR_WIDTHS[dtype]
         for entry in ENTRIES
         if width <= WIDEST or entry.endswith("_single")
+        for add in ((False, True) if entry in ADDING else (False,))
     )
 
 
 def _train(op: BatchNormTrain, call: Call, device: Device) -> list[Launch]:
-    x, gamma, beta, running_mean, running_var, *moments = call.inputs
+    x, gamma, beta, running_mean, running_var, *rest = call.inputs
     y, mean, rstd = call.outputs
+    addend = rest.pop() if op.add else None
     statistics = Struct((running_mean, running_var, mean, rstd, np.float32(op.eps), np.float32(op.momentum)))
     args: tuple[Argument, ...]
-    write = _write(x.spec, TRAIN_BLOCKS_PER_SM, device)
-    if moments:  # as if one block had left the partial results
-        args = (x, gamma, beta, *moments, y, statistics, replace(write, row_blocks=1).split, write.shape, _relu(op))
-        return [write.launch("batch_norm_train", *args)]
-    single = _single(x.spec, 1, device)
+    write = _write(x.spec, ADD_BLOCKS_PER_SM if op.add else TRAIN_BLOCKS_PER_SM, device)
+    if op.moments:  # as if one block had left the partial results
+        one = replace(write, row_blocks=1).split
+        args = (x, gamma, beta, *rest, addend, y, statistics, one, write.shape, _relu(op))
+        return [write.launch("batch_norm_train", *args, add=op.add)]
+    single = _single(x.spec, 1 + op.add, device)
     if single:
-        args = (x, gamma, beta, y, statistics, single.shape, _relu(op))
-        return [single.launch("batch_norm_train_single", *args, shared_bytes=single.single_bytes(1))]
+        args = (x, gamma, beta, addend, y, statistics, single.shape, _relu(op))
+        shared_bytes = single.single_bytes(1 + op.add)
+        return [single.launch("batch_norm_train_single", *args, shared_bytes=shared_bytes, add=op.add)]
     sums = moments_geometry(x.spec, device)
-    args = (x, gamma, beta, call.workspace, y, statistics, sums.split, write.shape, _relu(op))
+    args = (x, gamma, beta, call.workspace, addend, y, statistics, sums.split, write.shape, _relu(op))
     return [
         sums.launch("batch_norm_moments", x, call.workspace, sums.split, sums.shape),
-        write.launch("batch_norm_train", *args),
+        write.launch("batch_norm_train", *args, add=op.add),
     ]
 
 
@@ -235,9 +243,9 @@ def sum_gradients(
     )
 
 
-def _kernel(entry: str, dtype: str, width: int) -> Kernel:
+def _kernel(entry: str, dtype: str, width: int, add: bool = False) -> Kernel:
     macros = (("ELEMENT", ELEMENTS[dtype]), ("VEC", width), ("ENTRY", ENTRIES.index(entry)))
-    return Kernel("batch_norm.cu", entry, macros)
+    return Kernel("batch_norm.cu", entry, (*macros, ("ADDEND", 1)) if add else macros)
 
 
 def _relu(op: BatchNormTrain | BatchNormInfer | BatchNormDgrad | BatchNormInferDgrad) -> np.int32:

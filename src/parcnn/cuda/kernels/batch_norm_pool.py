@@ -49,6 +49,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"windows must be of a maximum and apart, or 3x3 with strides of 2, not {op.window}"
     if isinstance(op, BatchNormTrain):
         tensors, parameters = inputs[:1], inputs[1:]
+        if op.add:
+            return "there must be no addend"
         if op.act not in (None, "relu"):
             return f"an activation must be ReLU, not {op.act}"
         if op.window.kernel not in SIDES:
