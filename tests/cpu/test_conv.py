@@ -75,6 +75,30 @@ PROBLEMS = {
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
+@problems
+@pytest.mark.parametrize("act", [None, "relu", "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fprop_with_an_addend(
+    cpu: CpuExecutor, random: np.random.Generator, problem: Problem, act: str | None, bias: bool
+) -> None:
+    """It is the last input, and y may lie over it."""
+    x = random.standard_normal((problem.n, problem.h, problem.w, problem.c))
+    w = random.standard_normal((problem.k, problem.r, problem.s, problem.c))
+    operands = [x, w, *[random.standard_normal(problem.k)] * bias]
+    op = ConvFprop(**problem.geometry, bias=bias)
+    (plain,) = run_op(cpu, op, operands)
+    addend = random.standard_normal(plain.shape)
+    for alias in ((), ((0, 2 + bias),)):
+        (y,) = run_op(cpu, replace(op, act=act, add=True), [*operands, addend], alias=alias)
+        np.testing.assert_allclose(y, reference.act(act, plain + addend), rtol=1e-11, atol=1e-12)
+
+
+def test_groups_have_no_addend(cpu: CpuExecutor) -> None:
+    x, w = Spec((2, 5, 5, 4)), Spec((4, 1, 1, 2))
+    assert cpu.can_fuse(ConvFprop(groups=2), (x, w))
+    assert not cpu.can_fuse(ConvFprop(groups=2, add=True), (x, w, x))
+
+
 def tensors(random: np.random.Generator, problem: Problem) -> tuple[np.ndarray, ...]:
     x = random.standard_normal((problem.n, problem.h, problem.w, problem.c))
     w = random.standard_normal((problem.k, problem.r, problem.s, problem.c))

@@ -20,6 +20,7 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.kernels import conv_padded
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError
+from parcnn.ops.conv import ConvFprop
 from parcnn.ops.norm import BatchNormInfer, BatchNormTrain
 from parcnn.plan.describe import outline
 from parcnn.plan.optimizer import Optimizer
@@ -115,7 +116,8 @@ def norms() -> nn.Module:
 
 
 def residual() -> nn.Module:
-    """Blocks of a residual network: a shortcut as it is, and one with a convolution and a norm; few rows at last."""
+    """Blocks of a residual network: a shortcut as it is, and one with a convolution and a norm; few rows at last. A convolution
+    with a shortcut and no norm."""
 
     class Block(nn.Module):
         def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -129,7 +131,15 @@ def residual() -> nn.Module:
             y = self.norm2(self.conv2(nn.functional.relu(self.norm1(self.conv1(x)))))
             return nn.functional.relu(y + (self.norm3(self.down(x)) if self.down else x))
 
-    blocks = [Block(3, 64, 1), Block(64, 64, 1), Block(64, 72, 2), Block(72, 128, 8)]
+    class Plain(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+        def forward(self, x: parcnn.Tensor) -> parcnn.Tensor:
+            return nn.functional.relu(x + self.conv(x))
+
+    blocks = [Block(3, 64, 1), Block(64, 64, 1), Plain(64), Block(64, 72, 2), Block(72, 128, 8)]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
 
 
@@ -179,7 +189,8 @@ def test_a_network_of_odd_layers_has_kernels(null: CudaExecutor, network: Callab
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_a_residual_block_needs_no_pass_for_its_sum(null: CudaExecutor, mode: str) -> None:
-    """The second norm of each takes the shortcut along, with ReLU; from 4 MB on also by the moments of its convolution."""
+    """The second norm of each takes the shortcut along, with ReLU; from 4 MB on also by the moments of its convolution. A
+    convolution takes it where there is no norm."""
     plan = outline(
         residual(), mode=mode, batch=128, sample=(3, 32, 32), executor=null, loss=nn.CrossEntropyLoss(),
         optimizer=optim.SGD(), precision="bf16",
@@ -188,6 +199,8 @@ def test_a_residual_block_needs_no_pass_for_its_sum(null: CudaExecutor, mode: st
     assert not [call for call in forward if call.op.name in ("add", "act")]
     sums = [call for call in forward if isinstance(call.op, BatchNormTrain | BatchNormInfer) and call.op.add]
     assert [call.op.act for call in sums] == ["relu"] * 4
+    (plain,) = (call.op for call in forward if isinstance(call.op, ConvFprop) and call.op.add)
+    assert plain.act == "relu"
     assert [name for call in sums for name in null.kernels(call) if name.entry == "batch_norm_moments"] == []
     if mode == "train":
         assert [call.op.moments for call in sums if isinstance(call.op, BatchNormTrain)] == [True, True, True, False]

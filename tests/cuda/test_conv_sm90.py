@@ -6,7 +6,7 @@ Where the operands are small integers every sum is exact, so the kernels must gi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -34,6 +34,8 @@ make_fixture = makers(listing(conv_unpool.variants()))
 KINDS = (
     "fprop",
     "fused",
+    "add",
+    "fused add",
     "pooled",
     "dgrad",
     "dgrad pooled",
@@ -68,7 +70,10 @@ class Problem:
             "fprop": ConvFprop(**geometry),
             "fused": ConvFprop(**geometry, bias=True, act="relu"),
             "pooled": ConvFprop(**geometry, bias=True, act="relu", pool="max"),
+            "add": ConvFprop(**geometry, add=True),
+            "fused add": ConvFprop(**geometry, bias=True, act="relu", add=True),
             **{act: ConvFprop(**geometry, bias=True, act=act) for act in ACTIVATIONS},
+            **{f"{act} add": ConvFprop(**geometry, bias=True, act=act, add=True) for act in ACTIVATIONS},
             **{f"{act} pooled": ConvFprop(**geometry, bias=True, act=act, pool="max") for act in ACTIVATIONS},
             "mean": ConvFprop(**geometry, bias=True, act="relu", pool="avg"),
             "plain pooled": ConvFprop(**geometry, pool="max"),
@@ -78,7 +83,10 @@ class Problem:
 
     def has(self, kind: str) -> bool:
         """Whether there is such a call, with outputs."""
-        p, q = self.op(kind).pooled_hw(self.h, self.w, self.r, self.s)
+        op = self.op(kind)
+        if isinstance(op, ConvFprop) and op.add and min(self.c, self.k) <= conv_sm90.FEW_CHANNELS:
+            return False
+        p, q = op.pooled_hw(self.h, self.w, self.r, self.s)
         return p > 0 and q > 0
 
     def integers(self, kind: str, random: np.random.Generator) -> list[np.ndarray]:
@@ -119,9 +127,10 @@ class Problem:
 
     def _operands(self, kind, tensor, bias, random) -> list[np.ndarray]:
         op, w = self.op(kind), tensor(self.k, self.r, self.s, self.c)
-        if isinstance(op, ConvFprop):
-            return [tensor(self.n, self.h, self.w, self.c), w, *([bias(self.k)] if op.bias else [])]
         out = (self.n, *op.pooled_hw(self.h, self.w, self.r, self.s), self.k)
+        if isinstance(op, ConvFprop):
+            addend = [tensor(*out)] if op.add else []
+            return [tensor(self.n, self.h, self.w, self.c), w, *([bias(self.k)] if op.bias else []), *addend]
         idx = [random.integers(0, 4, out).astype(np.uint8)] if op.pool == "max" else []
         like_dx = [tensor(self.n, self.h, self.w, self.c) for _ in range((op.act is not None) + op.add)]
         return [tensor(*out), w, *idx, *like_dx]
@@ -163,23 +172,23 @@ PROBLEMS = {
 }
 CASES = [(name, kind) for name, problem in PROBLEMS.items() for kind in KINDS if problem.has(kind)]
 EMULATED = {
-    "64 channels": ("fprop", "pooled", "dgrad add tanh", "maxima"),
+    "64 channels": ("fprop", "fused add", "pooled", "dgrad add tanh", "maxima"),
     "odd blocks of channels": ("mean", "dgrad pooled"),
     "many small images": ("fused", "pooled", "dgrad relu"),
-    "many channels": ("fused", "pooled", "maxima", "dgrad mean"),
+    "many channels": ("fused", "add", "pooled", "maxima", "dgrad mean"),
     "no padding": ("fused", "dgrad pooled"),
     "images of 3x3": ("fprop", "dgrad relu"),
     "6x4 stride 2": ("fused",),
     "strides 3 and 1": ("fprop",),
-    "stride 2": ("dgrad", "dgrad add tanh"),
+    "stride 2": ("fused add", "dgrad", "dgrad add tanh"),
     "asymmetric": ("dgrad relu",),
     "4x4 stride 2": ("dgrad",),
     "6x6 stride 3": ("dgrad relu",),
     "stride beyond the filter": ("dgrad",),
     "stride is the dilation": ("dgrad add tanh",),
     "pointwise": ("fprop", "pooled"),
-    "linear": ("fused",),
-    "64 to 192 pointwise": ("fused", "maxima"),
+    "linear": ("fused", "fused add"),
+    "64 to 192 pointwise": ("fused", "add", "maxima"),
 }
 cases = pytest.mark.parametrize(("name", "kind"), CASES, ids=[" ".join(case) for case in CASES])
 
@@ -265,11 +274,32 @@ def test_what_it_refuses() -> None:
         (ConvDgrad(image=(99, 9), stride=(9, 1)), (Spec((2, 11, 7, 64), "bf16"), w), "at most 8"),
         (ConvDgrad(image=(8, 8), act="gelu"), (Spec((2, 6, 6, 64), "bf16"), w, x), "gelu"),
         (ConvDgrad(image=(8, 8), add=True), (Spec((2, 6, 6, 64), "bf16"), w, Spec(x.shape)), "f32"),
+        (ConvFprop(add=True), (x, w, Spec((2, 6, 6, 64))), "addend must be bf16"),
+        (ConvFprop(add=True, pool="max"), (x, w, Spec((2, 3, 3, 64), "bf16")), "pool"),
+        (ConvFprop(add=True, moments=True), (x, w, Spec((2, 6, 6, 64), "bf16")), "moments"),
+        (ConvFprop(add=True), (x, Spec((32, 3, 3, 64), "bf16"), Spec((2, 6, 6, 32), "bf16")), "64 -> 32"),
+        (ConvFprop(add=True), (Spec((2, 8, 8, 32), "bf16"), Spec((64, 3, 3, 32), "bf16"), x), "32 -> 64"),
         (ConvWgrad(filter=(3, 3)), (x, Spec((2, 6, 6, 64), "bf16")), "neither"),
         (ConvDgrad(image=(6, 6), pool="avg"), (Spec((2**20, 3, 3, 64), "bf16"), Spec((64, 1, 1, 8), "bf16")), "2**31"),
     ]
     for op, inputs, reason in refused:
         assert reason in (conv_sm90.supports(op, inputs) or "supported"), op
+
+
+def test_who_adds_to_what_it_convolves() -> None:
+    x, w, y = Spec((250, 9, 9, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"), Spec((250, 7, 7, 64), "bf16")
+    hopper = REGISTRY.on("sm_90a")
+    assert hopper.supports(ConvFprop(add=True, act="gelu"), (x, w, y))
+    for arch, op, inputs in (
+        ("sm_89", ConvFprop(add=True), (x, w, y)),
+        ("sm_90a", ConvFprop(add=True), tuple(Spec(s.shape) for s in (x, w, y))),  # fp32
+        ("sm_90a", ConvFprop(add=True), (Spec((250, 9, 9, 44), "bf16"), Spec((64, 3, 3, 44), "bf16"), y)),
+        ("sm_90a", ConvFprop(add=True), (Spec((250, 9, 9, 3), "bf16"), Spec((64, 3, 3, 3), "bf16"), y)),
+        ("sm_90a", ConvFprop(add=True, groups=64), (x, Spec((64, 3, 3, 1), "bf16"), y)),
+        ("sm_90a", ConvFprop(add=True, groups=2), (x, Spec((64, 3, 3, 32), "bf16"), y)),
+    ):
+        assert REGISTRY.on(arch).supports(replace(op, add=False), inputs[:2]), (op, inputs)
+        assert not REGISTRY.on(arch).supports(op, inputs), (op, inputs)
 
 
 IMAGE_TILES = [(constants, tile) for constants, compiled in tiles.IMAGE_TILES.items() for tile in compiled]
@@ -304,6 +334,7 @@ SERVES = {
 EMULATED_TILES = {
     ("tap", "fused", 64, 192), ("tap", "dgrad relu", 136, 72), ("column", "dgrad add tanh", 256, 128),
     ("column", "maxima", 64, 192), ("tap", "pooled", 256, 128), ("window", "fused", 136, 32),
+    ("column", "fused add", 256, 128), ("tap", "add", 64, 192), ("tap", "fused add", 136, 72),
 }  # fmt: skip
 
 
@@ -314,6 +345,7 @@ EMULATED_TILES = {
         for c, k in ((24, 64), (64, 64), (64, 192), (136, 72), (256, 128), (136, 32), (16, 136))
         for kind in KINDS
         for serves in SERVES
+        if Problem(7, 13, 11, c, k).has(kind)
     ],
     lambda *case: case in EMULATED_TILES,
 )
@@ -390,14 +422,15 @@ def test_pools_within_several_images(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fused", "pooled", "maxima", "dgrad"])
 @pytest.mark.parametrize(
-    ("channels", "cb", "serves", "side"),
+    ("kind", "channels", "cb", "serves", "side"),
     [
-        (*tile, *stage)
+        (kind, *tile, *stage)
         for tile in tiles.TAP_PIXELS
         for stage in (("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2))
         if stage[0] != "window" or tile[0] == 64
+        for kind in ("fused", "fused add", "pooled", "maxima", "dgrad")
+        if kind != "fused add" or tile[1] == 64
     ],
 )
 def test_every_compiled_tile(
@@ -431,6 +464,7 @@ def test_every_compiled_tile(
     listed = {
         k for k in conv_sm90.variants()
         if k.entry == "conv_sm90" and dict(k.defines)["POOL"] in pool and macros.items() <= dict(k.defines).items()
+        and ("RESIDUAL" in dict(k.defines)) == (kind == "fused add")
     }  # fmt: skip
     assert listed == kernels
 
@@ -556,7 +590,9 @@ def test_real_numbers(cuda: CudaExecutor, name: str, kind: str) -> None:
 def test_an_activation_is_taken_of_the_sum(make: MakeExecutor, name: str, act: str) -> None:
     """In fp32, before the one rounding, before the pool. No activation's slope is above 1.2."""
     problem = PROBLEMS[name]
-    for kind in (act, f"{act} pooled"):
+    for kind in (act, f"{act} add", f"{act} pooled"):
+        if not problem.has(kind):
+            continue
         op, operands = problem.op(kind), problem.normals(kind, random_of(name))
         operands[1] = from_bits(to_bits(operands[1] / np.sqrt(problem.r * problem.s * problem.c)))
         (magnitude,) = on_cpu(problem.op("fprop"), [np.abs(a) for a in operands[:2]])
@@ -596,11 +632,27 @@ def test_dx_may_take_the_place_of_an_operand(make: MakeExecutor, name: str, alia
 
 
 @places(
+    "name",
+    [(name,) for name in ("64 channels", "many channels", "stride 2", "linear", "64 to 256 pointwise")],
+    lambda name: name in ("64 channels", "linear"),
+)
+def test_y_may_take_the_place_of_the_addend(make: MakeExecutor, name: str) -> None:
+    problem = PROBLEMS[name]
+    op, operands = problem.op("fused add"), problem.integers("fused add", random_of(name))
+    for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
+        executor = make([Forced(conv_sm90, variant)])
+        apart = run_op(executor, op, bits_of(op, operands))
+        together = run_op(executor, op, bits_of(op, operands), alias=[(0, 3)])
+        np.testing.assert_array_equal(together[0], apart[0], str(variant))
+
+
+@places(
     "kind c k",
     [
         (kind, c, k)
         for c, k in ((24, 64), (64, 64), (64, 136))
-        for kind in ("fprop", "fused", "pooled", "plain pooled", "maxima", "plain maxima", "dgrad")
+        for kind in ("fprop", "fused", "fused add", "pooled", "plain pooled", "maxima", "plain maxima", "dgrad")
+        if Problem(3, 13, 11, c, k).has(kind)
     ],
     lambda kind, c, k: (c, k) == (64, 64),
 )
@@ -611,23 +663,29 @@ def test_not_a_number_and_infinity_pass(make: MakeExecutor, kind: str, c: int, k
     x = operands[0]
     x[0, 3, 4, 5], x[1, 0, 0, 0], x[2, 7, 7, 3], x[2, 8, 7, 3] = np.nan, np.inf, -np.inf, np.nan
     operands[1][operands[1] == 0] = 1  # infinity times zero depends on which taps are skipped in the padding
-    if kind in ("fused", "pooled", "maxima"):
+    if kind in ("fused", "fused add", "pooled", "maxima"):
         operands[2][[3, 17, 40]] = np.inf, -np.inf, np.nan
+    if kind == "fused add":  # also where the sum is infinite
+        operands[3][0, 12, 10, :3], operands[3][1, 0, 0, 3:9] = (np.nan, np.inf, -np.inf), -np.inf
     for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
         check_exact(make([Forced(conv_sm90, variant)]), op, operands, variant)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["fprop", "pooled", "maxima", "dgrad", "dgrad add tanh"])
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "kind"),
     [
-        Problem(1500, 5, 6, 64, 64),
-        Problem(700, 6, 6, 128, 256),
-        Problem(900, 9, 8, 24, 64),
-        Problem(600, 7, 7, 256, 128),
-        Problem(60000, 1, 1, 64, 192, 1, 1, (0, 0, 0, 0)),
-        Problem(400, 13, 12, 128, 128, stride=(2, 2)),
+        (problem, kind)
+        for problem in (
+            Problem(1500, 5, 6, 64, 64),
+            Problem(700, 6, 6, 128, 256),
+            Problem(900, 9, 8, 24, 64),
+            Problem(600, 7, 7, 256, 128),
+            Problem(60000, 1, 1, 64, 192, 1, 1, (0, 0, 0, 0)),
+            Problem(400, 13, 12, 128, 128, stride=(2, 2)),
+        )
+        for kind in ("fprop", "fused add", "pooled", "maxima", "dgrad", "dgrad add tanh")
+        if kind != "fused add" or problem.has(kind)
     ],
     ids=str,
 )

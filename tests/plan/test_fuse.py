@@ -168,8 +168,8 @@ def test_batch_norm_and_sum_with_their_activations(cpu: CpuExecutor, mode: str) 
     norm = "batch_norm_train" if mode == "train" else "batch_norm_infer"
     assert _forward(_calls(cpu, lambda net, x: F.relu(net.norm(x)), mode, 105)) == ["conv_fprop", f"{norm} relu"]
     assert _forward(_calls(cpu, lambda net, x: F.tanh(net.norm(x)), mode, 105)) == ["conv_fprop", norm, "act tanh"]
-    found = _forward(_calls(cpu, lambda net, x: F.relu(x + net.other(x)), mode, 105))
-    assert found == ["conv_fprop", "conv_fprop", "add relu"]
+    found = _forward(_calls(cpu, lambda net, x: F.relu(F.max_pool2d(x, 3, 1, 1) + F.avg_pool2d(x, 3, 1, 1)), mode, 105))
+    assert found == ["conv_fprop", "pool_fprop max", "pool_fprop avg", "add relu"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "frozen"])
@@ -207,11 +207,37 @@ def test_sums_that_no_batch_norm_takes_along(cpu: CpuExecutor, mode: str) -> Non
     """Of a tensor with itself, of what others read too, behind an activation."""
     norm = "batch_norm_train" if mode == "train" else "batch_norm_infer"
     assert _forward(_calls(cpu, lambda net, x: (y := net.norm(x)) + y, mode, 105))[1:] == [norm, "add"]
-    found = _forward(_calls(cpu, lambda net, x: (y := net.norm(x)) + net.other(y), mode, 105))
-    assert found[1:] == [norm, "conv_fprop", "add"]
+    found = _forward(_calls(cpu, lambda net, x: (y := net.norm(x)) + F.tanh(net.other(y)), mode, 105))
+    assert found[1:] == [norm, "conv_fprop tanh", "add"]
     assert _forward(_calls(cpu, lambda net, x: F.relu(net.norm(x)) + x, mode, 105))[1:] == [f"{norm} relu", "add"]
     found = _forward(_calls(cpu, lambda net, x: F.gelu(net.norm(x)) + x, mode, 105))
     assert found[1:] == [norm, "act gelu", "add"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_convolution_takes_a_shortcut_along(cpu: CpuExecutor, mode: str) -> None:
+    """With the activation behind the sum where an activation may be fused; not behind one, or a pool, or before a pool."""
+
+    def found(middle: Callable[[Net, Tensor], Tensor], features: int = 105) -> list[str]:
+        first, *others = _forward(_calls(cpu, middle, mode, features))
+        assert first == "conv_fprop"
+        return others
+
+    assert found(lambda net, x: x + net.other(x)) == ["conv_fprop add"]
+    assert found(lambda net, x: F.relu(net.other(x) + x)) == ["conv_fprop relu add"]
+    assert found(lambda net, x: F.sigmoid(net.other(x) + x)) == ["conv_fprop sigmoid add"]
+    gelu = found(lambda net, x: F.gelu(net.other(x) + x))
+    assert gelu == (["conv_fprop add", "act gelu"] if mode == "train" else ["conv_fprop gelu add"])
+    late = found(lambda net, x: F.relu(net.other(x) + F.max_pool2d(x, 3, 1, 1)))
+    assert late == ["pool_fprop max", "conv_fprop relu add"]
+    twice = found(lambda net, x: F.relu(net.other(x) + net.other(F.relu(x))))
+    assert twice == ["act relu", "conv_fprop", "conv_fprop relu add"]
+    assert found(lambda net, x: F.relu(net.other(x)) + x) == ["conv_fprop relu", "add"]
+    assert found(lambda net, x: (y := net.other(x)) + y) == ["conv_fprop", "add"]
+    pooled = found(lambda net, x: F.max_pool2d(net.other(x), 2) + F.max_pool2d(x, 2), 18)
+    assert pooled == ["conv_fprop max", "pool_fprop max", "add"]
+    pooled = found(lambda net, x: F.max_pool2d(net.other(x) + x, 2), 18)
+    assert pooled == ["conv_fprop add", "pool_fprop max"]
 
 
 def test_a_norm_that_is_used_twice_keeps_the_order_of_its_statistics(cpu: CpuExecutor) -> None:

@@ -27,7 +27,7 @@ Arrays = list[tuple[Shape, np.dtype | type]]
 
 
 def conv_fprop(op: ConvFprop, inputs: list[np.ndarray], outputs: list[np.ndarray], workspace: Workspace) -> None:
-    """y = pool(act(columns @ filters^T + bias)); with max-pooling the winners' indices too, and y's moments if asked."""
+    """y = pool(act(columns @ filters^T + bias [+ addend])); of a maximum the winners' indices too, and y's moments if asked."""
     _convolve(op, inputs, outputs, workspace)
     if op.moments:
         y, (mean, squares) = outputs[0], outputs[-1]
@@ -60,7 +60,7 @@ def _by_columns(
     filters = low.filter_matrix(w, workspace.shared)
     bias = (np.tile(inputs[2], 4) if low.pool_as_filters else inputs[2]) if op.bias else None
     transposed = low.products_transposed
-    direct = not op.pool and not transposed
+    direct = not (op.pool or op.add or transposed)
 
     def block(part: Block, scratch: Scratch) -> None:
         columns = low.columns(x, part, scratch)
@@ -74,6 +74,9 @@ def _by_columns(
             np.matmul(rows, filters.T, out=result)
         if bias is not None:
             product += bias[:, None] if transposed else bias
+        if op.add:
+            added = inputs[-1][part.images, part.rows].reshape(m, low.outputs)
+            product += added.T if transposed else added
         if op.act:
             activate(op.act, product, product)
         if op.pool:
@@ -83,8 +86,8 @@ def _by_columns(
                 max_pool(candidates, out, packed, transposed, scratch)
             else:
                 avg_pool(candidates, out)
-        elif transposed:
-            np.copyto(out.reshape(m, low.outputs), product.T)
+        elif not direct:
+            np.copyto(out.reshape(m, low.outputs), product.T if transposed else product)
 
     workspace.each(low.blocks(workspace.workers), block)
 

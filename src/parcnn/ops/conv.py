@@ -57,12 +57,16 @@ class ConvGeometry(Op):
 class ConvFprop(ConvGeometry):
     """inputs: x (N,H,W,C), w (K,R,S,C/groups), b (K) if `bias`; outputs: y (N,P,Q,K), if `has_indices` idx (N,P,Q,K) u2, and
     if `moments`, for a batch norm behind it, moments (2,K): each channel's mean over all pixels of y as it is stored, and
-    the sum of squared deviations from it."""
+    the sum of squared deviations from it.
+
+    `add`: y = act(conv + b + addend); the addend (N,P,Q,K) is the last input. There is then one group and no pool.
+    """
 
     bias: bool = False
     act: str | None = None
     window: PoolWindow | None = None  # the pool's, of kind `pool`, where it is not 2x2, stride 2, floor
     moments: bool = False
+    add: bool = False
     indices: bool = (
         True  # False: nobody reads those of a 2x2 maximum, and there is no gradient (`plan.fuse.drop_indices`)
     )
@@ -104,7 +108,10 @@ class ConvFprop(ConvGeometry):
         }
         (dx,) = emit(ConvDgrad(**geometry, image=image_of(x)), dy, w, *idx)
         dw_db = emit(ConvWgrad(**geometry, bias=self.bias, filter=image_of(w)), x, dy, *idx)
-        return dx, *dw_db
+        return dx, *dw_db, *[dy] * self.add
+
+    def inplace(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 2 + self.bias),) if self.add else ()  # an element of the addend is read for its own output
 
     def flops(self, inputs: tuple[Spec, ...], outputs: tuple[Spec, ...]) -> int:
         if self.window is None:

@@ -3,7 +3,7 @@
 Forward, before differentiation (a fused op carries its own gradient rule):
     act -> max-pool, wherever it stands: then nothing of the size before the pool is kept for backward
     conv -> act -> pool, conv -> pool -> act, conv -> act, conv -> pool, batch norm -> relu, batch norm -> max-pool, add -> act,
-    batch norm -> add (-> relu)
+    batch norm -> add (-> relu), conv -> add (-> act)
     conv -> batch norm in training: two ops still, but the convolution takes the moments of what it writes
 Backward, after it:
     dgrad -> add (two paths join), then dgrad -> act' (the error signal passes the activation below)
@@ -112,7 +112,7 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             commutes = first.pool != "avg" and not (first.window and first.window.may_miss)
             if (second.kind in FROM_OUTPUT and commutes) or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
-        if isinstance(second, PoolFprop) and first.pool is None and not second.keep:
+        if isinstance(second, PoolFprop) and first.pool is None and not (first.add or second.keep):
             pooled = replace(first, pool=second.kind, window=None if _is_2x2(second) else second.window)
             if second.act:
                 return (replace(pooled, act=second.act), producer.inputs) if first.act is None else None
@@ -121,6 +121,8 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
             commutes = second.kind == "max" and (first.act is None or first.act in FROM_OUTPUT)
             if commutes or (second.kind == "avg" and first.act is None) or not training:
                 return pooled, producer.inputs
+        if isinstance(second, Add) and first.pool is None:
+            return _with_addend(producer, node)
     if isinstance(first, BatchNormTrain) and first.window is None and first.act is None and not first.add:
         if isinstance(second, PoolFprop) and second.kind == "max" and second.act in (None, "relu"):
             return replace(first, act=second.act, window=second.window), producer.inputs
@@ -128,13 +130,21 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
         if isinstance(second, Act) and second.kind == "relu":  # behind a maximum, too: they commute
             return replace(first, act="relu"), producer.inputs
         has_pool = isinstance(first, BatchNormTrain) and first.window is not None
-        if isinstance(second, Add) and second.act in (None, "relu") and not (first.add or has_pool):
-            others = [v for v in node.inputs if v is not producer.outputs[0]]
-            if len(others) == 1:
-                return replace(first, add=True, act=second.act), (*producer.inputs, *others)
+        if isinstance(second, Add) and second.act in (None, "relu") and not has_pool:
+            return _with_addend(producer, node)
     if isinstance(first, Add) and first.act is None and isinstance(second, Act) and second.kind in FROM_OUTPUT:
         return replace(first, act=second.kind), producer.inputs
     return None
+
+
+def _with_addend(producer: Node, node: Node) -> tuple[Op, tuple[Value, ...]] | None:
+    """A convolution or batch norm that adds what `node` adds to its output, with the activation behind that."""
+    first, second = producer.op, node.op
+    others = [v for v in node.inputs if v is not producer.outputs[0]]
+    if not isinstance(first, ConvFprop | BatchNormTrain | BatchNormInfer) or first.act or first.add or len(others) != 1:
+        return None
+    act = second.act if isinstance(second, Add) else None
+    return replace(first, add=True, act=act), (*producer.inputs, *others)
 
 
 def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:

@@ -103,10 +103,12 @@ def refuse_window(op: ConvGeometry) -> str | None:
     return "of pools only 2x2 of stride 2 is fused here" if isinstance(op, ConvFprop) and op.window else None
 
 
-def refuse_sums(op: ConvGeometry) -> str | None:
-    """Why kernels that sum nothing that they write cannot run a convolution; None where they can."""
+def refuse_extras(op: ConvGeometry) -> str | None:
+    """Why kernels that sum nothing that they write, and forward add nothing, cannot run a convolution; None where they can."""
     sums = op.moments if isinstance(op, ConvFprop) else isinstance(op, ConvDgrad) and op.sums
-    return "the kernels take no sums of what they write for a batch norm" if sums else None
+    if sums:
+        return "the kernels take no sums of what they write for a batch norm"
+    return "forward the kernels have no addend" if isinstance(op, ConvFprop) and op.add else None
 
 
 def unsupported(
@@ -120,7 +122,7 @@ def unsupported(
             return f"an operand has {spec.size} elements; the kernels address 2**31 - 2**16"
     if op.groups != 1:
         return f"these convolution kernels have one group, not {op.groups}"
-    if reason := refuse_sums(op):
+    if reason := refuse_extras(op):
         return reason
     span = [d * (f - 1) + 1 for d, f in zip(op.dilation, filter_rs, strict=True)]
     if max(*image, *span, *op.pad, *op.stride) >= MAX_SIDE:

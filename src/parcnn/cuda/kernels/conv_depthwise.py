@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
-from parcnn.cuda.kernels.conv_common import refuse_sums
+from parcnn.cuda.kernels.conv_common import refuse_extras
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry
@@ -152,7 +152,7 @@ def refuse(op: ConvGeometry, image: Spec, filters: Spec, tensors: Iterable[Spec]
 
 def refuse_epilogue(op: ConvGeometry, inputs: tuple[Spec, ...]) -> str | None:
     """Why depthwise kernels cannot do what the op does to its outputs; None where they can."""
-    if reason := refuse_sums(op):
+    if reason := refuse_extras(op):
         return reason
     if isinstance(op, ConvFprop):
         # Of the others the code, in every row of a walk, costs more registers than the pass of their own costs time.

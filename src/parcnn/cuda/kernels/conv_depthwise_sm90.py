@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import refuse_sums
+from parcnn.cuda.kernels.conv_common import refuse_extras
 from parcnn.cuda.kernels.conv_depthwise import refuse
 from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct, TensorMap
@@ -182,7 +182,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"an image of fewer than {LEAST_PIXELS} pixels is faster without a ring"
     if max(op.pad) >= SIDE:
         return f"padding must be less than the filter's side, not {op.pad}"
-    return refuse_sums(op) or refuse(op, image, filters, others)
+    return refuse_extras(op) or refuse(op, image, filters, others)
 
 
 def workspace_bytes(

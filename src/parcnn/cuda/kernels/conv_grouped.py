@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div, refuse_dtype, refuse_size
-from parcnn.cuda.kernels.conv_common import MAX_SIDE, refuse_sums
+from parcnn.cuda.kernels.conv_common import MAX_SIDE, refuse_extras
 from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
@@ -76,7 +76,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"from 2 to {MAX_GROUPS} groups of several channels, not {op.groups} of {seen}"
     if op.pool:
         return "grouped convolutions in fp32 have no pool"
-    if reason := refuse_sums(op):
+    if reason := refuse_extras(op):
         return reason
     if isinstance(op, ConvDgrad) and op.act not in (None, *FROM_OUTPUT):
         return f"the derivative of {op.act} does not follow from its output"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import NamedTuple
 
-from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv, refuse_sums, refuse_window
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, Conv, refuse_extras, refuse_window
 from parcnn.cuda.launch import Device
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvFprop, ConvGeometry, ConvWgrad
@@ -109,7 +109,7 @@ class Grouped:
 
 def refuse(op: ConvGeometry, tensors: Sequence[Spec], image: tuple[int, int], filter_rs: tuple[int, int]) -> str | None:
     """Why the bf16 kernels cannot run a convolution of these tensors of bf16; None where they can."""
-    if reason := refuse_window(op) or refuse_sums(op):
+    if reason := refuse_window(op) or refuse_extras(op):
         return reason
     for spec in tensors:
         if spec.dtype != "bf16":

@@ -15,7 +15,7 @@ import numpy as np
 
 from parcnn.cuda.kernels import conv_mma_dgrad, conv_mma_fprop, conv_mma_wgrad, conv_sm90, conv_wgrad_sm90
 from parcnn.cuda.kernels.common import fast_div
-from parcnn.cuda.kernels.conv_common import refuse_sums, refuse_window
+from parcnn.cuda.kernels.conv_common import refuse_extras, refuse_window
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct, UnpoolingLauncher
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvGeometry, ConvWgrad
@@ -49,7 +49,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
     """None where the kernels run the op on these operands, else the reason why not."""
     if not isinstance(op, ConvFprop | ConvDgrad | ConvWgrad):
         return f"{op.name} is not a convolution"
-    if reason := refuse_window(op) or refuse_sums(op):
+    if reason := refuse_window(op) or refuse_extras(op):
         return reason
     if op.groups != 1:
         return f"padded convolutions have one group, not {op.groups}"

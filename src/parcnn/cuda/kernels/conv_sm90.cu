@@ -5,6 +5,7 @@
 // pool is none, the 2x2 maximum with 2-bit indices, (no idx, tile_w = 8) the 2x2 mean, or of any windows the maximum, with
 // indices of 2 bits (up to four elements) or 4, or (no idx) the mean, of rounded values: tiles are then of whole windows, and
 // compute their halos where windows overlap. ReLU is applied to rounded values, other activations go before the rounding.
+// RESIDUAL 1: an addend (N,P,Q,K) is added before the activation.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
 // class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
@@ -41,7 +42,11 @@
 // innermost), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a
 // stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no
 // pool (conv_sm90_moments.cuh); FLIPPED, the sums that a batch norm below needs (conv_sm90_norm.cuh): its x then stands in place
-// of `saved`, and there are no strides.
+// of `saved`, and there are no strides. RESIDUAL: of POOL 0, not FLIPPED, without MOMENTS.
+
+#ifndef RESIDUAL
+#define RESIDUAL 0
+#endif
 
 #include "conv_sm90_epilogue.cuh"
 #include "conv_sm90_moments.cuh"
@@ -57,6 +62,7 @@ constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = (CHANNELS + 63) / 
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
 #define POOLS_IN_REGISTERS (POOL == 2 || POOL == 4)
+#define READS_OPERANDS (FLIPPED || RESIDUAL)
 
 // Weights: rows of CB reduction channels for each output channel, or (FLIPPED) rows of 64 output channels.
 constexpr int W_STEP = FLIPPED ? 16 * 128 >> 4 : 32 >> 4;  // 16 reduction channels further, as a descriptor counts
@@ -247,6 +253,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
 #else
               const __grid_constant__ TensorMap y,
+#if RESIDUAL
+              const __grid_constant__ TensorMap addend,
+#endif
 #endif
 #if MOMENTS
               float *partial_rows, int row_count, const __grid_constant__ Inside inside,
@@ -254,12 +263,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               Norm norm,
 #endif
 #endif
-#if !POOL && !MOMENTS
+#if !POOL && !MOMENTS && !RESIDUAL
               float *__restrict__ partial,
 #endif
               const float *__restrict__ bias, const __grid_constant__ Problem g, const __grid_constant__ Order order) {
-#if MOMENTS
-    constexpr float *partial = nullptr;  // neither is taken of splits
+#if MOMENTS || RESIDUAL
+    constexpr float *partial = nullptr;  // splits have neither these nor an addend
 #endif
     ALIGNED_SHARED(u8, shared);
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
@@ -311,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         constexpr u32 w_descriptor = 8 * W_ROW_BYTES >> 4 | W_SWIZZLE << 30;
         const u32 w_own = descriptor_low(w_base + (ALTERNATE ? 0 : consumer * W_GROUP_BYTES));
         Ring x_ring, w_ring;
-#if FLIPPED
+#if READS_OPERANDS
         u32 operand_parity = 0;
 #endif
         float sums[PIXELS / 2];
@@ -385,14 +394,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (MOMENTS) read_bias();  // no earlier: there are no registers for two tiles' biases
             // (The sums with zeros are taken here, when the biases have come, not where they are asked for.)
             Outputs out = {in_register(next_bias[0]) + 0.0f, in_register(next_bias[1]) + 0.0f, g.floor};
-#if FLIPPED
+#if READS_OPERANDS
             // Where addend and saved output lie: pixels of all classes.
-            const int dx_w = MOMENTS ? t.w : t.w * g.spread_w + g.classes[t.kind].first_w;
-            const int dx_h = MOMENTS ? t.h : t.h * g.spread_h + g.classes[t.kind].first_h;
+            const int operand_w = MOMENTS || RESIDUAL ? t.w : t.w * g.spread_w + g.classes[t.kind].first_w;
+            const int operand_h = MOMENTS || RESIDUAL ? t.h : t.h * g.spread_h + g.classes[t.kind].first_h;
+#if RESIDUAL
+            if (thread == 0) prefetch_pixels(g, addend, k, operand_w, operand_h, t.n);
+#else
             if (thread == 0) {
-                if (g.add) prefetch_pixels(g, addend, k, dx_w, dx_h, t.n);
-                if (MOMENTS || g.act) prefetch_pixels(g, saved, k, dx_w, dx_h, t.n);
+                if (g.add) prefetch_pixels(g, addend, k, operand_w, operand_h, t.n);
+                if (MOMENTS || g.act) prefetch_pixels(g, saved, k, operand_w, operand_h, t.n);
             }
+#endif
 #endif
 
             // Products take turns: who looked ahead on a shared ring would find the parity of two phases back.
@@ -517,7 +530,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (PAIRED) add_pairs(sums);
             float (&results)[OUT_PIXELS / 2] = reinterpret_cast<float (&)[OUT_PIXELS / 2]>(sums);
 #if !FLIPPED
-            bool adds_bias = g.act;
+            bool adds_bias = g.act && !RESIDUAL;  // else behind the addend
 #if POOL
             adds_bias = adds_bias || (!idx && out.bias_is_infinite());  // with it, the maximum of sums says not yet which are NaN
 #endif
@@ -579,15 +592,17 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 if (lane == 0) barrier_arrive(bar.x_empty + 8 * kept);
             }
 #else
-#if FLIPPED
+#if READS_OPERANDS
             const auto bring = [&](const TensorMap &operand) {
                 if (thread == 0) {
                     barrier_expect(bar.operand + 8 * consumer, g.operand_bytes);
-                    load_pixels(g, staging, operand, bar.operand + 8 * consumer, k, dx_w, dx_h, t.n);
+                    load_pixels(g, staging, operand, bar.operand + 8 * consumer, k, operand_w, operand_h, t.n);
                 }
                 barrier_wait(bar.operand + 8 * consumer, operand_parity);
                 operand_parity ^= 1;
             };
+#endif
+#if FLIPPED
             if (!MOMENTS && g.add) {
                 bring(addend);
                 add_staged<OUT_PIXELS>(results, staging, warp, lane);
@@ -599,6 +614,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (!MOMENTS && g.act) {
                 bring(saved);
                 multiply_by_derivative<OUT_PIXELS>(results, g.act, staging, warp, lane);
+            }
+#elif RESIDUAL
+            bring(addend);
+            add_staged<OUT_PIXELS>(results, staging, warp, lane);
+            if (g.act) {
+                activate_sums(results, out.bias0, out.bias1, g.act);
+                out.bias0 = out.bias1 = 0.0f;
             }
 #endif
 #if FLIPPED && MOMENTS

@@ -39,14 +39,15 @@ MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
 NOT_BF16 = ("idx", "gamma", "beta", "mean", "rstd")  # of dgrad's operands
+FEW_CHANNELS = 32  # for which there are kernels of their own
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
 FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
 _NO_MAP = bytes(tensormap.NBYTES)
-# Addend, saved output (or x of a batch norm below), activation; the batch norm's gamma, beta, mean, rstd.
-DgradEpilogue = tuple[Slot | None, Slot | None, str | None, tuple[Slot, ...]]
-NO_EPILOGUE: DgradEpilogue = (None, None, None, ())
+# Addend; of dgrad also saved output (or x of a batch norm below), activation; the batch norm's gamma, beta, mean, rstd.
+Epilogue = tuple[Slot | None, Slot | None, str | None, tuple[Slot, ...]]
+NO_EPILOGUE: Epilogue = (None, None, None, ())
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -67,6 +68,8 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
         if op.moments and (op.pool or 0 in op.infer(*inputs)[0].shape):
             return "moments are taken of outputs before any pool, of one pixel at least"
+        if op.add and (reason := _refuse_addend(op, inputs)):
+            return reason
         image = (x.shape[1], x.shape[2])
     else:
         if op.act not in (None, *FROM_OUTPUT):
@@ -118,6 +121,16 @@ def _refuse_sums(op: ConvDgrad, inputs: tuple[Spec, ...]) -> str | None:
     if op.act not in (None, "relu"):
         return f"a batch norm's sums go with ReLU or nothing, not {op.act}"
     return None if inputs[0].size and op.infer(*inputs)[0].size else "a batch norm's sums are of one pixel at least"
+
+
+def _refuse_addend(op: ConvFprop, inputs: tuple[Spec, ...]) -> str | None:
+    """Why nothing is added to the outputs; None where an addend is."""
+    k, _, _, c = inputs[1].shape
+    if op.pool or op.moments:
+        return "an addend goes with neither a pool nor moments"
+    if min(c, k) <= FEW_CHANNELS:
+        return f"an addend is taken from more than {FEW_CHANNELS} channels to more than those, not {c} -> {k}"
+    return None if inputs[-1].dtype == "bf16" else f"the addend must be bf16, not {inputs[-1].dtype}"
 
 
 def gains(op: Op, inputs: tuple[Spec, ...]) -> bool:
@@ -177,9 +190,11 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     if 0 in call.outputs[0].spec.shape:
         return []
     if isinstance(op, ConvFprop):
-        x, w, *bias = call.inputs
+        x, w, *rest = call.inputs
+        addend = rest.pop() if op.add else None
         chosen = variant or choice.candidates(sizes, device)[0]
-        return _convolution(sizes, chosen, device, call, x, w, bias[0] if bias else None, op.act)
+        bias = rest[0] if rest else None
+        return _convolution(sizes, chosen, device, call, x, w, bias, op.act, (addend, None, None, ()))
     if not isinstance(op, ConvDgrad):
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     named = cast("dict[str, Slot]", op.operands(call.inputs))
@@ -196,7 +211,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         dy = call.workspace
     for first in range(0, len(sizes.classes), CLASSES):
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
-        result += _convolution(some, chosen, device, call, dy, w, dgrad=epilogue)
+        result += _convolution(some, chosen, device, call, dy, w, epilogue=epilogue)
     if len(sizes.classes) < min(sizes.spread[0], sizes.p) * min(sizes.spread[1], sizes.q):
         result.append(_unreached(sizes, call.outputs[0], *epilogue[:3]))
     return result
@@ -213,6 +228,8 @@ def variants() -> Iterable[Kernel]:
             for count in pixels:
                 for flipped in (False, True):
                     yield _kernel(count, cb, channels, 0, flipped, constants)
+                    if cb == 64 and not flipped:
+                        yield _residual_kernel(count, cb, channels, constants)
                     if tiles.has_moments(count, cb, channels, constants, flipped):
                         yield _kernel(count, cb, channels, 0, flipped, constants, moments=True)
                 if constants != (3, 3):  # windows are eight pixels wide
@@ -244,6 +261,12 @@ def _kernel(
     names = ("PIXELS", "CB", "CHANNELS", "POOL", "FLIPPED", "FILTER", "COLUMNS", "MOMENTS")
     values = (pixels, cb, channels, pool, int(flipped), *constants, int(moments))
     return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
+
+
+def _residual_kernel(pixels: int, cb: int, channels: int, constants: tuple[int, int]) -> Kernel:
+    """Forward, with an addend."""
+    kernel = _kernel(pixels, cb, channels, 0, False, constants)
+    return replace(kernel, defines=(*kernel.defines, ("RESIDUAL", 1)))
 
 
 def _kernel_of_images(tile: tuple[int, int, int], constants: tuple[int, int]) -> Kernel:
@@ -283,25 +306,25 @@ def _convolution(
     w: Slot,
     bias: Slot | None = None,
     act: str | None = None,
-    dgrad: DgradEpilogue = NO_EPILOGUE,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> list[Launch]:
     """The product, and behind splits their sum, which then has the epilogue; or what merges the product's moments or sums."""
     if variant.rounds:
         return [_pointwise(sizes, variant, device, call.outputs[0], x, w, bias, act)]
     if variant.splits == 1 and not sizes.moments:
-        return [_product(sizes, variant, device, call.outputs, x, w, bias, None, act, dgrad)]
+        return [_product(sizes, variant, device, call.outputs, x, w, bias, None, act, epilogue)]
     if call.workspace is None:
         raise ValueError("a convolution of several splits, or with sums for a batch norm, needs its workspace")
     offset = _partial_offset(call.op, call.inputs[0].spec)
     if sizes.moments:
         rows = _rows_of_moments(sizes, variant, device)
         product = _product(
-            sizes, variant, device, call.outputs, x, w, bias, Pointer(call.workspace, offset), act, dgrad
+            sizes, variant, device, call.outputs, x, w, bias, Pointer(call.workspace, offset), act, epilogue
         )
         return [product, _merge(sizes, rows, call, offset)]
     place = Pointer(call.workspace, offset, tiles.partial_bytes(sizes, variant))
     product = _product(sizes, variant, device, call.outputs, x, w, None, place, None, NO_EPILOGUE)
-    return [product, _sum(sizes, variant, place, call.outputs[0], bias, act, dgrad)]
+    return [product, _sum(sizes, variant, place, call.outputs[0], bias, act, epilogue)]
 
 
 def _product(
@@ -314,14 +337,17 @@ def _product(
     bias: Slot | None,
     partial: Pointer | None,
     act: str | None,
-    dgrad: DgradEpilogue,
+    epilogue: Epilogue,
 ) -> Launch:
     tile = tiles.footprint(sizes, variant)
     work = Work.of(sizes, variant, device)
     pool = tiles.pooling(sizes, variant.serves, variant.tile, variant.channels)
     constants = tiles.constants(sizes, variant.serves)
+    is_residual = not sizes.flipped and epilogue[0] is not None
     if pool == tiles.WITHIN_IMAGES:
         kernel = _kernel_of_images(variant.tile, constants)
+    elif is_residual:
+        kernel = _residual_kernel(tile.pixels, tile.cb, variant.channels, constants)
     else:
         kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
@@ -330,13 +356,13 @@ def _product(
     weights = resident if variant.resident else variant.w_stages
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
-    problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, dgrad)
-    sums: tuple[Argument, ...] = () if sizes.pool else (partial,)
+    problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, epilogue)
+    sums: tuple[Argument, ...] = () if sizes.pool or is_residual else (partial,)
     if sizes.moments:
-        sums = (partial, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant), *_norm(dgrad))
+        sums = (partial, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant), *_norm(epilogue))
     filters = w if variant.channels == tiles.PAIRED else _w_map(w, sizes, variant, tile)
     args: tuple[Argument, ...] = (
-        *_x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, dgrad),
+        *_x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, epilogue),
         *sums, bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
@@ -365,10 +391,10 @@ def _sum(
     y: Slot,
     bias: Slot | None,
     act: str | None,
-    dgrad: DgradEpilogue,
+    epilogue: Epilogue,
 ) -> Launch:
     """The launch that adds the splits' sums."""
-    addend, saved, derivative, _ = dgrad
+    addend, saved, derivative, _ = epilogue
     tile = tiles.footprint(sizes, variant)
     _, h, n = variant.tile
     w = tile.row
@@ -394,9 +420,9 @@ def _sum(
     return Launch(SUM, grid, (SUM_THREADS, 1, 1), (partial, bias, addend, saved, y, geometry))
 
 
-def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: DgradEpilogue) -> tuple[Argument, ...]:
+def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, epilogue: Epilogue) -> tuple[Argument, ...]:
     """What the kernel writes: y and (of a maximum) idx, and where windows lie within threads a map of y, or a map of y; of
-    dgrad, one for each class, and maps of addend and saved output."""
+    dgrad, one for each class. Then maps of what the epilogue reads: of dgrad addend and saved output, else an addend if any."""
     if sizes.pool:
         y, idx = outputs[0], outputs[1] if sizes.indices else None
         if tiles.pooling(sizes, variant.serves, variant.tile, variant.channels) not in tiles.WITHIN_THREADS:
@@ -404,9 +430,9 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, dgrad: D
         return y, idx, _NO_MAP if idx else _pooled_map(y, sizes, variant)
     maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
-        return tuple(maps)
+        return tuple(maps) if epilogue[0] is None else (*maps, _operand_map(epilogue[0], sizes, variant))
     maps += [_NO_MAP] * (CLASSES - len(maps))
-    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in dgrad[:2]]
+    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in epilogue[:2]]
     return tuple(maps)
 
 
@@ -451,9 +477,9 @@ def _merge(sizes: Sizes, rows: int, call: Call, offset: int) -> Launch:
     return Launch(MERGE_MOMENTS, grid, (MERGE_THREADS, 1, 1), args)
 
 
-def _norm(dgrad: DgradEpilogue) -> tuple[Argument, ...]:
+def _norm(epilogue: Epilogue) -> tuple[Argument, ...]:
     """`Norm` of conv_sm90_norm.cuh, where there is a batch norm below."""
-    return (Struct(dgrad[3]),) if dgrad[3] else ()
+    return (Struct(epilogue[3]),) if epilogue[3] else ()
 
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
@@ -489,7 +515,7 @@ def _problem(
     order: bytes | None,
     offsets: tuple[int, int],
     act: str | None,
-    dgrad: DgradEpilogue,
+    epilogue: Epilogue,
 ) -> Struct:
     """`Problem` of conv_sm90.cuh."""
     w, h, n = variant.tile
@@ -534,8 +560,8 @@ def _problem(
     after = (
         tile.x_box_bytes, tile.x_stage_bytes(not variant.borrows), variant.x_stages,
         variant.w_stages, int(variant.resident), 0 if variant.borrows else max(1, variant.own_staging), *offsets,
-        tile.staging_bytes, act_code(dgrad[2] if sizes.flipped else None if act == "relu" else act), int(sizes.mean),
-        int(dgrad[0] is not None), tile.row * h * n * 128,
+        tile.staging_bytes, act_code(epilogue[2] if sizes.flipped else None if act == "relu" else act), int(sizes.mean),
+        int(epilogue[0] is not None), tile.row * h * n * 128,
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (

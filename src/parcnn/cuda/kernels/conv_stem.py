@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, refuse_sums, refuse_window
+from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_SIDE, refuse_extras, refuse_window
 from parcnn.cuda.kernels.conv_wgrad import sum_launch
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
@@ -121,7 +121,7 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         return f"the kernels of few channels pool by the maximum, not '{op.pool}'"
     if isinstance(op, ConvFprop) and op.act not in (None, "relu"):
         return f"the kernels of few channels apply ReLU or nothing, not {op.act}"
-    if reason := refuse_sums(op):
+    if reason := refuse_extras(op):
         return reason
     if isinstance(op, ConvWgrad) and sizes.r + op.bias > WARPS:
         return f"filters of more than {WARPS - op.bias} rows have more than the warps of a block, got {sizes.r}"
