@@ -301,3 +301,13 @@ def test_an_addend_is_of_the_type_of_x(changed: int) -> None:
     assert batch_norm.supports(op, tuple(inputs)) is None
     inputs[changed] = Spec(inputs[changed].shape, "f32" if inputs[changed].dtype == "bf16" else "bf16")
     assert "f32" in (batch_norm.supports(op, tuple(inputs)) or "")
+
+
+def test_an_addend_is_taken_where_it_gains(null: CudaExecutor) -> None:
+    def takes(op: BatchNormTrain | BatchNormInfer, images: int) -> bool:
+        x, channel = Spec((images, 28, 28, 128), "bf16"), Spec((128,))
+        return null.can_fuse(op, (x, *[channel] * 4, x))
+
+    assert takes(BatchNormTrain(add=True), 64)
+    assert not takes(BatchNormTrain(add=True), 256), "the pass that writes has too few blocks for three large tensors"
+    assert takes(BatchNormInfer(add=True), 256)
