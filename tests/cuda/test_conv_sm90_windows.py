@@ -270,6 +270,8 @@ def test_images_too_wide_for_any_tile(null: CudaExecutor, side: int, width: int)
     op = ConvFprop(pad=(1, 1, 1, 1), pool="max", window=window)
     specs = (Spec((1, 64, width, 64), "bf16"), Spec((64, 3, 3, 64), "bf16"))
     assert "no tile" in (conv_sm90.supports(op, specs) or "")
+    flat = (Spec((1, side - 1, width // 2, 64), "bf16"), specs[1])
+    assert "no window" in (conv_sm90.supports(op, flat) or "")
     narrow = (Spec((1, 64, width // 2, 64), "bf16"), specs[1])
     assert null.can_fuse(op, narrow)
 

@@ -103,7 +103,10 @@ def _refuse_window(op: ConvFprop, window: PoolWindow, inputs: tuple[Spec, ...]) 
         return "of pools only those without dilation are fused"
     if window.kernel[0] * window.kernel[1] > 16 or min(window.kernel) < 1:
         return f"windows have at most 16 elements, not {window.kernel}"
-    if not choice.has_window_tiles(window, op.infer(*inputs)[0].shape[2], op.stride):
+    y = op.infer(*inputs)[0].shape
+    if min(y[1:3]) < 1:
+        return "no window lies within the outputs"
+    if not choice.has_window_tiles(window, y[2], op.stride):
         return "no tile is as wide as a sixteenth of a row of windows"
     return None
 
