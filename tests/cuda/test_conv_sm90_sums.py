@@ -122,6 +122,7 @@ def test_who_takes_sums() -> None:
         (replace(op, groups=64), (dy, Spec((64, 3, 3, 1), "bf16"), *norm)),
         (replace(op, groups=2), (dy, Spec((64, 3, 3, 32), "bf16"), *norm)),
         (op, tuple(Spec(s.shape) for s in (dy, w, *norm))),
+        (op, (dy, w, x, *[Spec((64,), "bf16")] * 4)),
         (replace(op, groups=2), (Spec(dy.shape), Spec((64, 3, 3, 32)), Spec(x.shape), *norm[1:])),
         (op, (Spec((8, 9, 9, 60), "bf16"), Spec((60, 3, 3, 64), "bf16"), *norm)),
     ):

@@ -253,6 +253,33 @@ def test_a_norm_that_is_used_twice_keeps_the_order_of_its_statistics(cpu: CpuExe
         np.testing.assert_allclose(value, moved[1][name], rtol=1e-9, atol=1e-9, err_msg=name)
 
 
+class Toggling(nn.Module):
+    """A batch norm that uses its running statistics, and then those of a batch, which move them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(105, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.norm.eval()
+        first = self.norm(x)
+        self.norm.train()
+        return self.head(F.relu(first + self.norm(self.other(x))).flatten(1))
+
+
+def test_a_norm_reads_its_statistics_before_a_later_one_moves_them(cpu: CpuExecutor) -> None:
+    images, targets = np.random.default_rng(0).standard_normal((3, 2, 5, 7)), np.zeros(3, np.int32)
+    losses = []
+    for options in (Options(), Options(fuse=False)):
+        model = Toggling()
+        for parameter in model.parameters():
+            parameter.assign(np.random.default_rng(len(parameter.shape)).standard_normal(parameter.shape))
+        losses.append(step_of(cpu, model, images, targets, options=options).gradients()[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def _with_moments(calls: list[Call]) -> list[str]:
     """Forward ops between the batch and the head that give or take moments."""
     return _forward([c for c in calls if getattr(c.op, "moments", False)])
@@ -347,6 +374,19 @@ def test_input_gradients_take_the_sums_of_a_batch_norm_below() -> None:
     assert _sums(lambda net, x: net.other(F.max_pool2d(net.norm(x), 2)), 18) == []
     assert _sums(lambda net, x: net.other(F.gelu(net.norm(x)))) == []
     assert _sums(lambda net, x: net.norm(net.other(x)) + x) == []
+
+
+def test_nothing_is_left_of_a_norms_backward_where_only_its_sums_are_wanted() -> None:
+    """Below a norm that learns is a convolution that does not."""
+    executor = Summing(threads=1)
+    model = Net(lambda net, x: net.other(F.relu(net.norm(x))), 105)
+    model.conv.requires_grad_(False)
+    images, targets = np.random.default_rng(0).standard_normal((3, 2, 5, 7)), np.zeros(3, np.int32)
+    step = step_of(executor, model, images, targets)
+    check_gradients(step, model)
+    assert not [c for c in step.plan.program.calls if isinstance(c.op, BatchNormDgrad)]
+    assert [c.op.sums for c in step.plan.program.calls if isinstance(c.op, ConvDgrad)] == [False, True]
+    executor.close()
 
 
 @pytest.mark.parametrize("refused", ["conv_dgrad", "batch_norm_dgrad"])

@@ -103,7 +103,8 @@ def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> 
     for node in graph.nodes:
         if not isinstance(node.op, ConvFprop):
             continue
-        (x, *weights), y = node.inputs, node.outputs[0]
+        x, *weights = node.inputs[: len(node.inputs) - node.op.add]
+        y = node.outputs[0]
         asked = Graph(graph.mode, graph.dtype)
         asked.emit(replace(node.op, moments=False), *node.inputs)  # moments are taken in training alone
         node.op.grad(asked.emit, node.inputs, node.outputs, (Value(y.spec),))

@@ -77,9 +77,12 @@ def _pass(graph: Graph, rule: Rule, can_fuse: CanFuse) -> bool:
 
 
 def _may_wait(producer: Node, others: Sequence[Node]) -> bool:
-    """Whether a node may run after these: a later update would change its weights, and none may see its statistics sooner."""
-    statistics = {producer.inputs[i] for i in producer.op.overwritten}
-    return producer.phase == "forward" and not any(v in statistics for node in others for v in node.inputs)
+    """Whether a node may run after these: a later update would change its weights, none may see its statistics sooner, nor
+    change what it reads."""
+    writes = {producer.inputs[i] for i in producer.op.overwritten}
+    seen = any(v in writes for node in others for v in node.inputs)
+    changed = any(node.inputs[i] in producer.inputs for node in others for i in node.op.overwritten)
+    return producer.phase == "forward" and not seen and not changed
 
 
 def _outputs(op: Op, inputs: tuple[Value, ...], producer: Node, node: Node) -> tuple[Value, ...]:
@@ -169,14 +172,11 @@ def take_sums(graph: Graph, can_fuse: CanFuse) -> None:
     the activation between them."""
     consumers = graph.consumers()
     producer_of = {node.outputs[0]: node for node in graph.nodes if isinstance(node.op, ConvDgrad)}
-    for node in graph.nodes:
-        if (
-            not isinstance(node.op, BatchNormDgrad)
-            or node.op.window
-            or (conv := producer_of.get(node.inputs[0])) is None
-        ):
+    for node in list(graph.nodes):
+        if not isinstance(node.op, BatchNormDgrad) or node.op.window:
             continue
-        if not isinstance(conv.op, ConvDgrad) or conv.op.act or len(consumers[conv.outputs[0]]) != 1:
+        conv = producer_of.get(node.inputs[0])
+        if conv is None or not isinstance(conv.op, ConvDgrad) or conv.op.act or len(consumers[conv.outputs[0]]) != 1:
             continue
         dz, *below = node.inputs
         end = len(conv.inputs) - conv.op.add
@@ -185,6 +185,8 @@ def take_sums(graph: Graph, can_fuse: CanFuse) -> None:
         if can_fuse(op, tuple(v.spec for v in inputs)) and can_fuse(norm, tuple(v.spec for v in rest)):
             conv.op, conv.inputs, conv.outputs = op, inputs, (dz, *node.outputs[1:])
             node.op, node.inputs, node.outputs = norm, rest, node.outputs[:1]
+            if node.outputs[0] not in consumers:  # below is nothing that learns: its sums were all that was wanted
+                graph.nodes.remove(node)
 
 
 def drop_indices(graph: Graph) -> None:

@@ -37,7 +37,7 @@ SINGLE_RUNS_BYTES = (128, 64, 32)
 SINGLE_FEWEST_BLOCKS = 0.75  # a multiprocessor
 # Down to here the convolution's own moments, and its input gradient's sums, were measured to gain (H200, convolution and norm
 # with a pass of its own, or with moments: 4 MB, 17.9 and 16.7 us; 13 MB, 97 and 95; 103 MB, 183 and 153; input gradient and
-# norm with a pass of its own, or with sums: 4 MB, 19.6 and 17.5 us).
+# norm with a pass of its own, or with sums: 4 MB, 19.7 and 14.7 us; of fifteen layers one lost, 1 %).
 SUMS_LEAST_BYTES = 4 << 20
 # In training an addend gains up to here (H200, bf16, norm and sum apart, or together: 6 MB 11.5 and 9.5 us, 25 MB 32.6 and
 # 29.8; 98 MB 128 and 141, 392 MB 533 and 544: two blocks an SM are too few for three tensors).

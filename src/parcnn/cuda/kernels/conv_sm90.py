@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil, gcd
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -38,16 +38,26 @@ ORDER_ENTRIES, NO_ITEM, ORDERED, TURNED, BY_PATCH = 1280, 0xFFFF, 1, 2, 3
 MAX_STRIDES = 16  # of dgrad, of both directions together: four classes a launch
 # Of a pool's window: outputs of the convolution that tiles compute, by those that there are; elements by stride.
 MOST_COMPUTED, MOST_OVERLAP = 1.0, 3.0
-NOT_BF16 = ("idx", "gamma", "beta", "mean", "rstd")  # of dgrad's operands
+PARAMETERS = ("gamma", "beta", "mean", "rstd")  # of a batch norm below dgrad
 FEW_CHANNELS = 32  # for which there are kernels of their own
 CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
 FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
 _NO_MAP = bytes(tensormap.NBYTES)
-# Addend; of dgrad also saved output (or x of a batch norm below), activation; the batch norm's gamma, beta, mean, rstd.
-Epilogue = tuple[Slot | None, Slot | None, str | None, tuple[Slot, ...]]
-NO_EPILOGUE: Epilogue = (None, None, None, ())
+
+
+class Epilogue(NamedTuple):
+    """What the epilogue reads: an addend; of dgrad also a saved output (or x of a batch norm below) and the activation whose
+    derivative follows from it, and of the batch norm gamma, beta, mean, rstd."""
+
+    addend: Slot | None = None
+    saved: Slot | None = None
+    act: str | None = None
+    norm: tuple[Slot, ...] = ()
+
+
+NO_EPILOGUE = Epilogue()
 
 
 def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
@@ -81,7 +91,9 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
         if op.sums and (reason := _refuse_sums(op, inputs)):
             return reason
         named = cast("dict[str, Spec]", op.operands(inputs))
-        wrong = [spec.dtype for name, spec in named.items() if spec.dtype != "bf16" and name not in NOT_BF16]
+        wrong = [
+            spec.dtype for name, spec in named.items() if spec.dtype != "bf16" and name not in ("idx", *PARAMETERS)
+        ]
         if wrong:
             return f"the tensor-core convolutions take bf16 operands, not {wrong[0]}"
         image = op.image
@@ -121,6 +133,9 @@ def _refuse_sums(op: ConvDgrad, inputs: tuple[Spec, ...]) -> str | None:
         return "a batch norm's sums are taken of 3x3 filters' gradients, stride 1, to which nothing is added"
     if w[0] <= 32:
         return f"a batch norm's sums are taken of more than 32 filters' gradients, not {w[0]}"
+    named = cast("dict[str, Spec]", op.operands(inputs))
+    if wrong := [named[name].dtype for name in PARAMETERS if named[name].dtype != "f32"]:
+        return f"a batch norm's parameters and statistics must be f32, one is {wrong[0]}"
     if op.act not in (None, "relu"):
         return f"a batch norm's sums go with ReLU or nothing, not {op.act}"
     return None if inputs[0].size and op.infer(*inputs)[0].size else "a batch norm's sums are of one pixel at least"
@@ -197,15 +212,15 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         addend = rest.pop() if op.add else None
         chosen = variant or choice.candidates(sizes, device)[0]
         bias = rest[0] if rest else None
-        return _convolution(sizes, chosen, device, call, x, w, bias, op.act, (addend, None, None, ()))
+        return _convolution(sizes, chosen, device, call, x, w, bias, op.act, Epilogue(addend))
     if not isinstance(op, ConvDgrad):
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     named = cast("dict[str, Slot]", op.operands(call.inputs))
     dy, w, result = named["dy"], named["w"], []
-    norm = tuple(named[name] for name in ("gamma", "beta", "mean", "rstd")) if op.sums else ()
-    epilogue = (named.get("addend"), named.get("x" if op.sums else "saved"), op.act, norm)
+    norm = tuple(named[name] for name in PARAMETERS) if op.sums else ()
+    epilogue = Epilogue(named.get("addend"), named.get("x" if op.sums else "saved"), op.act, norm)
     if not sizes.classes:
-        return [_unreached(sizes, call.outputs[0], *epilogue[:3])]
+        return [_unreached(sizes, call.outputs[0], epilogue)]
     chosen = variant or choice.candidates(sizes, device)[0]
     if op.pool:
         if call.workspace is None:
@@ -216,7 +231,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         some = replace(sizes, classes=sizes.classes[first : first + CLASSES])
         result += _convolution(some, chosen, device, call, dy, w, epilogue=epilogue)
     if len(sizes.classes) < min(sizes.spread[0], sizes.p) * min(sizes.spread[1], sizes.q):
-        result.append(_unreached(sizes, call.outputs[0], *epilogue[:3]))
+        result.append(_unreached(sizes, call.outputs[0], epilogue))
     return result
 
 
@@ -346,7 +361,7 @@ def _product(
     work = Work.of(sizes, variant, device)
     pool = tiles.pooling(sizes, variant.serves, variant.tile, variant.channels)
     constants = tiles.constants(sizes, variant.serves)
-    is_residual = not sizes.flipped and epilogue[0] is not None
+    is_residual = not sizes.flipped and epilogue.addend is not None
     if pool == tiles.WITHIN_IMAGES:
         kernel = _kernel_of_images(variant.tile, constants)
     elif is_residual:
@@ -433,9 +448,9 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, epilogue
         return y, idx, _NO_MAP if idx else _pooled_map(y, sizes, variant)
     maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
-        return tuple(maps) if epilogue[0] is None else (*maps, _operand_map(epilogue[0], sizes, variant))
+        return tuple(maps) if epilogue.addend is None else (*maps, _operand_map(epilogue.addend, sizes, variant))
     maps += [_NO_MAP] * (CLASSES - len(maps))
-    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in epilogue[:2]]
+    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in (epilogue.addend, epilogue.saved)]
     return tuple(maps)
 
 
@@ -482,7 +497,7 @@ def _merge(sizes: Sizes, rows: int, call: Call, offset: int) -> Launch:
 
 def _norm(epilogue: Epilogue) -> tuple[Argument, ...]:
     """`Norm` of conv_sm90_norm.cuh, where there is a batch norm below."""
-    return (Struct(epilogue[3]),) if epilogue[3] else ()
+    return (Struct(epilogue.norm),) if epilogue.norm else ()
 
 
 def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
@@ -563,8 +578,8 @@ def _problem(
     after = (
         tile.x_box_bytes, tile.x_stage_bytes(not variant.borrows), variant.x_stages,
         variant.w_stages, int(variant.resident), 0 if variant.borrows else max(1, variant.own_staging), *offsets,
-        tile.staging_bytes, act_code(epilogue[2] if sizes.flipped else None if act == "relu" else act), int(sizes.mean),
-        int(epilogue[0] is not None), tile.row * h * n * 128,
+        tile.staging_bytes, act_code(epilogue.act if sizes.flipped else None if act == "relu" else act), int(sizes.mean),
+        int(epilogue.addend is not None), tile.row * h * n * 128,
     )  # fmt: skip
     of_class = x_tiles * y_tiles * z_tiles * work.k_inner
     divisors = (
@@ -668,7 +683,7 @@ def _w_map(w: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMa
     return TensorMap(w, (inner, taps, outer), (2 * inner, 2 * inner * taps), box, (), swizzle)
 
 
-def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, act: str | None) -> Launch:
+def _unreached(sizes: Sizes, dx: Slot, epilogue: Epilogue) -> Launch:
     """The launch that writes the pixels of dx that no tap reaches."""
     reached = [0, 0]  # bits: rows, columns by their remainder
     for kind in sizes.classes:
@@ -685,7 +700,7 @@ def _unreached(sizes: Sizes, dx: Slot, addend: Slot | None, saved: Slot | None, 
         UNREACHED,
         (ceil(chunks / UNREACHED_THREADS), 1, 1),
         (UNREACHED_THREADS, 1, 1),
-        (addend, saved, dx, np.int32(chunks), np.int32(act_code(act)), pixels),
+        (epilogue.addend, epilogue.saved, dx, np.int32(chunks), np.int32(act_code(epilogue.act)), pixels),
     )
 
 
