@@ -9,10 +9,10 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from parcnn.cuda import tensormap
 from parcnn.cuda.kernels import batch_norm
 from parcnn.cuda.kernels import conv_sm90_choice as choice
 from parcnn.cuda.kernels import conv_sm90_cost as cost
+from parcnn.cuda.kernels import conv_sm90_maps as maps
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE
@@ -21,7 +21,7 @@ from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
 from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.kernels.pool import divisor_of
-from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct, TensorMap
+from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
@@ -44,7 +44,6 @@ CHANNEL_UNIT = 8  # strides of tensor maps are multiples of 16 bytes
 NEGATIVE_INFINITIES = 0xFF80FF80  # two bf16
 _ALIGNMENT = 256  # of what lies in the workspace
 FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class, and then those of the next, read it
-_NO_MAP = bytes(tensormap.NBYTES)
 
 
 class Epilogue(NamedTuple):
@@ -378,9 +377,9 @@ def _product(
     sums: tuple[Argument, ...] = () if sizes.pool or is_residual else (partial,)
     if sizes.moments:
         sums = (partial, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant), *_norm(epilogue))
-    filters = w if variant.channels == tiles.PAIRED else _w_map(w, sizes, variant, tile)
+    filters = w if variant.channels == tiles.PAIRED else maps.w_map(w, sizes, variant, tile)
     args: tuple[Argument, ...] = (
-        *_x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, epilogue),
+        *maps.x_maps(x, sizes, variant, tile), filters, *_outputs(outputs, sizes, variant, epilogue),
         *sums, bias, problem, order or bytes(2 * ORDER_ENTRIES),
     )  # fmt: skip
     grid = (work.slots * work.k_groups, variant.splits, 1)
@@ -395,8 +394,8 @@ def _pointwise(
     staging_offset = variant.x_stages * tile.x_stage_bytes(True) + weights
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, None, (staging_offset, barrier_offset), act, NO_EPILOGUE)
-    (pixels,) = _x_maps(x, sizes, variant, tile)
-    args = (pixels, _w_map(w, sizes, variant, tile), _pooled_map(y, sizes, variant), bias, problem)
+    (pixels,) = maps.x_maps(x, sizes, variant, tile)
+    args = (pixels, maps.w_map(w, sizes, variant, tile), maps.pooled_map(y, sizes, variant), bias, problem)
     shared_bytes = barrier_offset + tiles.pointwise_bytes(variant.rounds)
     grid = (work.slots * work.k_groups, 1, 1)
     return Launch(_pointwise_kernel(variant.tile, steps), grid, (THREADS, 1, 1), args, shared_bytes)
@@ -445,13 +444,17 @@ def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, epilogue
         y, idx = outputs[0], outputs[1] if sizes.indices else None
         if tiles.pooling(sizes, variant.serves, variant.tile, variant.channels) not in tiles.WITHIN_THREADS:
             return y, idx
-        return y, idx, _NO_MAP if idx else _pooled_map(y, sizes, variant)
-    maps: list[Argument] = [_y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
+        return y, idx, maps.NO_MAP if idx else maps.pooled_map(y, sizes, variant)
+    written: list[Argument] = [maps.y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
     if not sizes.flipped:
-        return tuple(maps) if epilogue.addend is None else (*maps, _operand_map(epilogue.addend, sizes, variant))
-    maps += [_NO_MAP] * (CLASSES - len(maps))
-    maps += [_operand_map(slot, sizes, variant) if slot else _NO_MAP for slot in (epilogue.addend, epilogue.saved)]
-    return tuple(maps)
+        return (
+            tuple(written) if epilogue.addend is None else (*written, maps.operand_map(epilogue.addend, sizes, variant))
+        )
+    written += [maps.NO_MAP] * (CLASSES - len(written))
+    written += [
+        maps.operand_map(slot, sizes, variant) if slot else maps.NO_MAP for slot in (epilogue.addend, epilogue.saved)
+    ]
+    return tuple(written)
 
 
 def _rows_of_moments(sizes: Sizes, variant: Variant, device: Device) -> int:
@@ -514,11 +517,6 @@ def _order(sizes: Sizes, variant: Variant, device: Device) -> bytes | None:
     return table.tobytes()
 
 
-def _is_of_pixels(sizes: Sizes, serves: str) -> bool:
-    """OF_PIXELS of the kernel."""
-    return not sizes.flipped and tiles.constants(sizes, serves) == (0, 0)
-
-
 def _turn(classes: int, work: Work) -> int:
     """Patches after which another class begins, where else a slot would come to the same class in each round."""
     apart = work.slots // work.k_inner
@@ -546,7 +544,7 @@ def _problem(
     is_uneven = tiles.skips(sizes, variant) and min(tiles.taps_of_tiles(sizes, variant)) < sizes.r * sizes.s
     ordered = ORDERED if order is not None else TURNED if is_uneven and variant.splits == 1 else 0
     are_alike = not is_uneven and len({kind.taps for kind in sizes.classes}) == 1
-    of_pixels = _is_of_pixels(sizes, variant.serves)
+    of_pixels = maps.is_of_pixels(sizes, variant.serves)
     loads_of_parts = tiles.loads_of_parts(sizes, variant.serves)
     loads_of_tile = sum(loads_of_parts) if of_pixels else max(loads_of_parts)
     stride, tap_steps, kinds, none = sizes.stride, sizes.tap_steps, sizes.classes, sizes.classes[0]
@@ -598,89 +596,6 @@ def _problem(
             *(np.int32(v) for v in (*classes, *windows)),
         )
     )
-
-
-def _x_maps(x: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> list[Argument]:
-    """Of x; where a stage may serve several taps of any filter, of each class of its pixels that the same taps meet."""
-    of_pixels = _is_of_pixels(sizes, variant.serves)
-    stride = (1, 1) if of_pixels else sizes.stride
-    box = (tile.cb, tile.pitch * stride[1], tile.rows * stride[0], variant.tile[2])
-    whole = image_map(x, (sizes.c, sizes.w, sizes.h, sizes.n), box, (1, *stride[::-1], 1), tile.cb)
-    if sizes.apart != (1, 1):
-        _, h, w, c = x.spec.shape
-        whole = replace(whole, strides_bytes=(2 * c * sizes.apart[1], 2 * w * c * sizes.apart[0], 2 * h * w * c))
-    if not of_pixels:
-        return [_ordered(whole, sizes, variant)]
-    column, row, image = whole.strides_bytes
-    maps: list[Argument] = []
-    for part in sizes.parts:
-        (down, along), (h0, w0) = sizes.stride, part.first
-        dims = (sizes.c, ceil((sizes.w - w0) / along), ceil((sizes.h - h0) / down), sizes.n)
-        strides = (column * along, row * down, image)
-        own = replace(whole, dims=dims, strides_bytes=strides, offset=h0 * row + w0 * column)
-        maps.append(_ordered(own, sizes, variant))
-    return maps + [_NO_MAP] * (CLASSES - len(maps))
-
-
-def _y_map(y: Slot, sizes: Sizes, variant: Variant, kind: Class) -> TensorMap:
-    """Of a class's outputs."""
-    (down, along), (h, w) = sizes.spread, kind.first
-    dims = (sizes.k, ceil((sizes.q - w) / along), ceil((sizes.p - h) / down), sizes.n)
-    row = 2 * sizes.k * sizes.q
-    strides = (2 * sizes.k * along, row * down, row * sizes.p)
-    box = (64, tiles.footprint(sizes, variant).row, *variant.tile[1:])
-    map = TensorMap(y, dims, strides, box, (), "128B", offset=h * row + 2 * w * sizes.k)
-    return _ordered(map, sizes, variant)
-
-
-def _pooled_map(y: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
-    """Of maxima or means of 2x2 windows: the pooled tensor."""
-    (w, h, n), (_, p, q, k) = variant.tile, y.spec.shape
-    return _ordered(image_map(y, (k, q, p, y.spec.shape[0]), (64, w // 2, h // 2, n), (), 64), sizes, variant)
-
-
-def _operand_map(slot: Slot, sizes: Sizes, variant: Variant) -> TensorMap:
-    """Of what an epilogue reads: a class's pixels of a tensor like dx."""
-    (_, h, n), (down, along) = variant.tile, sizes.spread
-    w = tiles.footprint(sizes, variant).row
-    dims = (sizes.k, sizes.q, sizes.p, sizes.n)
-    return _ordered(image_map(slot, dims, (64, w * along, h * down, n), (1, along, down, 1), 64), sizes, variant)
-
-
-def _ordered(map: TensorMap, sizes: Sizes, variant: Variant) -> TensorMap:
-    """The map of columns, rows and images, with its images before its columns where a stage has them so."""
-    if not tiles.images_inner(sizes, variant):
-        return map
-
-    def turned(columns: int, rows: int, images: int) -> tuple[int, int, int]:
-        return images, columns, rows
-
-    steps = map.element_strides
-    return replace(
-        map,
-        dims=(map.dims[0], *turned(*map.dims[1:])),
-        strides_bytes=turned(*map.strides_bytes),
-        box=(map.box[0], *turned(*map.box[1:])),
-        element_strides=(steps[0], *turned(*steps[1:])) if steps else (),
-    )
-
-
-def image_map(
-    slot: Slot, dims: tuple[int, int, int, int], box: tuple[int, ...], element_strides: tuple[int, ...], channels: int
-) -> TensorMap:
-    """Of a tensor NHWC; a box's rows of channels are swizzled over their own width."""
-    c, w, h, _ = dims
-    swizzle = "128B" if channels == 64 else "64B"
-    return TensorMap(slot, dims, (2 * c, 2 * w * c, 2 * h * w * c), box, element_strides, swizzle)
-
-
-def _w_map(w: Slot, sizes: Sizes, variant: Variant, tile: Footprint) -> TensorMap:
-    """Of filters (K,RS,C): rows of reduction channels, or where they are exchanged, rows of 64 output channels."""
-    taps = sizes.r * sizes.s
-    outer, inner = (sizes.c, sizes.k) if sizes.flipped else (sizes.k, sizes.c)
-    box = (64, 1, tile.cb) if sizes.flipped else (tile.cb, 1, variant.channels)
-    swizzle = "128B" if box[0] == 64 else "64B"
-    return TensorMap(w, (inner, taps, outer), (2 * inner, 2 * inner * taps), box, (), swizzle)
 
 
 def _unreached(sizes: Sizes, dx: Slot, epilogue: Epilogue) -> Launch:

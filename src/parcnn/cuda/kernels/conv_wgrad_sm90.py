@@ -11,7 +11,8 @@ import numpy as np
 from parcnn.cuda.kernels import conv_wgrad_sm90_choice as choice
 from parcnn.cuda.kernels.common import fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
-from parcnn.cuda.kernels.conv_sm90 import CHANNEL_UNIT, image_map
+from parcnn.cuda.kernels.conv_sm90 import CHANNEL_UNIT
+from parcnn.cuda.kernels.conv_sm90_maps import image_map
 from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.kernels.conv_wgrad_sm90_tiles import (
     BARRIER_BYTES,
