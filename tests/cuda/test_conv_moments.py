@@ -278,5 +278,5 @@ def test_running_statistics_of_a_step(cuda: CudaExecutor) -> None:
 
 def test_tables_fit_the_largest_kernel() -> None:
     """A bit for each pixel of the widest tile; what the tests take for bf16 numbers."""
-    assert max(p for pixels in tiles.PIXELS.values() for p in pixels) <= 8 * 32
+    assert max(p for blocks in tiles.PIXELS.values() for pixels in blocks.values() for p in pixels) <= 8 * 32
     assert from_bits(to_bits(np.array([1000.0, 1004.0, -251]))).tolist() == [1000, 1004, -251]

@@ -426,7 +426,7 @@ def test_pools_within_several_images(
     ("kind", "channels", "cb", "serves", "side"),
     [
         (kind, *tile, *stage)
-        for tile in tiles.TAP_PIXELS
+        for tile in ((64, 64), (128, 64), (64, 32))
         for stage in (("tap", 3), ("tap", 1), ("column", 3), ("window", 3), ("column", 2))
         if stage[0] != "window" or tile[0] == 64
         for kind in ("fused", "fused add", "pooled", "maxima", "dgrad")
@@ -440,7 +440,7 @@ def test_every_compiled_tile(
     problem = Problem(70, 7, 9, *((72, wide) if kind == "dgrad" else (wide, 72)), side, side, (side // 2,) * 4)
     op, operands = problem.op(kind), problem.integers(kind, random_of(kind, channels, cb))
     sizes, kernels = sizes_of(op, operands), set()
-    for pixels in (tiles.TAP_PIXELS if serves == "tap" else tiles.PIXELS)[channels, cb]:
+    for pixels in tiles.compiled_pixels(sizes, serves, channels):
         high = pixels // 16 * 2 if sizes.pool else pixels // 8  # of eight columns
         for tile in {
             "tap": ((2, 4, pixels // 8), (8, 2, pixels // 16)),
@@ -495,7 +495,7 @@ def test_every_tile_whose_products_do_two_rows_of_taps(
         assert single is not None
         others = run_op(make([Forced(conv_sm90, single)]), op, bits_of(op, operands))
         true = on_cpu(op, operands)
-        compiled = tiles.PIXELS[tiles.PAIRED, 64][: 1 if emulates(make) else None]
+        compiled = tiles.PIXELS[3, 3][tiles.PAIRED, 64][: 1 if emulates(make) else None]
         for pixels, less, x_stages in product(compiled, (1, 4), (0, 2)):
             tile = (8, pixels // 8 - less, 1)
             variant = tiles.fit(sizes, Shape("window", tile, tiles.PAIRED, x_stages), H200)

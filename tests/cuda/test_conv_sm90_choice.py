@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from math import ceil
+from statistics import geometric_mean
+
 import pytest
 
-from parcnn.cuda.kernels import conv_sm90
+from parcnn.bench.layer import LAYERS, Layer, random_layers
+from parcnn.cuda.kernels import conv_sm90, conv_sm90_sizes
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.conv_sm90_choice import candidates
-from parcnn.cuda.kernels.conv_sm90_cost import Work
+from parcnn.cuda.kernels.conv_sm90_cost import Work, cost_us
+from parcnn.cuda.kernels.conv_sm90_sizes import Sizes
 from parcnn.ops.base import Spec
 from parcnn.ops.conv import ConvDgrad
 from parcnn.ops.program import Call, Slot
+from tests.cuda import conv_problems
 from tests.cuda.conv_problems import random_of
 from tests.cuda.test_conv_sm90 import H200, Problem, sizes_of
 
@@ -55,3 +61,39 @@ def test_many_tiles_and_pools_are_not_split() -> None:
     for problem, kind in ((Problem(256, 14, 14, 256, 256), "fprop"), (Problem(2, 14, 14, 512, 64), "pooled")):
         sizes = sizes_of(problem.op(kind), problem.integers(kind, random_of()))
         assert all(variant.splits == 1 for variant in candidates(sizes, H200))
+
+
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "pooled", "moments"])
+def test_a_few_compiled_tiles_cost_what_all_would(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the estimates, of problems as networks have them, against a kernel for every eighth number of pixels."""
+    every = tuple(range(64, 257, 8))
+    problems = [sizes for layer in (*LAYERS, *random_layers(24, 3)) if (sizes := sizes_of_layer(layer, kind))]
+    few = [cost_us(sizes, candidates(sizes, H200)[0], H200) for sizes in problems]
+    candidates.cache_clear()
+    for table in (tiles.PIXELS, tiles.POOLED_PIXELS):
+        for constants, blocks in table.items():
+            monkeypatch.setitem(table, constants, dict.fromkeys(blocks, every))
+    all_of_them = [cost_us(sizes, candidates(sizes, H200)[0], H200) for sizes in problems]
+    candidates.cache_clear()
+    ratios = [ours / least for ours, least in zip(few, all_of_them, strict=True)]
+    assert len(ratios) > 20
+    assert geometric_mean(ratios) < 1.03
+    assert max(ratios) < 1.4
+
+
+def sizes_of_layer(layer: Layer, kind: str) -> Sizes | None:
+    """What Hopper's kernels compute of it, its channels padded; None where they do not run it."""
+    channels = [8 * ceil(count / 8) for count in (layer.c, layer.k)]
+    problem = conv_problems.Problem(
+        layer.n, layer.h, layer.w, *channels, layer.r, layer.r, (layer.pad,) * 4, (layer.stride,) * 2
+    )
+    op = problem.op("dgrad" if kind == "dgrad" else "fprop", "max" if kind == "pooled" else None)
+    image, filters = (layer.n, layer.h, layer.w, channels[0]), (channels[1], layer.r, layer.r, channels[0])
+    if kind == "moments":
+        op = problem.op("fprop", moments=True)
+    first = image if kind != "dgrad" else (layer.n, *layer.outputs, channels[1])
+    inputs = (Spec(first, "bf16"), Spec(filters, "bf16"))
+    if layer.c <= 8 or min(layer.outputs) < 2 or conv_sm90.supports(op, inputs):
+        return None
+    call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in op.infer(*inputs)))
+    return conv_sm90_sizes.sizes_of(call)

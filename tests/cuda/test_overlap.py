@@ -10,11 +10,10 @@ import pytest
 
 import parcnn
 from parcnn import data, models, optim
-from parcnn.cuda.compiler import Compiler, default_cache
+from parcnn.cuda.compiler import Compiler
 from parcnn.cuda.device import SHARED_BYTES, is_available
 from parcnn.cuda.driver import BoundLaunch
 from parcnn.cuda.executor import STEPS_PER_GRAPH, CudaExecutor
-from parcnn.cuda.kernels import REGISTRY
 from parcnn.cuda.launch import Kernel, LaunchError
 from parcnn.cuda.null import NullDriver
 from parcnn.ops.base import Spec
@@ -56,17 +55,6 @@ def test_a_kernel_waits_that_touches_global_memory_only_after_its_wait(arch: str
     cubins = Compiler(arch, tmp_path, None).compile([Kernel("some.cu", "waits")])
     (cubin,) = cubins.values()
     assert {name for name, info in cubin.kernels.items() if info.awaits_predecessors} == {"waits", "shares"}
-
-
-@pytest.mark.parametrize("arch", SHARED_BYTES)
-def test_a_kernel_whose_source_waits_does_so_first(arch: str) -> None:
-    """Else its loads were moved above the wait, as a compiler may do with those through `const __restrict__`."""
-    sources = {path.name for path in REGISTRY.folder.glob("*.cu") if "await_predecessors();" in path.read_text()}
-    kernels = [kernel for kernel in REGISTRY.on(arch).variants() if kernel.source in sources]
-    assert kernels
-    cubins = Compiler(arch, REGISTRY.folder, default_cache()).compile(kernels)
-    waiting = {k.label for k in kernels if cubins[k].kernels[k.entry].awaits_predecessors}
-    assert waiting == (set() if arch in WITHOUT_WAIT else {k.label for k in kernels})
 
 
 # What the executor submits

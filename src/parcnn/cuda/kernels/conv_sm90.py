@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from math import ceil, gcd
 from typing import NamedTuple, cast
@@ -236,28 +236,20 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
 
 def variants() -> Iterable[Kernel]:
     """Every kernel that `launches` may name, but for those of `conv_unpool` and `batch_norm`."""
-    for (channels, cb), halo in tiles.PIXELS.items():
-        if channels == tiles.PAIRED:
-            yield from (_kernel(count, cb, channels, 0, flipped, (3, 3)) for count in halo for flipped in (False, True))
-            continue
-        tap, window = tiles.TAP_PIXELS[channels, cb], [((3, 3), halo)] if channels == 64 else []
-        for constants, pixels in (((0, 0), halo), ((3, 1), halo), *window, ((0, 1), tap), ((1, 1), tap)):
-            for count in pixels:
-                for flipped in (False, True):
-                    yield _kernel(count, cb, channels, 0, flipped, constants)
-                    if cb == 64 and not flipped:
-                        yield _residual_kernel(count, cb, channels, constants)
-                    if tiles.has_moments(count, cb, channels, constants, flipped):
-                        yield _kernel(count, cb, channels, 0, flipped, constants, moments=True)
-                if constants != (3, 3):  # windows are eight pixels wide
-                    yield _kernel(count, cb, channels, tiles.STAGED, False, constants)
-                if channels == 64 and count % 16 == 0:
-                    yield _kernel(count, cb, channels, tiles.WITHIN_ROWS, False, constants)
-    for (channels, cb), pixels in tiles.WINDOW_PIXELS.items():
-        for count in pixels:
-            yield from (
-                _kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants) for constants in ((0, 1), (3, 1))
-            )
+    for constants, channels, cb, count in _compiled(tiles.PIXELS):
+        for flipped in (False, True):
+            yield _kernel(count, cb, channels, 0, flipped, constants)
+            if channels != tiles.PAIRED and tiles.has_moments(count, cb, channels, constants, flipped):
+                yield _kernel(count, cb, channels, 0, flipped, constants, moments=True)
+        if channels != tiles.PAIRED and cb == 64:
+            yield _residual_kernel(count, cb, channels, constants)
+    for constants, channels, cb, count in _compiled(tiles.POOLED_PIXELS):
+        if constants != (3, 3):  # windows are eight pixels wide
+            yield _kernel(count, cb, channels, tiles.STAGED, False, constants)
+        if channels == 64 and count % 16 == 0:
+            yield _kernel(count, cb, channels, tiles.WITHIN_ROWS, False, constants)
+    for constants, channels, cb, count in _compiled(tiles.WINDOW_PIXELS):
+        yield _kernel(count, cb, channels, tiles.OTHER_WINDOWS, False, constants)
     for constants, compiled in tiles.IMAGE_TILES.items():
         yield from (_kernel_of_images(tile, constants) for tile in compiled)
     for tile in tiles.IMAGE_TILES[1, 1]:
@@ -265,6 +257,13 @@ def variants() -> Iterable[Kernel]:
     yield UNREACHED
     yield SUM
     yield MERGE_MOMENTS
+
+
+def _compiled(table: tiles.Compiled) -> Iterator[tuple[tuple[int, int], int, int, int]]:
+    """(FILTER, COLUMNS), output channels, reduction channels and pixels of each kernel in a table."""
+    for constants, blocks in table.items():
+        for (channels, cb), pixels in blocks.items():
+            yield from ((constants, channels, cb, count) for count in pixels)
 
 
 UNREACHED = Kernel("conv_dgrad_unreached.cu", "conv_dgrad_unreached")

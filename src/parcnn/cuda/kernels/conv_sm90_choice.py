@@ -12,12 +12,11 @@ from parcnn.cuda.kernels.conv_sm90_tiles import (
     IMAGE_TILES,
     MAX_BOX,
     PAIRED,
-    PIXELS,
-    TAP_PIXELS,
     WINDOW_PIXELS,
     Shape,
     Variant,
     can_pair,
+    compiled_pixels,
     fit,
     footprint,
     items,
@@ -27,6 +26,7 @@ from parcnn.cuda.kernels.conv_sm90_tiles import (
 from parcnn.cuda.launch import Device
 from parcnn.ops.pool import PoolWindow
 
+SERVES = ("tap", "column", "window")
 MOST_CANDIDATES = 8
 MOST_PARTS = 16  # of a row of windows other than 2x2, in which tiles may take it
 
@@ -61,14 +61,14 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
     p, q = sizes.class_outputs
     widths = {round_up(ceil(q / parts), even) for parts in range(1, 9)} | {8, even}
     if can_pair(sizes, "window", 8):
-        for pixels in PIXELS[PAIRED, 64]:
+        for pixels in compiled_pixels(sizes, "window", PAIRED):
             yield Shape("window", (8, ceil(p / ceil(p / (pixels // 8 - 1))), 1), PAIRED)
     if sizes.pool and sizes.k > 64:
         yield from (Shape("column", tile, 128) for tile in IMAGE_TILES[3, 1])
     for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
-        for pixels in sorted({*PIXELS[channels, 64], *TAP_PIXELS[channels, 64]}):
+        for pixels in sorted({p for serves in SERVES for p in compiled_pixels(sizes, serves, channels)}):
             for w in sorted(widths):
                 highest = pixels // w // even * even
                 if highest == 0:
@@ -90,10 +90,10 @@ def _shapes(sizes: Sizes) -> Iterator[Shape]:
 def _window_shapes(sizes: Sizes, window: PoolWindow) -> Iterator[Shape]:
     """Tiles of whole windows: rows of them or even parts of rows, and whole images."""
     rows, columns = sizes.pooled
-    for (channels, _), compiled in WINDOW_PIXELS.items():
+    for channels in (64, 128):
         if channels == 128 and sizes.k <= 64:
             continue
-        for pixels in compiled:
+        for pixels in compiled_pixels(sizes, "tap", channels):
             for across in {ceil(columns / parts) for parts in range(1, min(columns, MOST_PARTS) + 1)}:
                 w = (across - 1) * window.stride[1] + window.kernel[1]
                 down = min(rows, pooled_by(window, min(pixels // w, MAX_BOX // sizes.stride[0]), 0))
@@ -122,13 +122,13 @@ def has_window_tiles(window: PoolWindow, columns: int, stride: tuple[int, int]) 
     convolution of that stride reads for it in a copy."""
     w = (ceil(columns / MOST_PARTS) - 1) * window.stride[1] + window.kernel[1]
     fits = max(w * stride[1], window.kernel[0] * stride[0]) <= MAX_BOX
-    return fits and w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS.values())
+    return fits and w * window.kernel[0] <= min(max(pixels) for pixels in WINDOW_PIXELS[0, 1].values())
 
 
 def computed(window: PoolWindow, p: int, q: int) -> float:
     """Outputs that the best tiles of an image's p x q compute, halos twice, by those that there are."""
     rows, columns = window.output_hw(p, q)
-    most = max(PIXELS[64, 64])
+    most = max(WINDOW_PIXELS[0, 1][64, 64])
     areas = []
     for across in range(1, columns + 1):
         width = (across - 1) * window.stride[1] + window.kernel[1]

@@ -14,21 +14,27 @@ from parcnn.ops.pool import PoolWindow
 MAX_BOX = 256  # of TMA, a dimension
 BARRIER_BYTES, POOLED_BYTES = 512, 512  # with a pool: the list of a tile's pooled pixels, 8 bytes each
 MAX_X_STAGES, MAX_W_STAGES = 8, 12
-# Pixels of a tile that kernels are compiled for, by (output channels of a tile, reduction channels of a step): where a stage
-# serves several taps, and where it serves one, as tiles of any shape then do.
-PIXELS = {
-    (64, 64): (64, 120, 128, 160, 200, 208, 224, 232, 240, 256),
-    (128, 64): (128, 160, 200, 224, 256),
-    (64, 32): (64, 128, 240, 248),
-    (32, 64): (64, 128, 240, 256),
+# Pixels of a tile that kernels are compiled for, by FILTER and COLUMNS (`constants`) and by (output channels of a tile,
+# reduction channels of a step); a tile of fewer pixels is run by the next larger kernel. Of all that could be compiled these
+# are a few that leave the estimates of many problems as they were (test_conv_sm90_choice.py).
+Compiled = dict[tuple[int, int], dict[tuple[int, int], tuple[int, ...]]]
+PIXELS: Compiled = {
+    (0, 0): {(64, 64): (64, 88, 120, 184, 208, 232, 256), (128, 64): (176, 200, 248), (64, 32): (64, 128, 208, 248)},
+    (0, 1): {(64, 64): (64, 120, 256), (128, 64): (160, 200, 224, 256), (64, 32): (112, 240)},
+    (1, 1): {(64, 64): (64, 120, 152, 240, 256), (128, 64): (96, 200, 224, 256), (64, 32): (80, 232)},
+    (3, 1): {(64, 64): (64, 128, 200, 232, 256), (128, 64): (128, 160, 200, 224, 256), (64, 32): (168, 248)},
+    (3, 3): {(64, 64): (64, 120, 128, 184, 224, 256), (64, 32): (128, 248, 256), (32, 64): (256,)},
 }
-TAP_PIXELS = {
-    (64, 64): (64, 120, 160, 200, 224, 240, 256),
-    (128, 64): (64, 128, 160, 192, 200, 224, 256),
-    (64, 32): (64, 128, 240),
+# The same of tiles that are pooled by 2x2 windows, where those of several images lie not within threads; and by others.
+POOLED_PIXELS: Compiled = {
+    (0, 0): {(64, 64): (64, 128, 160, 208, 256), (128, 64): (200,), (64, 32): (64, 112, 208, 240)},
+    (0, 1): {(64, 64): (64, 112, 144, 256), (128, 64): (128, 160, 192, 224, 256), (64, 32): (112, 144)},
+    (1, 1): {(64, 64): (64, 112, 144, 224, 256), (128, 64): (160, 200), (64, 32): (96, 240)},
+    (3, 1): {(64, 64): (200, 256), (128, 64): (200, 256), (64, 32): (128,)},
+    (3, 3): {(64, 64): (64, 112, 128, 176, 224), (64, 32): (64, 128, 240)},
 }
-# The same of tiles that are pooled by another window than 2x2.
-WINDOW_PIXELS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
+_WINDOWS = {(64, 64): (128, 176, 256), (128, 64): (176, 256), (64, 32): (248,)}
+WINDOW_PIXELS: Compiled = {(0, 1): _WINDOWS, (3, 1): _WINDOWS}
 # Tiles of 128 channels whose 2x2 windows lie within threads, as images are the innermost of their pixels; by FILTER and
 # COLUMNS (`constants`). Each is a kernel of its own, for its images and its width say what of a window a thread has.
 IMAGE_TILES: dict[tuple[int, int], tuple[tuple[int, int, int], ...]] = {
@@ -109,7 +115,7 @@ class Footprint:
     def of(cls, sizes: Sizes, serves: str, tile: tuple[int, int, int], channels: int) -> Footprint | None:
         """None where no compiled kernel or no copy takes such a tile."""
         w, h, n = tile
-        cb = 32 if sizes.c <= 32 and channels == 64 else 64
+        cb = step_channels(sizes, channels)
         pooled = pooling(sizes, serves, tile, channels)
         in_registers = pooled in WITHIN_THREADS
         halo = serves != "tap"
@@ -118,12 +124,7 @@ class Footprint:
         least = row * (h + (channels == PAIRED)) * n - (row - w)
         if channels == PAIRED and not can_pair(sizes, serves, w):
             return None
-        compiled = (WINDOW_PIXELS if sizes.window else TAP_PIXELS if serves == "tap" else PIXELS)[channels, cb]
-        if pooled == WITHIN_IMAGES:
-            compiled = (least,)
-        elif sizes.moments:
-            own = constants(sizes, serves)
-            compiled = tuple(p for p in compiled if has_moments(p, cb, channels, own, sizes.flipped))
+        compiled = (least,) if pooled == WITHIN_IMAGES else compiled_pixels(sizes, serves, channels)
         pixels = next((p for p in compiled if p >= least and not (in_registers and p % 16)), None)
         rows = h + sizes.taps[0] - 1 if halo else h
         apart = (1, 1) if halo else sizes.stride
@@ -151,6 +152,21 @@ class Footprint:
 def is_flat(serves: str, width: int) -> bool:
     """Whether the tile's rows are those of a window's stage, halo and all: what the halo's pixels make is not stored."""
     return serves == "window" and width != 8
+
+
+def step_channels(sizes: Sizes, channels: int) -> int:
+    """Reduction channels of a step."""
+    return 32 if sizes.c <= 32 and channels == 64 else 64
+
+
+def compiled_pixels(sizes: Sizes, serves: str, channels: int) -> tuple[int, ...]:
+    """Pixels of the kernels that there are for a problem, in ascending order."""
+    own, cb = constants(sizes, serves), step_channels(sizes, channels)
+    table = WINDOW_PIXELS if sizes.window else POOLED_PIXELS if sizes.pool else PIXELS
+    compiled = table.get(own, {}).get((channels, cb), ())
+    if sizes.moments:
+        compiled = tuple(p for p in compiled if has_moments(p, cb, channels, own, sizes.flipped))
+    return compiled
 
 
 def has_moments(pixels: int, cb: int, channels: int, constants: tuple[int, int], flipped: bool) -> bool:
