@@ -1,20 +1,17 @@
 """An input gradient and the backward of the batch norm and ReLU below it: the norm's sums by a pass of its own, or by dgrad.
 
-3x3 filters, bf16. Calls out of a plan, many in a CUDA graph, on several sets of tensors that take turns. Both ways are timed
-also where the plan would not take dgrad's sums.
+3x3 filters, bf16. Both ways are timed also where the plan would not take dgrad's sums.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+
+import both_ways
 
 from parcnn import nn
 from parcnn.bench.layer import Layer
-from parcnn.bench.machine import Machine
-from parcnn.bench.repeated import RepeatedCalls, time_in_turn
-from parcnn.bench.rows import Row, append
+from parcnn.bench.rows import Row
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad
@@ -62,35 +59,22 @@ def calls_of(executor: Choosing, layer: Layer, takes_sums: bool) -> list[Call]:
     return found
 
 
-def measure(executor: Choosing, layers: Sequence[Layer], say: Callable[[str], None]) -> list[Row]:
+def measure(layers: Sequence[Layer]) -> list[Row]:
     """Rows of each layer, both ways."""
-    machine, rows = Machine.of(executor), []
-    for layer in layers:
-        ways = {
-            way: RepeatedCalls(executor, calls_of(executor, layer, way == "dgrad")) for way in ("own pass", "dgrad")
-        }
-        timings = time_in_turn([way.run for way in ways.values()], executor.synchronize)
-        took = {name: timing.of(way.count) for (name, way), timing in zip(ways.items(), timings, strict=True)}
-        own, dgrad = took["own pass"].p50_us, took["dgrad"].p50_us
-        tensor = 2 * layer.n * layer.h * layer.w * layer.c
-        say(f"{layer.shape:30}{tensor / 2**20:7.1f} MiB{own:9.1f} us{dgrad:9.1f} us{own / dgrad:8.3f}x")
-        problem = {"shape": layer.shape}
-        rows += [machine.row("norm sums", problem, name, timing, tensor_bytes=tensor) for name, timing in took.items()]
-        for way in ways.values():
-            way.free()
-    return rows
-
-
-def main() -> None:
-    """Measure, print, and keep the rows where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="layers whose N,H,W,C,K,R,stride,pad has this in it")
-    parser.add_argument("--rows", type=Path, help="append the rows to this .jsonl file")
-    arguments = parser.parse_args()
-    rows = measure(Choosing(), [layer for layer in LAYERS if arguments.only in layer.shape], print)
-    if arguments.rows:
-        append(arguments.rows, rows)
+    executor = Choosing()
+    return [
+        row
+        for layer in layers
+        for row in both_ways.rows_of(
+            executor,
+            "norm sums",
+            {"shape": layer.shape},
+            2 * layer.n * layer.h * layer.w * layer.c,
+            {way: calls_of(executor, layer, way == "dgrad") for way in ("own pass", "dgrad")},
+            print,
+        )
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    both_ways.run(__doc__.splitlines()[0], LAYERS, measure)

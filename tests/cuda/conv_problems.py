@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parcnn.cpu import CpuExecutor
-from parcnn.ops.base import Op, Spec
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Executor
 from tests.cuda.bf16 import from_bits, stored, to_bits, values_of
@@ -67,7 +67,8 @@ class Problem:
         if isinstance(op, ConvFprop):
             return [tensor(*x), tensor(*w), *([8 * tensor(self.k)] if op.bias else [])]
         if isinstance(op, ConvDgrad):
-            saved = [np.clip(tensor(*x), 0 if op.act in ("relu", "sigmoid") else -1, 1)] if op.act else []
+            least, most = (0 if op.act in ("relu", "sigmoid") else -1, 1) if op.act in FROM_OUTPUT else (-4, 4)
+            saved = [np.clip(tensor(*x), least, most)] if op.act else []
             return [tensor(*dy), tensor(*w), *idx, *saved, *([tensor(*x)] if op.add else [])]
         return [tensor(*x), tensor(*dy), *idx]
 
@@ -88,7 +89,8 @@ def normal(random: np.random.Generator) -> Callable[..., np.ndarray]:
 
 def is_exact(op: Any) -> bool:
     """Whether integers stay integers: derivatives do at the outputs -1, 0 and 1 that `operands` then has."""
-    return not isinstance(op, ConvFprop) or op.act in (None, "relu")
+    exact = ("relu",) if isinstance(op, ConvFprop) else FROM_OUTPUT
+    return isinstance(op, ConvWgrad) or op.act in (None, *exact)
 
 
 def tensors_of(op: Op, operands: Arrays, dtype: str) -> Arrays:

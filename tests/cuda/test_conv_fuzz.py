@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.tuning import Tuning, problem_key
 from parcnn.errors import UnsupportedError
-from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT
+from parcnn.ops.base import ACTIVATIONS
 from tests.cuda import conv_problems
 from tests.cuda.conv_problems import Problem
 
@@ -68,8 +68,9 @@ def operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
         more = {"bias": draw(st.booleans()), "act": draw(st.sampled_from((None, "relu", *ACTIVATIONS)))}
         if pool == "max":
             more["indices"] = draw(st.booleans())
+        more["keep"] = pool is None and problem.groups == 1 and draw(st.booleans())
     elif kind == "dgrad":
-        more = {"act": draw(st.sampled_from((None, *FROM_OUTPUT))), "add": draw(st.booleans())}
+        more = {"act": draw(st.sampled_from((None, *ACTIVATIONS))), "add": draw(st.booleans())}
     else:
         more = {"bias": draw(st.booleans())}
     return problem, problem.op(kind, pool, **more), dtype
@@ -143,12 +144,15 @@ def runnable(executor: CudaExecutor, problem: Problem, op: Any, dtype: str) -> t
     random = np.random.default_rng(0)
     for without in (
         {},
-        {"act": None},
+        {"keep": False},
+        {"act": None, "keep": False},
         {"pool": None},
         {"act": None, "pool": None},
         {"act": None, "pool": None, "add": False},
     ):
         less = replace(op, **{name: value for name, value in without.items() if hasattr(op, name)})
+        if less == op and without:
+            continue
         specs = conv_problems.specs_of(less, problem.operands(less, conv_problems.normal(random), random), dtype)
         if executor.can_fuse(less, specs):
             return less, specs

@@ -13,7 +13,7 @@ from parcnn.nn import functional as F
 from parcnn.ops.base import ACTIVATIONS, FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.norm import BatchNormDgrad
-from parcnn.ops.pointwise import ActDgrad
+from parcnn.ops.pointwise import Act, ActDgrad
 from parcnn.ops.pool import PoolDgrad, PoolFprop
 from parcnn.ops.program import Call
 from parcnn.ops.update import MAX_GROUP, Update
@@ -64,16 +64,35 @@ def _forward(calls: list[Call]) -> list[str]:
 
 def _describe(op: Op) -> str:
     attributes = [str(getattr(op, a)) for a in ("act", "pool", "kind") if getattr(op, a, None)]
-    return " ".join([op.name, *attributes, *["add"] * getattr(op, "add", False)])
+    kept = isinstance(op, ConvFprop) and op.keep
+    return " ".join([op.name, *attributes, *["add"] * getattr(op, "add", False), *["kept"] * kept])
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_convolution_and_activation(cpu: CpuExecutor, kind: str, mode: str) -> None:
-    """In training only where the derivative follows from the output, which is all that is kept."""
+    """In training the activation's input is kept where the derivative does not follow from the output."""
     found = _forward(_calls(cpu, lambda net, x: ACT[kind](x), mode, 105))
-    fused = kind in FROM_OUTPUT or mode == "eval"
-    assert found == ([f"conv_fprop {kind}"] if fused else ["conv_fprop", f"act {kind}"])
+    assert found == [f"conv_fprop {kind}" + " kept" * (kind not in FROM_OUTPUT and mode == "train")]
+
+
+@pytest.mark.parametrize("kind", ["gelu", "silu"])
+def test_the_error_passes_an_activation_by_its_input(cpu: CpuExecutor, kind: str) -> None:
+    """The convolution above multiplies by the derivative at what the one below kept."""
+    calls = _calls(cpu, lambda net, x: net.other(ACT[kind](x)), "train", 105)
+    (below,) = (call for call in calls if isinstance(call.op, ConvFprop) and call.op.keep)
+    (dgrad,) = (call for call in calls if isinstance(call.op, ConvDgrad) and call.op.act)
+    assert isinstance(dgrad.op, ConvDgrad)
+    assert dgrad.op.act == kind
+    assert dgrad.op.operands(dgrad.inputs)["saved"] == below.outputs[-1]
+    assert not [call for call in calls if isinstance(call.op, Act | ActDgrad)]
+
+
+def test_nothing_is_kept_that_no_gradient_asks_for(cpu: CpuExecutor) -> None:
+    model = Net(lambda net, x: F.gelu(x), 105)
+    model.conv.requires_grad_(False)
+    step = step_of(cpu, model, np.random.default_rng(0).standard_normal((3, 2, 5, 7)), np.zeros(3, np.int32))
+    assert _forward(list(step.plan.program.calls)) == ["conv_fprop gelu"]
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu"])
@@ -92,7 +111,7 @@ def test_convolution_activation_and_pool(cpu: CpuExecutor, kind: str, mode: str,
         ("relu", "train", "max"): one,
         ("relu", "train", "avg"): ["conv_fprop relu", "pool_fprop avg"],  # the kept output is the average
         ("gelu", "train", "max"): ["conv_fprop", "pool_fprop gelu max"],
-        ("gelu", "train", "avg"): ["conv_fprop", "act gelu", "pool_fprop avg"],
+        ("gelu", "train", "avg"): ["conv_fprop gelu kept", "pool_fprop avg"],
     }
     pool_then_act = {
         ("relu", "train", "max"): one,  # a maximum and a monotone function commute
@@ -151,7 +170,7 @@ def test_an_activation_before_a_maximum_is_the_pools(cpu: CpuExecutor, kind: str
 
 def test_an_activation_with_another_reader_stays_alone(cpu: CpuExecutor) -> None:
     found = _forward(_calls(cpu, lambda net, x: (y := F.gelu(x)) + F.max_pool2d(y, 3, 1, 1), "train", 105))
-    assert found == ["conv_fprop", "act gelu", "pool_fprop max", "add"]
+    assert found == ["conv_fprop gelu kept", "pool_fprop max", "add"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -439,7 +458,7 @@ def test_an_activation_and_a_mean_by_another_window(mode: str, kind: str, act_fi
     elif mode == "eval":
         assert found == [f"conv_fprop {kind} avg"]
     else:
-        assert found == [*(["conv_fprop relu"] if kind == "relu" else ["conv_fprop", "act gelu"]), "pool_fprop avg"]
+        assert found == [f"conv_fprop {kind}" + " kept" * (kind == "gelu"), "pool_fprop avg"]
 
 
 @pytest.mark.parametrize("act_first", [True, False])

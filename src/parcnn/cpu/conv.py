@@ -77,6 +77,9 @@ def _by_columns(
         if op.add:
             added = inputs[-1][part.images, part.rows].reshape(m, low.outputs)
             product += added.T if transposed else added
+        if op.keep:
+            before = outputs[-1][part.images, part.rows].reshape(m, low.outputs)
+            np.copyto(before, product.T if transposed else product)
         if op.act:
             activate(op.act, product, product)
         if op.pool:

@@ -133,11 +133,11 @@ class CpuExecutor:
         return 1
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
-        """True of every fused form that an op can express, but of grouped convolutions only those without a pool or an addend,
-        and of pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise batch norm
-        and pool, and a batch norm's sums, which take a pass of their own over a convolution's input gradient."""
+        """True of every fused form that an op can express, but of grouped convolutions only those without a pool, an addend, a
+        kept input; and of pools only 2x2 ones: with others convolution and pool run one after the other in any case. Likewise
+        batch norm and pool, and a batch norm's sums, which take a pass of their own over a convolution's input gradient."""
         pooled_groups = isinstance(op, ConvGeometry) and op.groups > 1 and op.pool is not None
-        added_groups = isinstance(op, ConvFprop) and op.groups > 1 and op.add
+        added_groups = isinstance(op, ConvFprop) and op.groups > 1 and (op.add or op.keep)
         other_window = isinstance(op, ConvFprop | BatchNormTrain | BatchNormDgrad) and op.window is not None
         sums = isinstance(op, ConvDgrad | BatchNormDgrad) and op.sums
         return type(op) in RUN and not (pooled_groups or added_groups or other_window or sums)

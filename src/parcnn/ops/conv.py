@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from parcnn.ops.base import FROM_OUTPUT, Emit, Grads, Op, Spec, Value, accumulator, image_of
+from parcnn.ops.base import Emit, Grads, Op, Spec, Value, accumulator, image_of
+from parcnn.ops.pointwise import ActDgrad
 from parcnn.ops.pool import PoolWindow
 
 
@@ -60,6 +61,9 @@ class ConvFprop(ConvGeometry):
     the sum of squared deviations from it.
 
     `add`: y = act(conv + b + addend); the addend (N,P,Q,K) is the last input. There is then one group and no pool.
+
+    `keep`: what the activation is taken of, (N,P,Q,K), is the last output: the derivatives of gelu and silu follow from it.
+    There is then one group, and neither a pool nor moments nor an addend.
     """
 
     bias: bool = False
@@ -67,8 +71,9 @@ class ConvFprop(ConvGeometry):
     window: PoolWindow | None = None  # the pool's, of kind `pool`, where it is not 2x2, stride 2, floor
     moments: bool = False
     add: bool = False
+    keep: bool = False
     indices: bool = (
-        True  # False: nobody reads those of a 2x2 maximum, and there is no gradient (`plan.fuse.drop_indices`)
+        True  # False: nobody reads those of a 2x2 maximum, and there is no gradient (`plan.fuse.drop_unread`)
     )
 
     @property
@@ -86,7 +91,7 @@ class ConvFprop(ConvGeometry):
         p, q = self.pooled_hw(h, wd, r, s)
         y = Spec((n, p, q, k), x.dtype)
         idx = [Spec(y.shape, self.window.index_dtype(k) if self.window else "u2")] * self.has_indices
-        return y, *idx, *[Spec((2, k), accumulator(x.dtype))] * self.moments
+        return y, *idx, *[Spec((2, k), accumulator(x.dtype))] * self.moments, *[y] * self.keep
 
     def grad(self, emit: Emit, inputs: tuple[Value, ...], outputs: tuple[Value, ...], dys: Grads) -> Grads:
         x, w = inputs[:2]
@@ -94,7 +99,7 @@ class ConvFprop(ConvGeometry):
         if dy is None:
             return (None,) * len(inputs)
         if self.act:
-            (dy,) = emit(act_dgrad(self.act), dy, y)  # only acts of FROM_OUTPUT are fused where gradients flow
+            (dy,) = emit(ActDgrad(kind=self.act), dy, outputs[-1] if self.keep else y)
         pool, idx = self.pool, outputs[1:2] if self.pool == "max" else ()
         if self.window:
             (dy,) = emit(self.window.backward(self.output_hw(*image_of(x), *image_of(w))), dy, *idx)
@@ -127,7 +132,7 @@ class ConvDgrad(ConvGeometry):
     (N,H,W,C).
 
     dy is the *pooled* error where `pool` is set; it is routed by idx on the fly. Epilogue:
-    dx = (dgrad + addend) * act'(saved), `saved` being the output of the activation below (shape of dx).
+    dx = (dgrad + addend) * act'(saved), `saved` being what `ActDgrad` takes of the activation below (shape of dx).
 
     `sums`: below is a batch norm in training, of `act` None or 'relu'. Then x (shape of dx), gamma, beta, mean, rstd (C) of it
     stand in place of `saved`, from which its output follows, and dx is dz, the error before its activation. More outputs:
@@ -195,12 +200,3 @@ class ConvUnpool(Op):
     def infer(self, *inputs: Spec) -> tuple[Spec, ...]:
         n, p, q, k = inputs[0].shape
         return (Spec((n, 2 * p, 2 * q, k), inputs[0].dtype),)
-
-
-def act_dgrad(kind: str) -> Op:
-    """The op that turns an error signal at an activation's output into one at its input, from the output."""
-    from parcnn.ops.pointwise import ActDgrad
-
-    if kind not in FROM_OUTPUT:
-        raise ValueError(f"the derivative of {kind} does not follow from its output")
-    return ActDgrad(kind=kind)

@@ -16,7 +16,7 @@ from parcnn.ops.shape import View
 from parcnn.ops.update import MAX_GROUP, Update
 from parcnn.plan import channels, memory
 from parcnn.plan.autodiff import differentiate
-from parcnn.plan.fuse import drop_indices, fuse_backward, fuse_forward, take_sums
+from parcnn.plan.fuse import drop_unread, fuse_backward, fuse_forward, take_sums
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.optimizer import Group, Optimizer, Rule
 from parcnn.plan.options import Options
@@ -139,7 +139,7 @@ def build(
             unpool_once(graph, executor.unpools)
             take_sums(graph, executor.can_fuse)
         _save_memory_of_large_layers(graph, options)
-    drop_indices(graph)
+    drop_unread(graph)
     keep_copies(graph, layout)
     program, alive, largest = _program(graph, layout, executor, options, f"{type(model).__name__} {mode} {batch}")
     return Plan(mode, batch, feed, program, layout, output.shape, output.value.shape, alive, largest)

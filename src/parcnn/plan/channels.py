@@ -106,8 +106,12 @@ def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> 
         x, *weights = node.inputs[: len(node.inputs) - node.op.add]
         y = node.outputs[0]
         asked = Graph(graph.mode, graph.dtype)
-        asked.emit(replace(node.op, moments=False), *node.inputs)  # moments are taken in training alone
-        node.op.grad(asked.emit, node.inputs, node.outputs, (Value(y.spec),))
+        op = replace(
+            node.op, moments=False
+        )  # those are taken, and what an activation is taken of is kept, in training alone
+        op = replace(op, act=None, keep=False) if op.keep else op
+        asked.emit(op, *node.inputs)
+        op.grad(asked.emit, node.inputs, node.outputs, (Value(y.spec),))
         for convolution in asked.nodes:
             needless = isinstance(convolution.op, ConvDgrad) and x in images
             if isinstance(convolution.op, ConvGeometry) and not needless:
@@ -137,8 +141,8 @@ def _read(node: Node, spaces: _Spaces) -> None:
     """Note what a node says about channels."""
     op = node.op
     if isinstance(op, ConvFprop):
-        (x, w, *bias), y = node.inputs, node.outputs[0]
-        spaces.join(_channels(y), (w, 0), *map(_channels, bias))
+        (x, w, *rest), y = node.inputs, node.outputs[0]
+        spaces.join(_channels(y), (w, 0), *map(_channels, (*rest, *node.outputs[1:])))
         spaces.join(_channels(x), (w, 3) if op.groups == 1 else (w, 0))
         if op.groups != 1:
             spaces.fix((w, 3))

@@ -110,12 +110,14 @@ def _forward_rule(producer: Node, node: Node, training: bool) -> tuple[Op, tuple
     first, second = producer.op, node.op
     if isinstance(first, ConvFprop):
         if isinstance(second, Act) and first.act is None:
-            # In training the derivative must follow from what is kept: the output. After a pool the activation must
-            # commute with it, which these (monotone) do with a maximum.
+            # In training the derivative must follow from what is kept: the output, or else the activation's input, too.
+            # After a pool the activation must commute with it, which these (monotone) do with a maximum.
             commutes = first.pool != "avg" and not (first.window and first.window.may_miss)
             if (second.kind in FROM_OUTPUT and commutes) or (not training and first.pool is None):
                 return replace(first, act=second.kind), producer.inputs
-        if isinstance(second, PoolFprop) and first.pool is None and not (first.add or second.keep):
+            if second.kind not in FROM_OUTPUT and first.pool is None and not first.add:
+                return replace(first, act=second.kind, keep=True), producer.inputs
+        if isinstance(second, PoolFprop) and first.pool is None and not (first.add or first.keep or second.keep):
             pooled = replace(first, pool=second.kind, window=None if _is_2x2(second) else second.window)
             if second.act:
                 return (replace(pooled, act=second.act), producer.inputs) if first.act is None else None
@@ -155,7 +157,12 @@ def _take_moments(graph: Graph, can_fuse: CanFuse) -> None:
     producer_of = {node.outputs[0]: node for node in graph.nodes if isinstance(node.op, ConvFprop)}
     for node in graph.nodes:
         conv = producer_of.get(node.inputs[0]) if node.inputs else None
-        if not isinstance(node.op, BatchNormTrain) or conv is None or not isinstance(conv.op, ConvFprop):
+        if (
+            not isinstance(node.op, BatchNormTrain)
+            or conv is None
+            or not isinstance(conv.op, ConvFprop)
+            or conv.op.keep
+        ):
             continue
         op, specs = replace(conv.op, moments=True), tuple(v.spec for v in conv.inputs)
         moments = conv.outputs[-1] if conv.op.moments else Value(op.infer(*specs)[-1], f"{conv.layer}.moments")
@@ -189,13 +196,16 @@ def take_sums(graph: Graph, can_fuse: CanFuse) -> None:
                 graph.nodes.remove(node)
 
 
-def drop_indices(graph: Graph) -> None:
-    """Let convolutions that pool by a 2x2 maximum not say which elements won where nobody reads it: without a backward pass."""
+def drop_unread(graph: Graph) -> None:
+    """Let convolutions that pool by a 2x2 maximum not say which elements won, and others not store what their activation is
+    taken of, where nobody reads it: without a backward pass."""
     consumers = graph.consumers()
     for node in graph.nodes:
         op = node.op
         if isinstance(op, ConvFprop) and op.has_indices and op.window is None and node.outputs[1] not in consumers:
             node.op, node.outputs = replace(op, indices=False), (node.outputs[0], *node.outputs[2:])
+        elif isinstance(op, ConvFprop) and op.keep and node.outputs[-1] not in consumers:
+            node.op, node.outputs = replace(op, keep=False), node.outputs[:-1]
 
 
 def _is_2x2(pool: PoolFprop) -> bool:
@@ -208,7 +218,7 @@ def _backward_rule(producer: Node, node: Node) -> tuple[Op, tuple[Value, ...]] |
     first, second, value = producer.op, node.op, producer.outputs[0]
     if not isinstance(first, ConvDgrad) or first.act is not None:
         return None
-    if isinstance(second, ActDgrad) and second.kind in FROM_OUTPUT and node.inputs[0] is value:
+    if isinstance(second, ActDgrad) and node.inputs[0] is value:
         end = len(producer.inputs) - first.add  # `saved` stands before `addend`
         return replace(first, act=second.kind), (*producer.inputs[:end], node.inputs[1], *producer.inputs[end:])
     if isinstance(second, Add) and second.act is None and not first.add and node.phase == "backward":

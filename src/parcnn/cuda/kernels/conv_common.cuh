@@ -125,7 +125,7 @@ template <int ThreadM, int ThreadN, int Slices> __device__ __forceinline__ void 
     }
 }
 
-// Activations that are chosen at run time; dgrad has those of FROM_OUTPUT.
+// Activations that are chosen at run time; the first derivative is of those of FROM_OUTPUT.
 __device__ __forceinline__ float activation_of(float v, int act) {
     switch (act) {
         case ACT_GELU: return activate<ACT_GELU>(v);
@@ -141,6 +141,18 @@ __device__ __forceinline__ float activation_dgrad_of(float dy, float saved, int 
     return act == ACT_RELU   ? activation_dgrad<ACT_RELU>(dy, saved)
            : act == ACT_TANH ? activation_dgrad<ACT_TANH>(dy, saved)
                              : activation_dgrad<ACT_SIGMOID>(dy, saved);
+}
+
+// Of those that are not.
+__device__ __forceinline__ float activation_dgrad_by_input(float dy, float saved, int act) {
+    return act == ACT_GELU        ? activation_dgrad<ACT_GELU>(dy, saved)
+           : act == ACT_GELU_TANH ? activation_dgrad<ACT_GELU_TANH>(dy, saved)
+                                  : activation_dgrad<ACT_SILU>(dy, saved);
+}
+
+__device__ __forceinline__ float any_activation_dgrad(float dy, float saved, int act) {
+    const bool from_output = act == ACT_RELU || act == ACT_TANH || act == ACT_SIGMOID;
+    return from_output ? activation_dgrad_of(dy, saved, act) : activation_dgrad_by_input(dy, saved, act);
 }
 
 // Every value of v after the activation, one of ACT_*; all threads of a launch have the same one. Other than ReLU, which

@@ -108,6 +108,8 @@ def refuse_extras(op: ConvGeometry) -> str | None:
     sums = op.moments if isinstance(op, ConvFprop) else isinstance(op, ConvDgrad) and op.sums
     if sums:
         return "the kernels take no sums of what they write for a batch norm"
+    if isinstance(op, ConvFprop) and op.keep:
+        return "the kernels do not store what the activation is taken of"
     return "forward the kernels have no addend" if isinstance(op, ConvFprop) and op.add else None
 
 

@@ -31,8 +31,8 @@ extern "C" __global__ void __launch_bounds__(256)
             u32 result[4];
 #pragma unroll
             for (int e = 0; e < 4; ++e)
-                result[e] = round_bf16x2(activation_dgrad_of(low_bf16(signal[e]), low_bf16(output[e]), act),
-                                         activation_dgrad_of(high_bf16(signal[e]), high_bf16(output[e]), act));
+                result[e] = round_bf16x2(any_activation_dgrad(low_bf16(signal[e]), low_bf16(output[e]), act),
+                                         any_activation_dgrad(high_bf16(signal[e]), high_bf16(output[e]), act));
             v = make_uint4(result[0], result[1], result[2], result[3]);
         }
     }

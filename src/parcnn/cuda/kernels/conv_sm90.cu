@@ -5,12 +5,13 @@
 // pool is none, the 2x2 maximum with 2-bit indices, (no idx, tile_w = 8) the 2x2 mean, or of any windows the maximum, with
 // indices of 2 bits (up to four elements) or 4, or (no idx) the mean, of rounded values: tiles are then of whole windows, and
 // compute their halos where windows overlap. ReLU is applied to rounded values, other activations go before the rounding.
-// RESIDUAL 1: an addend (N,P,Q,K) is added before the activation.
+// SECOND 1: there is a second tensor (N,P,Q,K), an addend, which is added before the activation, or (add = 0) `kept`, where what the
+// activation is taken of is stored.
 // FLIPPED 1 computes the input gradient: then x is dy, y is dx, and w is read with its taps in reverse and its two channels
 // exchanged. With a stride, dx falls into classes of pixels that the same taps reach, every stride-th in each direction: each
 // class is a convolution of dy with stride 1 and some of the taps, and tiles are of one class. Then
 //
-//     y = act'(saved) * (addend + the sum above), act from its output.
+//     y = act'(saved) * (addend + the sum above), act' from its output, of gelu and silu from its input.
 //
 // The product is computed transposed, D[channel][pixel] = W[channel][r,s,c] * X[pixel][r,s,c]: a warpgroup owns 64 output
 // channels (the M of wgmma) and a patch of tile_w x tile_h x tile_n pixels (its N, PIXELS: the patch rounded up), because
@@ -42,10 +43,10 @@
 // innermost), FLIPPED, and where constants pay: FILTER, of its side (1; 3, whose taps share stages; 0 any), and COLUMNS that a
 // stage serves (of FILTER 3, 1 or 3; else 1 where it serves one tap, 0 any). MOMENTS: of y for a batch norm, where there is no
 // pool (conv_sm90_moments.cuh); FLIPPED, the sums that a batch norm below needs (conv_sm90_norm.cuh): its x then stands in place
-// of `saved`, and there are no strides. RESIDUAL: of POOL 0, not FLIPPED, without MOMENTS.
+// of `saved`, and there are no strides. SECOND: of POOL 0, not FLIPPED, without MOMENTS.
 
-#ifndef RESIDUAL
-#define RESIDUAL 0
+#ifndef SECOND
+#define SECOND 0
 #endif
 
 #include "conv_sm90_epilogue.cuh"
@@ -62,7 +63,7 @@ constexpr int W_GROUP_BYTES = 64 * ROW_BYTES, W_STAGE_BYTES = (CHANNELS + 63) / 
 constexpr int BARRIER_BYTES = 512;  // twin of conv_sm90_tiles.py's
 constexpr int NONE = -1;
 #define POOLS_IN_REGISTERS (POOL == 2 || POOL == 4)
-#define READS_OPERANDS (FLIPPED || RESIDUAL)
+#define READS_OPERANDS (FLIPPED || SECOND)
 
 // Weights: rows of CB reduction channels for each output channel, or (FLIPPED) rows of 64 output channels.
 constexpr int W_STEP = FLIPPED ? 16 * 128 >> 4 : 32 >> 4;  // 16 reduction channels further, as a descriptor counts
@@ -253,8 +254,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               const __grid_constant__ TensorMap y3, const __grid_constant__ TensorMap addend, const __grid_constant__ TensorMap saved,
 #else
               const __grid_constant__ TensorMap y,
-#if RESIDUAL
-              const __grid_constant__ TensorMap addend,
+#if SECOND
+              const __grid_constant__ TensorMap second,
 #endif
 #endif
 #if MOMENTS
@@ -263,12 +264,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
               Norm norm,
 #endif
 #endif
-#if !POOL && !MOMENTS && !RESIDUAL
+#if !POOL && !MOMENTS && !SECOND
               float *__restrict__ partial,
 #endif
               const float *__restrict__ bias, const __grid_constant__ Problem g, const __grid_constant__ Order order) {
-#if MOMENTS || RESIDUAL
-    constexpr float *partial = nullptr;  // splits have neither these nor an addend
+#if MOMENTS || SECOND
+    constexpr float *partial = nullptr;  // splits have neither these nor a second tensor
 #endif
     ALIGNED_SHARED(u8, shared);
     const u32 x_base = shared_address(shared), w_base = x_base + g.x_stages * g.x_stage_bytes;
@@ -396,10 +397,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             Outputs out = {in_register(next_bias[0]) + 0.0f, in_register(next_bias[1]) + 0.0f, g.floor};
 #if READS_OPERANDS
             // Where addend and saved output lie: pixels of all classes.
-            const int operand_w = MOMENTS || RESIDUAL ? t.w : t.w * g.spread_w + g.classes[t.kind].first_w;
-            const int operand_h = MOMENTS || RESIDUAL ? t.h : t.h * g.spread_h + g.classes[t.kind].first_h;
-#if RESIDUAL
-            if (thread == 0) prefetch_pixels(g, addend, k, operand_w, operand_h, t.n);
+            const int operand_w = MOMENTS || SECOND ? t.w : t.w * g.spread_w + g.classes[t.kind].first_w;
+            const int operand_h = MOMENTS || SECOND ? t.h : t.h * g.spread_h + g.classes[t.kind].first_h;
+#if SECOND
+            if (thread == 0 && g.add) prefetch_pixels(g, second, k, operand_w, operand_h, t.n);
 #else
             if (thread == 0) {
                 if (g.add) prefetch_pixels(g, addend, k, operand_w, operand_h, t.n);
@@ -530,7 +531,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             if (PAIRED) add_pairs(sums);
             float (&results)[OUT_PIXELS / 2] = reinterpret_cast<float (&)[OUT_PIXELS / 2]>(sums);
 #if !FLIPPED
-            bool adds_bias = g.act && !RESIDUAL;  // else behind the addend
+            bool adds_bias = g.act && !SECOND;  // else behind the addend, or when what it is taken of is stored
 #if POOL
             adds_bias = adds_bias || (!idx && out.bias_is_infinite());  // with it, the maximum of sums says not yet which are NaN
 #endif
@@ -615,9 +616,22 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 bring(saved);
                 multiply_by_derivative<OUT_PIXELS>(results, g.act, staging, warp, lane);
             }
-#elif RESIDUAL
-            bring(addend);
-            add_staged<OUT_PIXELS>(results, staging, warp, lane);
+#elif SECOND
+            if (g.add) {
+                bring(second);
+                add_staged<OUT_PIXELS>(results, staging, warp, lane);
+            } else {
+                const Outputs before = {out.bias0, out.bias1, 0xff80ff80u};  // without the floor that ReLU is
+                u32 kept_words[OUT_PIXELS / 4];
+                stage_tile<OUT_PIXELS>(kept_words, results, before, staging, warp, lane);
+                fence_async();
+                named_barrier(1 + consumer, 128);
+                if (thread == 0) {
+                    store_pixels(g, second, staging, k, t.w, t.h, t.n);
+                    store_wait<0>();
+                }
+                named_barrier(1 + consumer, 128);
+            }
             if (g.act) {
                 activate_sums(results, out.bias0, out.bias1, g.act);
                 out.bias0 = out.bias1 = 0.0f;

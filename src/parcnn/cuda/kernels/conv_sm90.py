@@ -23,7 +23,7 @@ from parcnn.cuda.kernels.conv_unpool import unpool
 from parcnn.cuda.kernels.pool import divisor_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE
-from parcnn.ops.base import FROM_OUTPUT, Op, Spec
+from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.pool import PoolWindow
 from parcnn.ops.program import Call, Slot
@@ -47,13 +47,14 @@ FITS_L2_BYTES = 32 << 20  # an image that stays in L2 while all tiles of a class
 
 
 class Epilogue(NamedTuple):
-    """What the epilogue reads: an addend; of dgrad also a saved output (or x of a batch norm below) and the activation whose
-    derivative follows from it, and of the batch norm gamma, beta, mean, rstd."""
+    """What the epilogue reads: an addend; of dgrad also what is saved of the activation below (or x of a batch norm there), the
+    activation, and of the batch norm gamma, beta, mean, rstd. Forward, where what the activation is taken of is to be kept."""
 
     addend: Slot | None = None
     saved: Slot | None = None
     act: str | None = None
     norm: tuple[Slot, ...] = ()
+    kept: Slot | None = None
 
 
 NO_EPILOGUE = Epilogue()
@@ -77,12 +78,10 @@ def supports(op: Op, inputs: tuple[Spec, ...]) -> str | None:
             return f"strides above {MAX_ELEMENT_STRIDE} are not copied by TMA, got {op.stride}"
         if op.moments and (op.pool or 0 in op.infer(*inputs)[0].shape):
             return "moments are taken of outputs before any pool, of one pixel at least"
-        if op.add and (reason := _refuse_addend(op, inputs)):
+        if (op.add or op.keep) and (reason := _refuse_second_tensor(op, inputs)):
             return reason
         image = (x.shape[1], x.shape[2])
     else:
-        if op.act not in (None, *FROM_OUTPUT):
-            return f"the derivative of {op.act} does not follow from its output"
         if max(op.stride) > MAX_ELEMENT_STRIDE or op.stride[0] * op.stride[1] > MAX_STRIDES:
             return (
                 f"an input gradient's strides are at most {MAX_ELEMENT_STRIDE}, {MAX_STRIDES} together, got {op.stride}"
@@ -140,14 +139,15 @@ def _refuse_sums(op: ConvDgrad, inputs: tuple[Spec, ...]) -> str | None:
     return None if inputs[0].size and op.infer(*inputs)[0].size else "a batch norm's sums are of one pixel at least"
 
 
-def _refuse_addend(op: ConvFprop, inputs: tuple[Spec, ...]) -> str | None:
-    """Why nothing is added to the outputs; None where an addend is."""
+def _refuse_second_tensor(op: ConvFprop, inputs: tuple[Spec, ...]) -> str | None:
+    """Why nothing is added to the outputs, or the activation's input is not stored; None where it is."""
     k, _, _, c = inputs[1].shape
-    if op.pool or op.moments:
-        return "an addend goes with neither a pool nor moments"
+    what = "an addend" if op.add else "the activation's input"
+    if op.pool or op.moments or (op.add and op.keep):
+        return f"{what} goes with neither a pool nor moments nor another tensor"
     if min(c, k) <= FEW_CHANNELS:
-        return f"an addend is taken from more than {FEW_CHANNELS} channels to more than those, not {c} -> {k}"
-    return None if inputs[-1].dtype == "bf16" else f"the addend must be bf16, not {inputs[-1].dtype}"
+        return f"{what} is of convolutions of more than {FEW_CHANNELS} channels to more than those, not {c} -> {k}"
+    return f"the addend must be bf16, not {inputs[-1].dtype}" if op.add and inputs[-1].dtype != "bf16" else None
 
 
 def gains(op: Op, inputs: tuple[Spec, ...]) -> bool:
@@ -211,7 +211,8 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
         addend = rest.pop() if op.add else None
         chosen = variant or choice.candidates(sizes, device)[0]
         bias = rest[0] if rest else None
-        return _convolution(sizes, chosen, device, call, x, w, bias, op.act, Epilogue(addend))
+        epilogue = Epilogue(addend, kept=call.outputs[1] if op.keep else None)
+        return _convolution(sizes, chosen, device, call, x, w, bias, op.act, epilogue)
     if not isinstance(op, ConvDgrad):
         raise TypeError(f"{op.name} is neither a forward convolution nor an input gradient")
     named = cast("dict[str, Slot]", op.operands(call.inputs))
@@ -242,7 +243,7 @@ def variants() -> Iterable[Kernel]:
             if channels != tiles.PAIRED and tiles.has_moments(count, cb, channels, constants, flipped):
                 yield _kernel(count, cb, channels, 0, flipped, constants, moments=True)
         if channels != tiles.PAIRED and cb == 64:
-            yield _residual_kernel(count, cb, channels, constants)
+            yield _kernel_of_two(count, cb, channels, constants)
     for constants, channels, cb, count in _compiled(tiles.POOLED_PIXELS):
         if constants != (3, 3):  # windows are eight pixels wide
             yield _kernel(count, cb, channels, tiles.STAGED, False, constants)
@@ -279,10 +280,10 @@ def _kernel(
     return Kernel(SOURCE, "conv_sm90", tuple(zip(names, values, strict=True)))
 
 
-def _residual_kernel(pixels: int, cb: int, channels: int, constants: tuple[int, int]) -> Kernel:
-    """Forward, with an addend."""
+def _kernel_of_two(pixels: int, cb: int, channels: int, constants: tuple[int, int]) -> Kernel:
+    """Forward, with a second tensor of y's shape: an addend, or what the activation is taken of."""
     kernel = _kernel(pixels, cb, channels, 0, False, constants)
-    return replace(kernel, defines=(*kernel.defines, ("RESIDUAL", 1)))
+    return replace(kernel, defines=(*kernel.defines, ("SECOND", 1)))
 
 
 def _kernel_of_images(tile: tuple[int, int, int], constants: tuple[int, int]) -> Kernel:
@@ -359,11 +360,11 @@ def _product(
     work = Work.of(sizes, variant, device)
     pool = tiles.pooling(sizes, variant.serves, variant.tile, variant.channels)
     constants = tiles.constants(sizes, variant.serves)
-    is_residual = not sizes.flipped and epilogue.addend is not None
+    has_second = not sizes.flipped and (epilogue.addend or epilogue.kept) is not None
     if pool == tiles.WITHIN_IMAGES:
         kernel = _kernel_of_images(variant.tile, constants)
-    elif is_residual:
-        kernel = _residual_kernel(tile.pixels, tile.cb, variant.channels, constants)
+    elif has_second:
+        kernel = _kernel_of_two(tile.pixels, tile.cb, variant.channels, constants)
     else:
         kernel = _kernel(tile.pixels, tile.cb, variant.channels, pool, sizes.flipped, constants, sizes.moments)
     order = _order(sizes, variant, device)
@@ -373,7 +374,7 @@ def _product(
     staging_offset = variant.x_stages * stage_bytes + weights * tile.w_stage_bytes
     barrier_offset = staging_offset + 2 * variant.own_staging * tile.staging_bytes
     problem = _problem(sizes, variant, tile, work, order, (staging_offset, barrier_offset), act, epilogue)
-    sums: tuple[Argument, ...] = () if sizes.pool or is_residual else (partial,)
+    sums: tuple[Argument, ...] = () if sizes.pool or has_second else (partial,)
     if sizes.moments:
         sums = (partial, np.int32(_rows_of_moments(sizes, variant, device)), _inside(sizes, variant), *_norm(epilogue))
     filters = w if variant.channels == tiles.PAIRED else maps.w_map(w, sizes, variant, tile)
@@ -410,7 +411,7 @@ def _sum(
     epilogue: Epilogue,
 ) -> Launch:
     """The launch that adds the splits' sums."""
-    addend, saved, derivative, _ = epilogue
+    addend, saved, derivative, _, kept = epilogue
     tile = tiles.footprint(sizes, variant)
     _, h, n = variant.tile
     w = tile.row
@@ -433,18 +434,21 @@ def _sum(
         )
     )
     grid = (ceil(units * tile.pixels * 8 / SUM_THREADS), 1, 1)
-    return Launch(SUM, grid, (SUM_THREADS, 1, 1), (partial, bias, addend, saved, y, geometry))
+    return Launch(SUM, grid, (SUM_THREADS, 1, 1), (partial, bias, addend, saved, y, kept, geometry))
 
 
 def _outputs(outputs: tuple[Slot, ...], sizes: Sizes, variant: Variant, epilogue: Epilogue) -> tuple[Argument, ...]:
     """What the kernel writes: y and (of a maximum) idx, and where windows lie within threads a map of y, or a map of y; of
-    dgrad, one for each class. Then maps of what the epilogue reads: of dgrad addend and saved output, else an addend if any."""
+    dgrad, one for each class. Then maps of what the epilogue reads or writes, too: of dgrad addend and saved tensor, else of an
+    addend or what is kept, if any."""
     if sizes.pool:
         y, idx = outputs[0], outputs[1] if sizes.indices else None
         if tiles.pooling(sizes, variant.serves, variant.tile, variant.channels) not in tiles.WITHIN_THREADS:
             return y, idx
         return y, idx, maps.NO_MAP if idx else maps.pooled_map(y, sizes, variant)
     written: list[Argument] = [maps.y_map(outputs[0], sizes, variant, kind) for kind in sizes.classes]
+    if epilogue.kept is not None:
+        written.append(maps.y_map(epilogue.kept, sizes, variant, sizes.classes[0]))
     if not sizes.flipped:
         return (
             tuple(written) if epilogue.addend is None else (*written, maps.operand_map(epilogue.addend, sizes, variant))

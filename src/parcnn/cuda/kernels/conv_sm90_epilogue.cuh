@@ -82,15 +82,42 @@ template <int Pixels> __device__ __forceinline__ void add_staged(float (&sums)[P
     with_staged<Pixels>(sums, staging, warp, lane, [](float sum, float addend) { return sum + addend; });
 }
 
-// By the derivative of an activation of which the tile holds the output: ReLU, tanh or sigmoid.
+// By the derivative of gelu or silu, of which the tile holds the input. The sums pass through a few places, so that the code is
+// there once.
+template <int Pixels>
+__device__ __forceinline__ void multiply_by_derivative_of_input(float (&sums)[Pixels / 2], int act, u32 staging, int warp, int lane) {
+    constexpr int Count = Pixels / 2, Groups = Pixels / 8;
+    constexpr int Chunk = Groups % 5 == 0 ? 5 : Groups % 4 == 0 ? 4 : Groups % 3 == 0 ? 3 : Groups % 2 == 0 ? 2 : 1;  // of a turn
+    u32 at = matrix_address(staging, warp, lane);
+#pragma unroll 1
+    for (int turn = 0; turn < Groups / Chunk; ++turn, at += Chunk * MATRIX_PAIR_BYTES) {
+        float v[4 * Chunk];
+#pragma unroll
+        for (int j = 0; j < Chunk; ++j) {
+            u32 two[2];
+            load_matrices(at + j * MATRIX_PAIR_BYTES, two[0], two[1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                v[4 * j + i] = activation_dgrad_by_input(sums[4 * j + i], i % 2 ? high_bf16(two[i / 2]) : low_bf16(two[i / 2]), act);
+        }
+#pragma unroll
+        for (int i = 0; i + 4 * Chunk < Count; ++i) sums[i] = sums[i + 4 * Chunk];
+#pragma unroll
+        for (int i = 0; i < 4 * Chunk; ++i) sums[Count - 4 * Chunk + i] = v[i];
+    }
+}
+
+// By the derivative of an activation, of which the tile holds the output, or of gelu and silu the input.
 template <int Pixels>
 __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2], int act, u32 staging, int warp, int lane) {
     if (act == ACT_RELU) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_RELU>);
     } else if (act == ACT_TANH) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_TANH>);
-    } else {
+    } else if (act == ACT_SIGMOID) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_SIGMOID>);
+    } else {
+        multiply_by_derivative_of_input<Pixels>(sums, act, staging, warp, lane);
     }
 }
 

@@ -1,10 +1,10 @@
-// The sums of conv_sm90's splits, added in their order, and its epilogue; y bf16, for dgrad dx with its addend and saved output.
+// The sums of conv_sm90's splits, added in their order, and its epilogue; y bf16, for dgrad dx with its addend and saved tensor.
 //
-//     y = act(bias + sum_split partial[split])            fprop
-//     y = act'(saved) * (addend + sum_split partial[split])       dgrad, act from its output
+//     y = act(kept), kept = bias + addend + sum_split partial[split]      fprop
+//     y = act'(saved) * (addend + sum_split partial[split])               dgrad; saved is the output of act, of gelu and silu the input
 //
 // partial [split][tile][64 channels' group][pixel][64 channels], as `store_partial` writes it. A thread takes eight channels of a
-// pixel. Bytes: partial sums, addend and saved outputs are read once, y is written once. y may be addend or saved.
+// pixel. Bytes: partial sums, addend and saved are read once, y and (where not null) kept are written once. y may be addend or saved.
 // Preconditions: K is a multiple of 8; pointers aligned to 16 bytes; y has fewer than 2^31 elements.
 
 #include "conv_common.cuh"
@@ -25,7 +25,8 @@ struct Outputs {
 };
 
 extern "C" __global__ void __launch_bounds__(256)
-    conv_sm90_sum(const float *__restrict__ partial, const float *__restrict__ bias, const bf16 *addend, const bf16 *saved, bf16 *y, Outputs g) {
+    conv_sm90_sum(const float *__restrict__ partial, const float *__restrict__ bias, const bf16 *addend, const bf16 *saved, bf16 *y, bf16 *kept,
+                  Outputs g) {
     await_predecessors();
     const u32 thread = blockIdx.x * blockDim.x + threadIdx.x, row = thread >> 3;  // pixels of all tiles
     int pixel, group, x, up, inner, middle, kind_tile;
@@ -59,10 +60,11 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum.v[e] += a.v[e];
     }
+    if (kept) store<8>(kept + at, sum);
     if (g.is_gradient && g.act) {
         const Floats<8> s = load<8>(saved + at);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sum.v[e] = activation_dgrad_of(sum.v[e], s.v[e], g.act);
+        for (int e = 0; e < 8; ++e) sum.v[e] = any_activation_dgrad(sum.v[e], s.v[e], g.act);
     } else if (g.act) {
 #pragma unroll 1
         for (int turn = 0; turn < 8; ++turn) {  // the activation's code is there once

@@ -1,0 +1,83 @@
+"""A convolution and the gelu or silu behind it: the activation, and in backward its derivative, in passes of their own, or in
+the convolutions' epilogues.
+
+Forward in training, where what the activation is taken of is kept; backward the input gradient of a convolution above, of the
+same filters and channels. bf16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import both_ways
+
+from parcnn import nn
+from parcnn.bench.layer import Layer
+from parcnn.bench.rows import Row
+from parcnn.cuda.executor import CudaExecutor
+from parcnn.cuda.kernels import conv_sm90
+from parcnn.ops.base import FROM_OUTPUT, Op, Spec
+from parcnn.ops.conv import ConvDgrad, ConvFprop
+from parcnn.ops.pointwise import Act, ActDgrad
+from parcnn.ops.program import Call
+from parcnn.optim import SGD
+from parcnn.plan.describe import outline
+
+LAYERS = tuple(
+    Layer(n, side, side, c, k, r, 1, r // 2)
+    for n, side, c, k, r in (
+        (256, 56, 64, 64, 3), (256, 28, 128, 128, 3), (256, 14, 256, 256, 3), (256, 7, 512, 512, 3), (512, 16, 128, 128, 3),
+        (512, 8, 256, 256, 3), (256, 56, 96, 384, 1), (256, 28, 192, 768, 1), (256, 14, 384, 1536, 1), (256, 7, 768, 3072, 1),
+        (512, 16, 64, 64, 1),
+    )
+)  # fmt: skip
+ACTIVATIONS: dict[str, nn.Module] = {"gelu": nn.GELU(), "silu": nn.SiLU()}
+
+
+class Choosing(CudaExecutor):
+    """Takes activations by their input into epilogues always, or never."""
+
+    fuses = False
+
+    def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
+        """As it is, but for those."""
+        if isinstance(op, ConvFprop | ConvDgrad) and op.act is not None and op.act not in FROM_OUTPUT:
+            return self.fuses and conv_sm90.supports(op, inputs) is None
+        return super().can_fuse(op, inputs)
+
+
+def calls_of(executor: Choosing, layer: Layer, act: str, fuses: bool) -> dict[str, list[Call]]:
+    """By direction: the convolution forward with its activation, the input gradient of the next with the derivative."""
+    executor.fuses = fuses
+    model = nn.Sequential(
+        nn.Conv2d(layer.c, layer.c, 1, bias=False), nn.Conv2d(layer.c, layer.k, layer.r, padding=layer.pad), ACTIVATIONS[act],
+        nn.Conv2d(layer.k, layer.c, layer.r, padding=layer.pad), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+    )  # fmt: skip
+    plan = outline(
+        model, mode="train", batch=layer.n, sample=(layer.c, layer.h, layer.w), executor=executor,
+        loss=nn.CrossEntropyLoss(), optimizer=SGD(0.1), precision="bf16",
+    )  # fmt: skip
+    calls = plan.program.calls
+    forward = [call for call in calls if isinstance(call.op, ConvFprop | Act) and call.layer in ("1", "2")]
+    backward = [call for call in calls if isinstance(call.op, ConvDgrad | ActDgrad) and call.layer in ("2", "3")]
+    if (len(forward), len(backward)) != ((1, 1) if fuses else (2, 2)):
+        raise ValueError(f"{layer.shape}: {[call.op for call in (*forward, *backward)]}")
+    return {"forward": forward, "backward": backward}
+
+
+def measure(layers: Sequence[Layer]) -> list[Row]:
+    """Rows of each layer, activation and direction, both ways."""
+    executor, rows = Choosing(), []
+    for layer in layers:
+        for act in ACTIVATIONS:
+            ways = {way: calls_of(executor, layer, act, way == "epilogue") for way in ("own pass", "epilogue")}
+            for direction in ("forward", "backward"):
+                problem = {"shape": layer.shape, "act": act, "direction": direction}
+                calls = {way: found[direction] for way, found in ways.items()}
+                nbytes = 2 * layer.n * layer.h * layer.w * layer.k
+                rows += both_ways.rows_of(executor, "activation", problem, nbytes, calls, print)
+    return rows
+
+
+if __name__ == "__main__":
+    both_ways.run(__doc__.splitlines()[0], LAYERS, measure)
