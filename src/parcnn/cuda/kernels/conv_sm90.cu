@@ -536,7 +536,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             adds_bias = adds_bias || (!idx && out.bias_is_infinite());  // with it, the maximum of sums says not yet which are NaN
 #endif
             if (adds_bias) {
-                activate_sums(results, out.bias0, out.bias1, g.act);
+                activate_sums(results, out.bias0, out.bias1, g.act, g.gate);
                 out.bias0 = out.bias1 = 0.0f;
             }
 #endif
@@ -614,7 +614,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
             }
             if (!MOMENTS && g.act) {
                 bring(saved);
-                multiply_by_derivative<OUT_PIXELS>(results, g.act, staging, warp, lane);
+                multiply_by_derivative<OUT_PIXELS>(results, g.act, g.gate, staging, warp, lane);
             }
 #elif SECOND
             if (g.add) {
@@ -633,7 +633,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                 named_barrier(1 + consumer, 128);
             }
             if (g.act) {
-                activate_sums(results, out.bias0, out.bias1, g.act);
+                activate_sums(results, out.bias0, out.bias1, g.act, g.gate);
                 out.bias0 = out.bias1 = 0.0f;
             }
 #endif

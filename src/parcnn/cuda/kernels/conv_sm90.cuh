@@ -1,6 +1,7 @@
 // The problem that conv_sm90.cu works on, and how its output is cut into tiles.
 #pragma once
 
+#include "conv_sm90_gate.cuh"
 #include "sm90.cuh"
 
 // Twin of the structs that conv_sm90.py builds. Sizes of the convolution that is computed: of dgrad, "image" is dy, "filter"
@@ -45,6 +46,7 @@ struct Problem {
     FastDiv by_k_rounds, by_x_stages, by_w_stages;
     FastDiv by_pooled_w, by_pooled_h;                              // pooled pixels of a tile; of dgrad: classes, patches of a turn
     Class classes[CLASSES];
+    Gate gate;                                                     // act's, where it is one
     // POOL = 3: the pool's window, and the convolution's outputs.
     int window_h, window_w, window_stride_h, window_stride_w, window_pad_h, window_pad_w, conv_p, conv_q;
 #if POOL == 3

@@ -17,6 +17,7 @@ from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE
 from parcnn.cuda.kernels.conv_sm90_cost import Work
+from parcnn.cuda.kernels.conv_sm90_gate import gate_of
 from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
 from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
@@ -596,7 +597,9 @@ def _problem(
             *(np.int32(v) for v in after),
             np.uint32(0 if act == "relu" else NEGATIVE_INFINITIES),
             *(fast_div(d) for d in divisors),
-            *(np.int32(v) for v in (*classes, *windows)),
+            *(np.int32(v) for v in classes),
+            *gate_of(epilogue.act if sizes.flipped else act),
+            *(np.int32(v) for v in windows),
         )
     )
 

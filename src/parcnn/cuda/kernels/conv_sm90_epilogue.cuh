@@ -8,19 +8,45 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
-// An activation other than ReLU of every sum with its bias. The sums pass through a few places, so that the code is there
-// once.
-template <int Count> __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0, float bias1, int act) {
-    constexpr int Chunk = Count % 16 == 0 ? 16 : Count % 12 == 0 ? 12 : 4;
+template <int Value> struct Constant {
+    static constexpr int value = Value;
+};
+
+// Turn sums into others, those of a group of eight pixels at a time: use(group, sums[4], results[4]). They pass through a few
+// places, so that the code is there once or twice.
+template <int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
+    constexpr int Groups = Count / 4, Chunk = Groups < 4 ? Groups : 4, Rest = Groups % Chunk;
+    const auto turn = [&](int first, auto groups) {
+        constexpr int Moved = 4 * decltype(groups)::value;
+        float v[Moved];
+#pragma unroll
+        for (int j = 0; j < Moved / 4; ++j) use(first + j, sums + 4 * j, v + 4 * j);
+#pragma unroll
+        for (int i = 0; i + Moved < Count; ++i) sums[i] = sums[i + Moved];
+#pragma unroll
+        for (int i = 0; i < Moved; ++i) sums[Count - Moved + i] = v[i];
+    };
 #pragma unroll 1
-    for (int turn = 0; turn < Count / Chunk; ++turn) {
-        float v[Chunk];
+    for (int first = 0; first + Chunk <= Groups; first += Chunk) turn(first, Constant<Chunk>());
+    if constexpr (Rest > 0) turn(Groups - Rest, Constant<Rest>());
+}
+
+// An activation other than ReLU of every sum with its bias; ACT_NONE: the sum with its bias.
+template <int Count>
+__device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0, float bias1, int act, const Gate &gate) {
 #pragma unroll
-        for (int i = 0; i < Chunk; ++i) v[i] = activation_of(sums[i] + (i % 4 < 2 ? bias0 : bias1), act);
+    for (int i = 0; i < Count; ++i) sums[i] += i % 4 < 2 ? bias0 : bias1;
+    if (act == ACT_TANH) {
+        turn_through(sums, [](int, const float *s, float *v) {
 #pragma unroll
-        for (int i = 0; i + Chunk < Count; ++i) sums[i] = sums[i + Chunk];
+            for (int i = 0; i < 4; ++i) v[i] = tanhf(s[i]);
+        });
+    } else if (act != ACT_NONE) {
+        const bool gates = act != ACT_SIGMOID;
+        turn_through(sums, [&](int, const float *s, float *v) {
 #pragma unroll
-        for (int i = 0; i < Chunk; ++i) sums[Count - Chunk + i] = v[i];
+            for (int i = 0; i < 4; ++i) v[i] = gate_of(gate, s[i]) * (gates ? s[i] : 1.0f);
+        });
     }
 }
 
@@ -82,34 +108,9 @@ template <int Pixels> __device__ __forceinline__ void add_staged(float (&sums)[P
     with_staged<Pixels>(sums, staging, warp, lane, [](float sum, float addend) { return sum + addend; });
 }
 
-// By the derivative of gelu or silu, of which the tile holds the input. The sums pass through a few places, so that the code is
-// there once.
-template <int Pixels>
-__device__ __forceinline__ void multiply_by_derivative_of_input(float (&sums)[Pixels / 2], int act, u32 staging, int warp, int lane) {
-    constexpr int Count = Pixels / 2, Groups = Pixels / 8;
-    constexpr int Chunk = Groups % 5 == 0 ? 5 : Groups % 4 == 0 ? 4 : Groups % 3 == 0 ? 3 : Groups % 2 == 0 ? 2 : 1;  // of a turn
-    u32 at = matrix_address(staging, warp, lane);
-#pragma unroll 1
-    for (int turn = 0; turn < Groups / Chunk; ++turn, at += Chunk * MATRIX_PAIR_BYTES) {
-        float v[4 * Chunk];
-#pragma unroll
-        for (int j = 0; j < Chunk; ++j) {
-            u32 two[2];
-            load_matrices(at + j * MATRIX_PAIR_BYTES, two[0], two[1]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                v[4 * j + i] = activation_dgrad_by_input(sums[4 * j + i], i % 2 ? high_bf16(two[i / 2]) : low_bf16(two[i / 2]), act);
-        }
-#pragma unroll
-        for (int i = 0; i + 4 * Chunk < Count; ++i) sums[i] = sums[i + 4 * Chunk];
-#pragma unroll
-        for (int i = 0; i < 4 * Chunk; ++i) sums[Count - 4 * Chunk + i] = v[i];
-    }
-}
-
 // By the derivative of an activation, of which the tile holds the output, or of gelu and silu the input.
 template <int Pixels>
-__device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2], int act, u32 staging, int warp, int lane) {
+__device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2], int act, const Gate &gate, u32 staging, int warp, int lane) {
     if (act == ACT_RELU) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_RELU>);
     } else if (act == ACT_TANH) {
@@ -117,7 +118,13 @@ __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2]
     } else if (act == ACT_SIGMOID) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_SIGMOID>);
     } else {
-        multiply_by_derivative_of_input<Pixels>(sums, act, staging, warp, lane);
+        const u32 at = matrix_address(staging, warp, lane);
+        turn_through(sums, [&](int group, const float *s, float *v) {
+            u32 two[2];
+            load_matrices(at + group * MATRIX_PAIR_BYTES, two[0], two[1]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[i] = s[i] * gated_slope(gate, i % 2 ? high_bf16(two[i / 2]) : low_bf16(two[i / 2]));
+        });
     }
 }
 

@@ -55,7 +55,8 @@ __device__ __forceinline__ void multiply_row(float (&sums)[PIXELS / 4], u32 pixe
 
 extern "C" __global__ void __launch_bounds__(32 * (CONSUMER_WARPS + 1), 1)
     conv_sm90_one_window(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap y,
-                         const float *__restrict__ bias, int k, int blocks, int act, u32 floor) {
+                         const float *__restrict__ bias, int k, int blocks, int act, u32 floor,
+                         const __grid_constant__ Gate gate) {
     ALIGNED_SHARED(u8, shared);
     const u32 base = shared_address(shared), full = base + STAGES * STAGE_BYTES, empty = full + 8 * STAGES;
     const int warp = same_in_all(threadIdx.x >> 5), lane = threadIdx.x & 31;
@@ -150,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * (CONSUMER_WARPS + 1), 1)
     for (int i = 0; i < PIXELS / 4; ++i) sums[i] = upper[i], sums[PIXELS / 4 + i] = lower[i];
     Outputs out = {bias0, bias1, floor};
     if (act || __any_sync(0xffffffffu, out.bias_is_infinite())) {
-        activate_sums(sums, bias0, bias1, act);
+        activate_sums(sums, bias0, bias1, act, gate);
         out.bias0 = out.bias1 = 0.0f;
     }
     named_barrier(1, 32 * CONSUMER_WARPS);  // all have read the zeros

@@ -11,7 +11,8 @@ from parcnn.cuda.kernels import conv_sm90
 from parcnn.cuda.kernels.common import act_code
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_GRID_YZ
 from parcnn.cuda.kernels.conv_sm90 import NEGATIVE_INFINITIES
-from parcnn.cuda.launch import Device, Kernel, Launch, TensorMap
+from parcnn.cuda.kernels.conv_sm90_gate import gate_of
+from parcnn.cuda.launch import Device, Kernel, Launch, Struct, TensorMap
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.program import Call
@@ -81,7 +82,16 @@ def launches(call: Call, device: Device, variant: str = VARIANT) -> list[Launch]
     y_map = TensorMap(call.outputs[0], (k, n, 1, 1), (2 * k, 2 * k, 2 * k), (CHANNELS, IMAGES, 1, 1), (), "128B")
     is_relu = act == "relu"
     epilogue = (np.int32(0 if is_relu else act_code(act)), np.uint32(0 if is_relu else NEGATIVE_INFINITIES))
-    args = (x_map, w_map, y_map, bias[0] if bias else None, np.int32(k), np.int32(ceil(c / CB)), *epilogue)
+    args = (
+        x_map,
+        w_map,
+        y_map,
+        bias[0] if bias else None,
+        np.int32(k),
+        np.int32(ceil(c / CB)),
+        *epilogue,
+        Struct(gate_of(act)),
+    )
     grid = (ceil(n / IMAGES), ceil(k / CHANNELS), 1)
     return [Launch(KERNEL, grid, (THREADS, 1, 1), args, _SHARED_BYTES)]
 

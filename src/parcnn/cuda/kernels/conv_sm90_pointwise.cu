@@ -218,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
         barrier_arrive_if(releases, read);
         Outputs out = {bias0, bias1, floor};
         if (activates) {
-            activate_sums(sums, bias0, bias1, g.act);
+            activate_sums(sums, bias0, bias1, g.act, g.gate);
             out.bias0 = out.bias1 = 0.0f;
         }
         if (!is_free) barrier_wait(drained_at, drained_parity);
