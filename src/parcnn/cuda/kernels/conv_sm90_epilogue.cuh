@@ -8,27 +8,24 @@
 #include "conv_common.cuh"
 #include "conv_sm90.cuh"
 
-template <int Value> struct Constant {
-    static constexpr int value = Value;
-};
+// Turn the first Groups groups of sums, each of eight pixels, into others, which become the last ones.
+template <int Groups, int Count, typename Use> __device__ __forceinline__ void turn_first(float (&sums)[Count], int first, Use use) {
+    constexpr int Moved = 4 * Groups;
+    float v[Moved];
+#pragma unroll
+    for (int j = 0; j < Groups; ++j) use(first + j, sums + 4 * j, v + 4 * j);
+#pragma unroll
+    for (int i = 0; i + Moved < Count; ++i) sums[i] = sums[i + Moved];
+#pragma unroll
+    for (int i = 0; i < Moved; ++i) sums[Count - Moved + i] = v[i];
+}
 
-// Turn sums into others, those of a group of eight pixels at a time: use(group, sums[4], results[4]). They pass through a few
-// places, so that the code is there once or twice.
+// All of them: use(group, sums[4], results[4]). They pass through a few places, so that the code is there once or twice.
 template <int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
     constexpr int Groups = Count / 4, Chunk = Groups < 4 ? Groups : 4, Rest = Groups % Chunk;
-    const auto turn = [&](int first, auto groups) {
-        constexpr int Moved = 4 * decltype(groups)::value;
-        float v[Moved];
-#pragma unroll
-        for (int j = 0; j < Moved / 4; ++j) use(first + j, sums + 4 * j, v + 4 * j);
-#pragma unroll
-        for (int i = 0; i + Moved < Count; ++i) sums[i] = sums[i + Moved];
-#pragma unroll
-        for (int i = 0; i < Moved; ++i) sums[Count - Moved + i] = v[i];
-    };
 #pragma unroll 1
-    for (int first = 0; first + Chunk <= Groups; first += Chunk) turn(first, Constant<Chunk>());
-    if constexpr (Rest > 0) turn(Groups - Rest, Constant<Rest>());
+    for (int first = 0; first + Chunk <= Groups; first += Chunk) turn_first<Chunk>(sums, first, use);
+    if constexpr (Rest > 0) turn_first<Rest>(sums, Groups - Rest, use);
 }
 
 // An activation other than ReLU of every sum with its bias; ACT_NONE: the sum with its bias.
