@@ -20,9 +20,10 @@ template <int Groups, int Count, typename Use> __device__ __forceinline__ void t
     for (int i = 0; i < Moved; ++i) sums[Count - Moved + i] = v[i];
 }
 
-// All of them: use(group, sums[4], results[4]). They pass through a few places, so that the code is there once or twice.
-template <int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
-    constexpr int Groups = Count / 4, Chunk = Groups < 4 ? Groups : 4, Rest = Groups % Chunk;
+// All of them, Most at a time: use(group, sums[4], results[4]). They pass through a few places, so that the code is there once or
+// twice.
+template <int Most, int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
+    constexpr int Groups = Count / 4, Chunk = Groups < Most ? Groups : Most, Rest = Groups % Chunk;
 #pragma unroll 1
     for (int first = 0; first + Chunk <= Groups; first += Chunk) turn_first<Chunk>(sums, first, use);
     if constexpr (Rest > 0) turn_first<Rest>(sums, Groups - Rest, use);
@@ -34,15 +35,20 @@ __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0,
 #pragma unroll
     for (int i = 0; i < Count; ++i) sums[i] += i % 4 < 2 ? bias0 : bias1;
     if (act == ACT_TANH) {
-        turn_through(sums, [](int, const float *s, float *v) {
+        turn_through<4>(sums, [](int, const float *s, float *v) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[i] = tanhf(s[i]);
         });
-    } else if (act != ACT_NONE) {
-        const bool gates = act != ACT_SIGMOID;
-        turn_through(sums, [&](int, const float *s, float *v) {
+    } else if (act == ACT_SILU || act == ACT_SIGMOID) {
+        const bool gates = act == ACT_SILU;
+        turn_through<4>(sums, [&](int, const float *s, float *v) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = gate_of(gate, s[i]) * (gates ? s[i] : 1.0f);
+            for (int i = 0; i < 4; ++i) v[i] = gate_of<true>(gate, s[i]) * (gates ? s[i] : 1.0f);
+        });
+    } else if (act != ACT_NONE) {
+        turn_through<4>(sums, [&](int, const float *s, float *v) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[i] = gate_of<false>(gate, s[i]) * s[i];
         });
     }
 }
@@ -105,6 +111,18 @@ template <int Pixels> __device__ __forceinline__ void add_staged(float (&sums)[P
     with_staged<Pixels>(sums, staging, warp, lane, [](float sum, float addend) { return sum + addend; });
 }
 
+// (Of four groups at a time registers spill.)
+template <int Pixels, bool IsPlain>
+__device__ __forceinline__ void multiply_by_slope(float (&sums)[Pixels / 2], const Gate &gate, u32 staging, int warp, int lane) {
+    const u32 at = matrix_address(staging, warp, lane);
+    turn_through<3>(sums, [&](int group, const float *s, float *v) {
+        u32 two[2];
+        load_matrices(at + group * MATRIX_PAIR_BYTES, two[0], two[1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = s[i] * gated_slope<IsPlain>(gate, i % 2 ? high_bf16(two[i / 2]) : low_bf16(two[i / 2]));
+    });
+}
+
 // By the derivative of an activation, of which the tile holds the output, or of gelu and silu the input.
 template <int Pixels>
 __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2], int act, const Gate &gate, u32 staging, int warp, int lane) {
@@ -114,14 +132,10 @@ __device__ __forceinline__ void multiply_by_derivative(float (&sums)[Pixels / 2]
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_TANH>);
     } else if (act == ACT_SIGMOID) {
         with_staged<Pixels>(sums, staging, warp, lane, activation_dgrad<ACT_SIGMOID>);
+    } else if (act == ACT_SILU) {
+        multiply_by_slope<Pixels, true>(sums, gate, staging, warp, lane);
     } else {
-        const u32 at = matrix_address(staging, warp, lane);
-        turn_through(sums, [&](int group, const float *s, float *v) {
-            u32 two[2];
-            load_matrices(at + group * MATRIX_PAIR_BYTES, two[0], two[1]);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = s[i] * gated_slope(gate, i % 2 ? high_bf16(two[i / 2]) : low_bf16(two[i / 2]));
-        });
+        multiply_by_slope<Pixels, false>(sums, gate, staging, warp, lane);
     }
 }
 

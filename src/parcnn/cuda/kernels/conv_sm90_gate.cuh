@@ -1,5 +1,5 @@
-// Activations of Hopper's epilogues as gates: silu, both gelu and sigmoid by one code without branches, so that many elements are
-// under way at once. With u = min(x*x, 36), polynomials q and p' of it, and s = 1 / (1 + exp(-x * q(u))):
+// Activations of Hopper's epilogues as gates, without branches, so that many elements are under way at once. With s =
+// 1 / (1 + exp(-p(x))), where p(x) = x, or of both gelu x * q(u), polynomials q and p' of u = min(x*x, 36):
 //
 //     silu, gelu     x * s      derivative  s + x * (s - s*s) * p'(u)
 //     sigmoid        s          (its derivative follows from its output)
@@ -25,11 +25,13 @@ __device__ __forceinline__ float polynomial(const float (&terms)[GATE_TERMS], fl
     return sum;
 }
 
-__device__ __forceinline__ float gate_of(const Gate &g, float x) {
-    return reciprocal_approx(1.0f + exp2_approx(x * polynomial(g.exponent, fminf(x * x, GATE_MOST))));
+// IsPlain: p(x) = x.
+template <bool IsPlain> __device__ __forceinline__ float gate_of(const Gate &g, float x) {
+    const float q = IsPlain ? -1.44269504f : polynomial(g.exponent, fminf(x * x, GATE_MOST));
+    return reciprocal_approx(1.0f + exp2_approx(x * q));
 }
 
-__device__ __forceinline__ float gated_slope(const Gate &g, float x) {
-    const float s = gate_of(g, x);
-    return s + x * (s - s * s) * polynomial(g.slope, fminf(x * x, GATE_MOST));
+template <bool IsPlain> __device__ __forceinline__ float gated_slope(const Gate &g, float x) {
+    const float s = gate_of<IsPlain>(g, x), towards = x * (s - s * s);
+    return IsPlain ? s + towards : s + towards * polynomial(g.slope, fminf(x * x, GATE_MOST));
 }
