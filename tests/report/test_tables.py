@@ -73,6 +73,23 @@ def test_sums_for_a_batch_norm_both_ways() -> None:
     assert tables.TABLES["norm-sums"](rows).lines == [("a", "3.0 MiB", "100 µs", "80.0 µs", "1.25×")]
 
 
+def test_the_table_of_activations_tells_directions_apart() -> None:
+    took = {("forward", "own pass"): 60.0, ("backward", "own pass"): 50.0, ("forward", "epilogue"): 30.0}
+    rows = [
+        Row(
+            "activation",
+            {"shape": "a", "act": "silu", "direction": direction},
+            way,
+            p50_us=us,
+            extra={"tensor_bytes": 1 << 20},
+        )
+        for (direction, way), us in took.items()
+    ]
+    table = tables.TABLES["activation"](rows)
+    assert table.lines == [("a", "silu", "forward", "1.0 MiB", "60.0 µs", "30.0 µs", "2.00×")]
+    assert len(table.columns) == 7
+
+
 def test_a_step_against_the_best_of_the_compilers_modes() -> None:
     for modes, shown in (
         ({"compile": 66.0, "compile max-autotune": 65.0}, "65.0 µs"),

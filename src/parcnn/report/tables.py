@@ -328,16 +328,21 @@ def _muon(rows: Sequence[Row]) -> Table:
     return Table(("filters of", "products in", "parcnn", "PyTorch", "torch.compile"), lines, labels=2)
 
 
-def _norm_sums(rows: Sequence[Row]) -> Table:
-    lines, own = [], {}
-    for row in select(rows, "norm sums"):
-        shape = row.problem["shape"]
-        if row.variant == "own pass":
-            own[shape] = row.p50_us
-        elif shape in own:
-            took = duration(own[shape]), duration(row.p50_us), ratio(own[shape], row.p50_us)
-            lines.append((shape, f"{row.extra['tensor_bytes'] / 2**20:.1f} MiB", *took))
-    return Table(("N,H,W,C,K,R,stride,pad", "error", "sums by a pass", "sums by dgrad", "gain"), lines, labels=1)
+def _both_ways(bench: str, labels: tuple[str, ...], *columns: str) -> Callable[[Sequence[Row]], Table]:
+    """Problems done in two ways, the one without the fusion first; `labels` name what tells problems apart."""
+
+    def table(rows: Sequence[Row]) -> Table:
+        lines, apart = [], {}
+        for row in select(rows, bench):
+            problem = tuple(row.problem.values())
+            if row.variant == "own pass":
+                apart[problem] = row.p50_us
+            elif problem in apart:
+                took = duration(apart[problem]), duration(row.p50_us), ratio(apart[problem], row.p50_us)
+                lines.append((*problem, f"{row.extra['tensor_bytes'] / 2**20:.1f} MiB", *took))
+        return Table((*labels, *columns, "gain"), lines, labels=len(labels))
+
+    return table
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
@@ -354,7 +359,10 @@ TABLES: dict[str, Callable[[Sequence[Row]], Table]] = {
     "conv-depthwise": _depthwise,
     "conv-summary": _conv_summary,
     "muon": _muon,
-    "norm-sums": _norm_sums,
+    "norm-sums": _both_ways("norm sums", ("N,H,W,C,K,R,stride,pad",), "error", "sums by a pass", "sums by dgrad"),
+    "activation": _both_ways(
+        "activation", ("N,H,W,C,K,R,stride,pad", "activation", "direction"), "tensor", "by passes", "by epilogues"
+    ),
 }
 
 
