@@ -20,10 +20,11 @@ template <int Groups, int Count, typename Use> __device__ __forceinline__ void t
     for (int i = 0; i < Moved; ++i) sums[Count - Moved + i] = v[i];
 }
 
-// All of them, Most at a time: use(group, sums[4], results[4]). They pass through a few places, so that the code is there once or
-// twice.
-template <int Most, int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
-    constexpr int Groups = Count / 4, Chunk = Groups < Most ? Groups : Most, Rest = Groups % Chunk;
+// All of them: use(group, sums[4], results[4]). They pass through a few places, so that the code is there once or twice. (More
+// groups at a time, or a rest where it can be avoided, make registers spill.)
+template <int Count, typename Use> __device__ __forceinline__ void turn_through(float (&sums)[Count], Use use) {
+    constexpr int Groups = Count / 4, Even = Groups % 4 == 0 ? 4 : Groups % 3 == 0 ? 3 : Groups % 2 == 0 ? 2 : POOL ? 1 : 3;
+    constexpr int Chunk = Even < Groups ? Even : Groups, Rest = Groups % Chunk;
 #pragma unroll 1
     for (int first = 0; first + Chunk <= Groups; first += Chunk) turn_first<Chunk>(sums, first, use);
     if constexpr (Rest > 0) turn_first<Rest>(sums, Groups - Rest, use);
@@ -35,18 +36,18 @@ __device__ __forceinline__ void activate_sums(float (&sums)[Count], float bias0,
 #pragma unroll
     for (int i = 0; i < Count; ++i) sums[i] += i % 4 < 2 ? bias0 : bias1;
     if (act == ACT_TANH) {
-        turn_through<4>(sums, [](int, const float *s, float *v) {
+        turn_through(sums, [](int, const float *s, float *v) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[i] = tanhf(s[i]);
         });
     } else if (act == ACT_SILU || act == ACT_SIGMOID) {
         const bool gates = act == ACT_SILU;
-        turn_through<4>(sums, [&](int, const float *s, float *v) {
+        turn_through(sums, [&](int, const float *s, float *v) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[i] = gate_of<true>(gate, s[i]) * (gates ? s[i] : 1.0f);
         });
     } else if (act != ACT_NONE) {
-        turn_through<4>(sums, [&](int, const float *s, float *v) {
+        turn_through(sums, [&](int, const float *s, float *v) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) v[i] = gate_of<false>(gate, s[i]) * s[i];
         });
@@ -111,11 +112,10 @@ template <int Pixels> __device__ __forceinline__ void add_staged(float (&sums)[P
     with_staged<Pixels>(sums, staging, warp, lane, [](float sum, float addend) { return sum + addend; });
 }
 
-// (Of four groups at a time registers spill.)
 template <int Pixels, bool IsPlain>
 __device__ __forceinline__ void multiply_by_slope(float (&sums)[Pixels / 2], const Gate &gate, u32 staging, int warp, int lane) {
     const u32 at = matrix_address(staging, warp, lane);
-    turn_through<3>(sums, [&](int group, const float *s, float *v) {
+    turn_through(sums, [&](int group, const float *s, float *v) {
         u32 two[2];
         load_matrices(at + group * MATRIX_PAIR_BYTES, two[0], two[1]);
 #pragma unroll
