@@ -106,9 +106,8 @@ def _multiples(graph: Graph, pads_to: Callable[[Op, tuple[Spec, ...]], int]) -> 
         x, *weights = node.inputs[: len(node.inputs) - node.op.add]
         y = node.outputs[0]
         asked = Graph(graph.mode, graph.dtype)
-        op = replace(
-            node.op, moments=False
-        )  # those are taken, and what an activation is taken of is kept, in training alone
+        # Moments are taken, and what an activation is taken of is kept, in training alone.
+        op = replace(node.op, moments=False)
         op = replace(op, act=None, keep=False) if op.keep else op
         asked.emit(op, *node.inputs)
         op.grad(asked.emit, node.inputs, node.outputs, (Value(y.spec),))

@@ -1,5 +1,5 @@
 // Activations of Hopper's epilogues as gates, without branches, so that many elements are under way at once. With s =
-// 1 / (1 + exp(-p(x))), where p(x) = x, or of both gelu x * q(u), polynomials q and p' of u = min(x*x, 36):
+// 1 / (1 + exp(-p(x))), where p(x) = x, or of both gelu x * q(u), polynomials q and p' of u = min(x*x, 25):
 //
 //     silu, gelu     x * s      derivative  s + x * (s - s*s) * p'(u)
 //     sigmoid        s          (its derivative follows from its output)
@@ -10,7 +10,7 @@
 #include "sm90.cuh"
 
 #define GATE_TERMS 9        // twin of conv_sm90_gate.py's
-#define GATE_MOST 36.0f     // likewise
+#define GATE_MOST 25.0f     // likewise
 
 struct Gate {
     float exponent[GATE_TERMS];  // q times -log2(e)
