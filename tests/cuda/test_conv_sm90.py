@@ -643,6 +643,15 @@ def test_a_derivative_follows_from_the_input(make: MakeExecutor, name: str, act:
             assert (np.abs(value - true) <= slack).all(), variant
 
 
+@places("act", [(act,) for act in BY_INPUT], lambda act: True)
+def test_a_derivative_near_its_zero(make: MakeExecutor, act: str) -> None:
+    """What it errs by is not hidden by a sum of many terms."""
+    problem = conv_problems.Problem(3, 13, 10, 72, 8, 1, 1)
+    op, random = problem.op("dgrad", act=act), random_of(act)
+    operands = problem.operands(op, conv_problems.normal(random), random)
+    conv_problems.check_close(make([conv_sm90]), op, operands, "bf16")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["few channels", "many channels", "stride 2"])
 def test_an_epilogue_rounds_once(cuda: CudaExecutor, name: str) -> None:
