@@ -74,8 +74,8 @@ SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_w
 	conv_sm90_pointwise.py::test_every_form_is_exact conv_sm90_one_window.py::test_values_are_exact \
 	conv_wgrad_sm90_halves.py::test_not_a_number_and_infinity_show conv_unpool.py::test_nan_and_infinities conv_moments.py::test_moments_of_integers \
 	conv_sm90_sums.py::test_what_is_no_number_stays_in_its_channel batch_norm_kernels.py::test_dgrad_by_given_sums \
-	conv_sm90.py::test_y_may_take_the_place_of_the_addend conv_sm90.py::test_a_derivative_follows_from_the_input \
-	conv_sm90.py::test_an_activation_is_taken_of_the_sum conv_sm90_windows.py::test_what_is_not_finite \
+	conv_sm90_epilogue.py::test_y_may_take_the_place_of_the_addend conv_sm90_epilogue.py::test_a_derivative_follows_from_the_input \
+	conv_sm90_epilogue.py::test_an_activation_is_taken_of_the_sum conv_sm90_windows.py::test_what_is_not_finite \
 	batch_norm_kernels.py::test_train_by_given_moments batch_norm_kernels.py::test_dgrad_in_place pool_kernels.py::test_smallest \
 	batch_norm_pool_kernels.py::test_train_by_given_moments batch_norm_pool_kernels.py::test_several_tiles_a_block)
 sanitize:

@@ -39,7 +39,7 @@ struct Problem {
     int staging_bytes;                                             // of a tile, or what is staged of it where it is pooled
     int act;                                                       // other than ReLU; of dgrad, whose derivative follows
     int mean;                                                      // whether a pool is that, not a maximum
-    int add, operand_bytes;                                        // dgrad: whether there is an addend; of an operand's tile
+    int add, operand_bytes;                                        // whether there is an addend (SECOND 1: else `kept`); of an operand's tile
     u32 floor;                                                     // a pair of bf16: 0 for ReLU, -infinity for none
     FastDiv by_dilation_h, by_dilation_w;
     FastDiv by_class, by_k_inner, by_tiles_w, by_tiles_h;          // tiles of a class; channel groups of an item; tiles of an image
