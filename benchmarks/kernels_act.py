@@ -1,5 +1,4 @@
-"""A convolution and the gelu or silu behind it: the activation, and in backward its derivative, in passes of their own, or in
-the convolutions' epilogues.
+"""A convolution and the gelu or silu behind it, and both derivatives: in passes of their own, or in epilogues.
 
 Forward in training, where what the activation is taken of is kept; backward the input gradient of a convolution above, of the
 same filters and channels. bf16.
