@@ -125,15 +125,19 @@ template <int ThreadM, int ThreadN, int Slices> __device__ __forceinline__ void 
     }
 }
 
-// Activations that are chosen at run time; the first derivative is of those of FROM_OUTPUT.
-__device__ __forceinline__ float activation_of(float v, int act) {
+// Activations that are chosen at run time; the first derivative is of those of FROM_OUTPUT. Of several values: one choice for all.
+template <int Kind, int Count> __device__ __forceinline__ void activate_each(float (&v)[Count]) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) v[i] = activate<Kind>(v[i]);
+}
+
+template <int Count> __device__ __forceinline__ void activate_each(float (&v)[Count], int act) {
     switch (act) {
-        case ACT_GELU: return activate<ACT_GELU>(v);
-        case ACT_GELU_TANH: return activate<ACT_GELU_TANH>(v);
-        case ACT_SILU: return activate<ACT_SILU>(v);
-        case ACT_TANH: return activate<ACT_TANH>(v);
-        case ACT_SIGMOID: return activate<ACT_SIGMOID>(v);
-        default: return v;
+        case ACT_GELU: return activate_each<ACT_GELU>(v);
+        case ACT_GELU_TANH: return activate_each<ACT_GELU_TANH>(v);
+        case ACT_SILU: return activate_each<ACT_SILU>(v);
+        case ACT_TANH: return activate_each<ACT_TANH>(v);
+        case ACT_SIGMOID: return activate_each<ACT_SIGMOID>(v);
     }
 }
 
@@ -160,9 +164,7 @@ __device__ __forceinline__ float any_activation_dgrad(float dy, float saved, int
 template <int Rows, int Columns> __device__ __forceinline__ void activate_all(float (&v)[Rows][Columns], int act) {
     if (act == ACT_RELU) {
 #pragma unroll
-        for (int i = 0; i < Rows; ++i)
-#pragma unroll
-            for (int j = 0; j < Columns; ++j) v[i][j] = activate<ACT_RELU>(v[i][j]);
+        for (int i = 0; i < Rows; ++i) activate_each<ACT_RELU>(v[i]);
         return;
     }
     if (act == ACT_NONE) return;
@@ -170,7 +172,8 @@ template <int Rows, int Columns> __device__ __forceinline__ void activate_all(fl
     for (int turn = 0; turn < Rows; ++turn) {
         float row[Columns];
 #pragma unroll
-        for (int j = 0; j < Columns; ++j) row[j] = activation_of(v[0][j], act);
+        for (int j = 0; j < Columns; ++j) row[j] = v[0][j];
+        activate_each(row, act);
 #pragma unroll
         for (int i = 0; i + 1 < Rows; ++i)
 #pragma unroll

@@ -65,14 +65,10 @@ extern "C" __global__ void __launch_bounds__(256)
         const Floats<8> s = load<8>(saved + at);
 #pragma unroll
         for (int e = 0; e < 8; ++e) sum.v[e] = any_activation_dgrad(sum.v[e], s.v[e], g.act);
-    } else if (g.act) {
-#pragma unroll 1
-        for (int turn = 0; turn < 8; ++turn) {  // the activation's code is there once
-            const float first = g.act == ACT_RELU ? activate<ACT_RELU>(sum.v[0]) : activation_of(sum.v[0], g.act);
-#pragma unroll
-            for (int e = 0; e < 7; ++e) sum.v[e] = sum.v[e + 1];
-            sum.v[7] = first;
-        }
+    } else if (g.act == ACT_RELU) {
+        activate_each<ACT_RELU>(sum.v);
+    } else {
+        activate_each(sum.v, g.act);
     }
     store<8>(y + at, sum);
 }
