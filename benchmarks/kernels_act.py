@@ -1,7 +1,7 @@
 """A convolution and the gelu or silu behind it, and both derivatives: in passes of their own, or in epilogues.
 
-Forward in training, where what the activation is taken of is kept; backward the input gradient of a convolution above, of the
-same filters and channels. bf16.
+Training on Hopper in bf16: forward, where what the activation is taken of is kept; backward the input gradient of a convolution
+above, of the same filters and channels. Inference by the kernels that run on every GPU, bf16's by mma.sync and those of fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from parcnn import nn
 from parcnn.bench.layer import Layer
 from parcnn.bench.rows import Row
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import conv_sm90
+from parcnn.cuda.kernels import REGISTRY
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
 from parcnn.ops.pointwise import Act, ActDgrad
@@ -31,50 +31,66 @@ LAYERS = tuple(
     )
 )  # fmt: skip
 ACTIVATIONS: dict[str, nn.Module] = {"gelu": nn.GELU(), "silu": nn.SiLU()}
+PORTABLE_LAYERS = (LAYERS[0], LAYERS[1], LAYERS[7])
+PORTABLE_KERNELS = {"mma.sync": "bf16", "fp32": "fp32"}
 
 
 class Choosing(CudaExecutor):
-    """Takes activations by their input into epilogues always, or never."""
+    """Takes activations by their input into epilogues, or never."""
 
     fuses = False
 
     def can_fuse(self, op: Op, inputs: tuple[Spec, ...]) -> bool:
         """As it is, but for those."""
-        if isinstance(op, ConvFprop | ConvDgrad) and op.act is not None and op.act not in FROM_OUTPUT:
-            return self.fuses and conv_sm90.supports(op, inputs) is None
-        return super().can_fuse(op, inputs)
+        by_input = isinstance(op, ConvFprop | ConvDgrad) and op.act is not None and op.act not in FROM_OUTPUT
+        return (self.fuses or not by_input) and super().can_fuse(op, inputs)
 
 
-def calls_of(executor: Choosing, layer: Layer, act: str, fuses: bool) -> dict[str, list[Call]]:
-    """By direction: the convolution forward with its activation, the input gradient of the next with the derivative."""
+def calls_of(
+    executor: Choosing, layer: Layer, act: str, mode: str, precision: str, fuses: bool
+) -> dict[str, list[Call]]:
+    """By direction: the convolution forward with its activation, in training the next's input gradient with the derivative."""
     executor.fuses = fuses
     model = nn.Sequential(
         nn.Conv2d(layer.c, layer.c, 1, bias=False), nn.Conv2d(layer.c, layer.k, layer.r, padding=layer.pad), ACTIVATIONS[act],
         nn.Conv2d(layer.k, layer.c, layer.r, padding=layer.pad), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
     plan = outline(
-        model, mode="train", batch=layer.n, sample=(layer.c, layer.h, layer.w), executor=executor,
-        loss=nn.CrossEntropyLoss(), optimizer=SGD(0.1), precision="bf16",
+        model, mode=mode, batch=layer.n, sample=(layer.c, layer.h, layer.w), executor=executor,
+        loss=nn.CrossEntropyLoss(), optimizer=SGD(0.1), precision=precision,
     )  # fmt: skip
     calls = plan.program.calls
-    forward = [call for call in calls if isinstance(call.op, ConvFprop | Act) and call.layer in ("1", "2")]
-    backward = [call for call in calls if isinstance(call.op, ConvDgrad | ActDgrad) and call.layer in ("2", "3")]
-    if (len(forward), len(backward)) != ((1, 1) if fuses else (2, 2)):
-        raise ValueError(f"{layer.shape}: {[call.op for call in (*forward, *backward)]}")
-    return {"forward": forward, "backward": backward}
+    found = {"forward": [call for call in calls if isinstance(call.op, ConvFprop | Act) and call.layer in ("1", "2")]}
+    if mode == "train":
+        found["backward"] = [
+            call for call in calls if isinstance(call.op, ConvDgrad | ActDgrad) and call.layer in ("2", "3")
+        ]
+    for part in found.values():
+        if len(part) != (1 if fuses else 2):
+            raise ValueError(f"{layer.shape}: {[call.op for call in part]}")
+    return found
+
+
+def rows_of(executor: Choosing, layer: Layer, act: str, mode: str, precision: str, kernels: str | None) -> list[Row]:
+    """Rows of each direction, both ways."""
+    ways = {way: calls_of(executor, layer, act, mode, precision, way == "epilogue") for way in ("own pass", "epilogue")}
+    nbytes = (2 if precision == "bf16" else 4) * layer.n * layer.h * layer.w * layer.k
+    rows = []
+    for direction in ways["epilogue"]:
+        problem = {"shape": layer.shape, "act": act, "direction": f"{direction}, {kernels}" if kernels else direction}
+        calls = {way: found[direction] for way, found in ways.items()}
+        rows += both_ways.rows_of(executor, "activation", problem, nbytes, calls, print)
+    return rows
 
 
 def measure(layers: Sequence[Layer]) -> list[Row]:
     """Rows of each layer, activation and direction, both ways."""
-    executor, rows = Choosing(), []
+    executor, portable, rows = Choosing(), Choosing(registry=REGISTRY.portable), []
     for layer in layers:
         for act in ACTIVATIONS:
-            ways = {way: calls_of(executor, layer, act, way == "epilogue") for way in ("own pass", "epilogue")}
-            for direction in ("forward", "backward"):
-                problem = {"shape": layer.shape, "act": act, "direction": direction}
-                calls = {way: found[direction] for way, found in ways.items()}
-                nbytes = 2 * layer.n * layer.h * layer.w * layer.k
-                rows += both_ways.rows_of(executor, "activation", problem, nbytes, calls, print)
+            rows += rows_of(executor, layer, act, "train", "bf16", None)
+            for kernels, precision in PORTABLE_KERNELS.items() if layer in PORTABLE_LAYERS else ():
+                rows += rows_of(portable, layer, act, "predict", precision, kernels)
     return rows
 
 

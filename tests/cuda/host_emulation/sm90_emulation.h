@@ -56,9 +56,6 @@ template <int Pending> void store_wait() { emulation::await_stores(Pending); }
 inline void fence_async() {}
 void copy_chunk(unsigned to, const unsigned short *source, bool is_live);
 
-inline float exp2_approx(float x) { return exp2f(x); }
-inline float reciprocal_approx(float x) { return 1.0f / x; }
-
 unsigned load_shared4(unsigned at);
 uint4 load_shared16(unsigned at);
 void store_shared2(unsigned at, unsigned short v);

@@ -159,9 +159,10 @@ __device__ __forceinline__ float any_activation_dgrad(float dy, float saved, int
     return from_output ? activation_dgrad_of(dy, saved, act) : activation_dgrad_by_input(dy, saved, act);
 }
 
-// Every value of v after the activation, one of ACT_*; all threads of a launch have the same one. Other than ReLU, which
-// is everywhere, they take turns in the first row, so that their code is there once.
-template <int Rows, int Columns> __device__ __forceinline__ void activate_all(float (&v)[Rows][Columns], int act) {
+// Every value of v after the activation, one of ACT_*; all threads of a launch have the same one. `activate_row` does others than
+// ReLU, which is everywhere: rows take turns in the place of the first, so that its code is there once.
+template <int Rows, int Columns, class Activate>
+__device__ __forceinline__ void activate_rows(float (&v)[Rows][Columns], int act, Activate activate_row) {
     if (act == ACT_RELU) {
 #pragma unroll
         for (int i = 0; i < Rows; ++i) activate_each<ACT_RELU>(v[i]);
@@ -173,7 +174,7 @@ template <int Rows, int Columns> __device__ __forceinline__ void activate_all(fl
         float row[Columns];
 #pragma unroll
         for (int j = 0; j < Columns; ++j) row[j] = v[0][j];
-        activate_each(row, act);
+        activate_row(row);
 #pragma unroll
         for (int i = 0; i + 1 < Rows; ++i)
 #pragma unroll
@@ -181,6 +182,10 @@ template <int Rows, int Columns> __device__ __forceinline__ void activate_all(fl
 #pragma unroll
         for (int j = 0; j < Columns; ++j) v[Rows - 1][j] = row[j];
     }
+}
+
+template <int Rows, int Columns> __device__ __forceinline__ void activate_all(float (&v)[Rows][Columns], int act) {
+    activate_rows(v, act, [&](float (&row)[Columns]) { activate_each(row, act); });
 }
 
 // Pool the four values of a window; `bits` gets the winner.

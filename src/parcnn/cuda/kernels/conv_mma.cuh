@@ -7,6 +7,7 @@
 #pragma once
 
 #include "conv_common.cuh"
+#include "gate.cuh"
 
 typedef unsigned short u16;  // the bits of a bf16
 
@@ -286,6 +287,22 @@ __device__ __forceinline__ void add_bias(const Tile &tile, typename Tile::Sums &
 #pragma unroll
             for (int i = 0; i < Tile::TilesM; ++i) Tile::sum(sums, i, j, e) += b, Tile::sum(sums, i, j, e + 2) += b;
         }
+}
+
+// Every sum after the activation; gelu and silu as gates.
+template <int Rows, int Columns> __device__ __forceinline__ void activate_sums(float (&sums)[Rows][Columns], int act, const Gate &gate) {
+    activate_rows(sums, act, [&](float (&row)[Columns]) {
+        if (act == ACT_TANH) {
+            activate_each<ACT_TANH>(row);
+        } else if (act == ACT_SILU || act == ACT_SIGMOID) {
+            const bool gates = act == ACT_SILU;
+#pragma unroll
+            for (int j = 0; j < Columns; ++j) row[j] = gate_of<true>(gate, row[j]) * (gates ? row[j] : 1.0f);
+        } else {
+#pragma unroll
+            for (int j = 0; j < Columns; ++j) row[j] = gate_of<false>(gate, row[j]) * row[j];
+        }
+    });
 }
 
 // use(word, sum, sum) of each two of a thread's sums, neighbours of a row, and of the word of shared memory that is their place.

@@ -29,6 +29,7 @@ struct Problem {
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int pool, act;
     FastDiv by_p, by_q, by_group_c, by_s, by_n_tiles;
+    Gate gate;  // of `act`
 };
 
 // Where an element of the reduction lies, relative to a pixel's receptive field and to a filter.
@@ -173,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     reduce<STAGES>(tile, sums, ring, g.stages, copy, settle, [](u32) {});
 
     add_bias(tile, sums, bias ? bias + group * g.group_k + n0 : nullptr, columns);
-    activate_all(sums, g.act);
+    activate_sums(sums, g.act, g.gate);
 
     // The ring becomes the tile that is written.
     constexpr int OUT_CHUNKS = BN / 8;

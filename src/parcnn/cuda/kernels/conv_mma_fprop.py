@@ -23,6 +23,7 @@ from parcnn.cuda.kernels.conv_mma import (
     shared_bytes,
     vector,
 )
+from parcnn.cuda.kernels.gate import gate_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop
@@ -154,4 +155,4 @@ def _problem(sizes: Grouped, tile: Tile, n_tiles: int, act: str | None) -> Struc
         *conv.stride, *conv.pad, *conv.dilation, POOL_CODES[conv.pool], act_code(act),
     )  # fmt: skip
     divisors = (conv.p, conv.q, sizes.channels, conv.s, n_tiles)
-    return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))
+    return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors), *gate_of(act)))

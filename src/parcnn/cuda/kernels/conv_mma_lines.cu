@@ -33,6 +33,7 @@ struct Problem {
     int slots, loads;                // positions of a run; how many each thread brings while a tap passes
     int act;
     FastDiv by_width, by_height, by_stripes, by_n_tiles;  // width, height: positions of a stripe
+    Gate gate;                                            // of `act`, forward
 };
 
 // One of several equal parts of some work, done among products.
@@ -168,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, 1)
     derive_tile<BM, BN>(tile, sums, shared, saved, addend, g.act, columns, g.out_c, g.group_out, place);
 #else
     add_bias(tile, sums, bias ? bias + k0 : nullptr, columns);
-    activate_all(sums, g.act);
+    activate_sums(sums, g.act, g.gate);
 #endif
     // The memory becomes the tile that is written.
     put_tile<BN>(tile, sums, shared);

@@ -12,6 +12,7 @@ import numpy as np
 from parcnn.cuda.device import SHARED_BYTES
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_mma import CHUNK, Grouped, Pieces, Tile, cycles, microseconds, refuse
+from parcnn.cuda.kernels.gate import gate_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Struct
 from parcnn.ops.base import FROM_OUTPUT, Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop
@@ -208,4 +209,4 @@ def _problem(lines: Lines, tile: Tile, n_tiles: int, act: str | None) -> Struct:
         act_code(act),
     )  # fmt: skip
     divisors = (lines.width, lines.height, lines.stripes, n_tiles)
-    return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors)))
+    return Struct((*(np.int32(v) for v in numbers), *(fast_div(d) for d in divisors), *gate_of(act)))

@@ -1,7 +1,7 @@
 // The problem that conv_sm90.cu works on, and how its output is cut into tiles.
 #pragma once
 
-#include "conv_sm90_gate.cuh"
+#include "gate.cuh"
 #include "sm90.cuh"
 
 // Twin of the structs that conv_sm90.py builds. Sizes of the convolution that is computed: of dgrad, "image" is dy, "filter"

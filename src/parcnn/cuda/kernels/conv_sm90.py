@@ -17,10 +17,10 @@ from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
 from parcnn.cuda.kernels.conv_common import MAX_SIDE
 from parcnn.cuda.kernels.conv_sm90_cost import Work
-from parcnn.cuda.kernels.conv_sm90_gate import gate_of
 from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
 from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
 from parcnn.cuda.kernels.conv_unpool import unpool
+from parcnn.cuda.kernels.gate import gate_of
 from parcnn.cuda.kernels.pool import divisor_of
 from parcnn.cuda.launch import Argument, Device, Kernel, Launch, Pointer, Struct
 from parcnn.cuda.tensormap import MAX_ELEMENT_STRIDE

@@ -11,7 +11,7 @@ from parcnn.cuda.kernels import conv_sm90
 from parcnn.cuda.kernels.common import act_code
 from parcnn.cuda.kernels.conv_common import CYCLES_PER_US, MAX_GRID_YZ
 from parcnn.cuda.kernels.conv_sm90 import NEGATIVE_INFINITIES
-from parcnn.cuda.kernels.conv_sm90_gate import gate_of
+from parcnn.cuda.kernels.gate import gate_of
 from parcnn.cuda.launch import Device, Kernel, Launch, Struct, TensorMap
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvFprop

@@ -109,18 +109,6 @@ __device__ __forceinline__ void store_tile(const TensorMap &map, u32 from, int c
 // Until the shared memory of all tiles that this thread writes out has been read, but for the last Pending.
 template <int Pending> __device__ __forceinline__ void store_wait() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory"); }
 
-// 2 to the x, and 1 / x, to some 2^-22 of themselves; what is subnormal is zero.
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ __forceinline__ float reciprocal_approx(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // Orders this thread's accesses to shared memory before what the copy engine and the tensor cores do after a barrier.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

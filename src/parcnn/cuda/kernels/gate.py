@@ -1,4 +1,4 @@
-"""The polynomials of gelu as Hopper's epilogues compute it, as a gate x * sigmoid(p(x)): `Gate` of conv_sm90_gate.cuh."""
+"""The polynomials of gelu as the tensor cores' epilogues compute it, as a gate x * sigmoid(p(x)): `Gate` of gate.cuh."""
 
 from __future__ import annotations
 

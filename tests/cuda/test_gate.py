@@ -1,4 +1,4 @@
-"""What Hopper's epilogues compute for gelu, in fp32 on the host, against the functions in float64."""
+"""What the tensor cores' epilogues compute for gelu, in fp32 on the host, against the functions in float64."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from parcnn.cpu.pointwise import activate, activate_backward
-from parcnn.cuda.kernels.conv_sm90_gate import GATES, MOST, TERMS, gate_of
+from parcnn.cuda.kernels.gate import GATES, MOST, TERMS, gate_of
 
 X = np.linspace(-5, 5, 20_001).astype(np.float32)
 
 
 def polynomial(terms: tuple[np.float32, ...], u: np.ndarray) -> np.ndarray:
-    """As conv_sm90_gate.cuh sums it."""
+    """As gate.cuh sums it."""
     total = np.full_like(u, terms[-1])
     for term in terms[-2::-1]:
         total = total * u + term
