@@ -85,6 +85,7 @@ def torch_update(filters: Filters, optimizer: Muon, compiled: bool) -> Callable[
             x = a * x + (b * gram + c * gram @ gram) @ x
         return x.T if g.size(0) > g.size(1) else x
 
+    torch._dynamo.config.recompile_limit = 64  # of a function; shapes beyond it would run eagerly
     whiten = torch.compile(zeropower, dynamic=False) if compiled else zeropower
     weights, gradients, buffers = ([torch.randn(k, c, 3, 3, device="cuda") for c, k in filters] for _ in range(3))
 
