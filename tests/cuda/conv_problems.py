@@ -21,6 +21,9 @@ from tests.cuda.bf16 import from_bits, stored, to_bits, values_of
 from tests.op_runner import run_op
 
 Arrays = list[np.ndarray]
+UNIT = 2.0**-24  # the rounding of one operation in fp32
+MOMENT_STEPS = 48 + 16 + 32  # in their longest chain: the tiles of a block, threads and quotients, the merging of rows
+MOMENT_TILE = 64 * UNIT  # a thread's pixels of a tile, one added to the next
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Problem:
         dy = (self.n, *op.pooled_hw(self.h, self.w, self.r, self.s), self.k)
         idx = [random.integers(0, 4, dy).astype(np.uint8)] if op.pool == "max" else []
         if isinstance(op, ConvFprop):
-            return [tensor(*x), tensor(*w), *([8 * tensor(self.k)] if op.bias else [])]
+            addend = [tensor(*dy)] if op.add else []
+            return [tensor(*x), tensor(*w), *([8 * tensor(self.k)] if op.bias else []), *addend]
+        if isinstance(op, ConvDgrad) and op.sums:
+            return [tensor(*dy), tensor(*w), *idx, *norm_below(x, random)]
         if isinstance(op, ConvDgrad):
             least, most = (0 if op.act in ("relu", "sigmoid") else -1, 1) if op.act in FROM_OUTPUT else (-4, 4)
             saved = [np.clip(tensor(*x), least, most)] if op.act else []
@@ -87,10 +93,22 @@ def normal(random: np.random.Generator) -> Callable[..., np.ndarray]:
     return lambda *shape: from_bits(to_bits(random.standard_normal(shape)))
 
 
+def norm_below(shape: tuple[int, ...], random: np.random.Generator) -> Arrays:
+    """x, gamma, beta, mean, rstd of a batch norm: small integers and powers of two, whose outputs are exact, often zero."""
+    x = random.integers(-3, 4, shape).astype(float)
+    gamma, beta, mean = (random.integers(-2, 3, shape[-1]).astype(float) for _ in range(3))
+    return [x, gamma, beta, mean, 2.0 ** random.integers(-1, 2, shape[-1])]
+
+
 def is_exact(op: Any) -> bool:
     """Whether integers stay integers: derivatives do at the outputs -1, 0 and 1 that `operands` then has."""
     exact = ("relu",) if isinstance(op, ConvFprop) else FROM_OUTPUT
     return isinstance(op, ConvWgrad) or op.act in (None, *exact)
+
+
+def is_held_to_bits(op: Any) -> bool:
+    """Whether there are no bounds for its errors here: a pool's of other windows than 2x2, a batch norm's sums."""
+    return bool(op.window) if isinstance(op, ConvFprop) else isinstance(op, ConvDgrad) and op.sums
 
 
 def tensors_of(op: Op, operands: Arrays, dtype: str) -> Arrays:
@@ -129,9 +147,13 @@ def check_exact(
     where: object = "",
     alias: tuple[tuple[int, int], ...] = (),
 ) -> None:
-    """The oracle's bits, but for the sign of a zero. `true`: what the oracle gave, where that is known."""
-    results = run_op(executor, op, tensors_of(op, operands, dtype), alias=alias)
+    """The oracle's bits, but for the sign of a zero, and its moments but for what they may err by. `true`: what the oracle
+    gave, where that is known."""
+    results = list(run_op(executor, op, tensors_of(op, operands, dtype), alias=alias))
     true = on_cpu(op, operands) if true is None else true
+    if isinstance(op, ConvFprop) and op.moments:
+        check_moments(results[0], results.pop(), f"{where} {op}")
+        true = true[:-1]
     for i, (got, wanted) in enumerate(zip(results, true, strict=True)):
         value, expected = got, wanted
         if got.dtype == np.uint16:
@@ -151,9 +173,11 @@ def check_close(executor: Executor, op: Any, operands: Arrays, dtype: str) -> No
     elif isinstance(op, ConvDgrad) and op.act:
         before, plain = replace(op, act=None), [a for i, a in enumerate(operands) if i != 2 + (op.pool == "max")]
     magnitudes = on_cpu(before, [a if a.dtype == np.uint8 else np.abs(a) for a in plain])
-    results = run_op(executor, op, tensors_of(op, operands, dtype))
+    results = list(run_op(executor, op, tensors_of(op, operands, dtype)))
+    if isinstance(op, ConvFprop) and op.moments:
+        check_moments(results[0], results.pop(), op)
     slacks = []
-    for got, true, magnitude in zip(results, on_cpu(op, operands), magnitudes, strict=False):
+    for got, true, magnitude in zip(results, on_cpu(op, operands), magnitudes, strict=False):  # no moments, no indices
         terms = windows_of(magnitude, true.shape).max(-1) if isinstance(op, ConvFprop) and op.pool else magnitude
         rounding = (2.0**-8 if got.dtype == np.uint16 else 2.0**-20) * np.abs(true) + 2.0**-20
         slacks.append(rounding + 1.2 * 2.0**-19 * terms)
@@ -163,6 +187,21 @@ def check_close(executor: Executor, op: Any, operands: Arrays, dtype: str) -> No
         values = windows_of(on_cpu(replace(op, pool=None), operands)[0], results[1].shape)
         winner = np.take_along_axis(values, results[1][..., None].astype(int), -1)[..., 0]
         assert (winner >= values.max(-1) - 2 * slacks[0]).all()
+
+
+def check_moments(y: np.ndarray, moments: np.ndarray, where: object) -> None:
+    """Against those of the stored values, float64. What is summed are differences from one of the values, which is at most
+    `farthest` from the mean: the squares of n of them are at most 2 (m2 + n farthest^2) together."""
+    values = from_bits(y).reshape(-1, y.shape[-1])
+    n, mean, deviation = len(values), values.mean(0), values.std(0)
+    m2, farthest = n * deviation**2, np.abs(values - mean).max(0)
+    chain = MOMENT_TILE + MOMENT_STEPS * UNIT
+    assert (np.abs(moments[0] - mean) <= chain * (deviation + farthest) + MOMENT_STEPS * UNIT * np.abs(mean)).all(), (
+        where
+    )
+    slack = 3 * chain * 2 * (m2 + n * farthest**2) + MOMENT_STEPS * UNIT * (m2 + n * np.abs(mean) * deviation)
+    slack += n * 2.0**-126  # smaller squares underflow
+    assert (np.abs(moments[1] - m2) <= slack).all(), where
 
 
 def windows_of(y: np.ndarray, pooled: tuple[int, ...]) -> np.ndarray:

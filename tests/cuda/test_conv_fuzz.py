@@ -21,15 +21,17 @@ from parcnn.cuda.executor import CudaExecutor
 from parcnn.cuda.tuning import Tuning, problem_key
 from parcnn.errors import UnsupportedError
 from parcnn.ops.base import ACTIVATIONS
+from parcnn.ops.pool import PoolWindow
 from tests.cuda import conv_problems
 from tests.cuda.conv_problems import Problem
 
 SHARDS, EXAMPLES, LEAST = 20, 145, 102  # some are drawn twice: more than 2,000 different problems
+HOPPER_SHARDS, HOPPER_EXAMPLES = 10, 60
 MOST_FLOPS = 6e7  # of a problem: the oracle takes some milliseconds
+MOST_TERMS = 1800  # bf16 has all sums of this many ternary products that are at all likely
 POOLS, PRECISIONS = (None, None, "max", "avg"), ("bf16", "bf16", "f32")
 CHANNELS = st.one_of(st.integers(1, 40), st.integers(1, 20).map(lambda eighths: 8 * eighths))
-SETTINGS = {
-    "max_examples": EXAMPLES,
+SETTINGS: dict[str, Any] = {
     "deadline": None,
     "database": None,
     "phases": (Phase.generate,),
@@ -76,19 +78,55 @@ def operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
     return problem, problem.op(kind, pool, **more), dtype
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shard", range(SHARDS))
-def test_random_problems(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
+@st.composite
+def windows(draw: st.DrawFn) -> PoolWindow:
+    kernel, stride = ((draw(st.integers(1, 4)), draw(st.integers(1, 4))) for _ in range(2))
+    pad = (draw(st.integers(0, kernel[0] // 2)), draw(st.integers(0, kernel[1] // 2)))
+    if draw(st.booleans()):
+        return PoolWindow("max", kernel, stride, pad, ceil_mode=draw(st.booleans()))
+    return PoolWindow("avg", kernel, stride, pad, ceil_mode=draw(st.booleans()), count_include_pad=draw(st.booleans()))
+
+
+@st.composite
+def hopper_operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
+    """Epilogues that only Hopper's kernels have, on problems that they take."""
+    c, k = (8 * draw(st.integers(5, 24)) for _ in range(2))
+    r, s = (draw(st.sampled_from((1, 2, 3, 3, 5))) for _ in range(2))
+    stride, dilation = (draw(st.sampled_from(((1, 1), (1, 1), (1, 1), other))) for other in ((2, 2), (1, 2)))
+    pad = (r // 2, s // 2, r // 2, s // 2) if draw(st.booleans()) else tuple(draw(st.integers(0, 2)) for _ in range(4))
+    problem = Problem(
+        draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(1, 24)), c, k, r, s, pad, stride, dilation
+    )
+    kind = draw(st.sampled_from(("window", "moments", "addend", "sums")))
+    if kind == "sums":
+        problem = replace(problem, r=3, s=3, stride=(1, 1))
+        op = problem.op("dgrad", draw(st.sampled_from(POOLS)), sums=True, act=draw(st.sampled_from((None, "relu"))))
+    else:
+        window = draw(windows()) if kind == "window" else None
+        act = draw(st.sampled_from((None, "relu") if window else (None, "relu", *ACTIVATIONS)))
+        more = {"window": window, "moments": kind == "moments", "add": kind == "addend"}
+        op = problem.op("fprop", window and window.kind, bias=draw(st.booleans()), act=act, **more)
+    assume(min(op.pooled_hw(problem.h, problem.w, problem.r, problem.s)) > 0 and problem.flops(None) < MOST_FLOPS)
+    # Means and a batch norm's sums are of rounded values; the oracle's are none others where terms are few.
+    terms = problem.r * problem.s * (k if kind == "sums" else c)
+    assume(terms <= MOST_TERMS or not (kind == "sums" or op.pool == "avg"))
+    return problem, op, "bf16"
+
+
+def check_random(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int, operations: st.SearchStrategy, examples: int
+) -> set[str]:
+    """Random operations' results are right; gives the problems that there were."""
     seen: set[str] = set()
 
     @seeded(shard)
-    @settings(**SETTINGS)
-    @given(operations(), st.integers(0, 2**32 - 1), st.booleans(), st.integers(0, 2**16))
+    @settings(**SETTINGS, max_examples=examples)
+    @given(operations, st.integers(0, 2**32 - 1), st.booleans(), st.integers(0, 2**16))
     def check(drawn: tuple[Problem, Any, str], seed: int, whole: bool, other: int) -> None:
         problem, op, dtype = drawn
         op, specs = runnable(cuda, problem, op, dtype)
         random = np.random.default_rng(seed)
-        exact = whole and conv_problems.is_exact(op)
+        exact = conv_problems.is_exact(op) and (whole or conv_problems.is_held_to_bits(op))
         values = conv_problems.ternary(random) if exact else conv_problems.normal(random)
         operands = problem.operands(op, values, random)
         compare = conv_problems.check_exact if exact else conv_problems.check_close
@@ -103,7 +141,24 @@ def test_random_problems(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, sh
         seen.add(problem_key(op, specs))
 
     check()
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_random_problems(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
+    seen = check_random(cuda, monkeypatch, shard, operations(), EXAMPLES)
     assert len(seen) >= LEAST, f"{len(seen)} different problems"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shard", range(HOPPER_SHARDS))
+def test_random_epilogues_of_hopper(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
+    """Pools by other windows than 2x2, shortcuts, a batch norm's moments, and its sums in backward."""
+    if cuda.device.arch != "sm_90a":
+        pytest.skip("no other architecture's kernels have them")
+    seen = check_random(cuda, monkeypatch, shard, hopper_operations(), HOPPER_EXAMPLES)
+    assert len(seen) >= HOPPER_EXAMPLES // 2, f"{len(seen)} different problems"
 
 
 SAME = (1, 1, 1, 1)

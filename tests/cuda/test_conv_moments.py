@@ -22,13 +22,11 @@ from parcnn.plan.options import Options
 from parcnn.train import Trainer
 from tests.cuda.bf16 import from_bits, to_bits
 from tests.cuda.compare import MakeExecutor, emulates, makers, places
+from tests.cuda.conv_problems import MOMENT_STEPS, MOMENT_TILE, UNIT, check_moments
 from tests.cuda.test_conv_sm90 import H200, PROBLEMS, Problem, bits_of, call_of, forced, on_cpu, random_of, sizes_of
 from tests.op_runner import run_op
 
 make_fixture = makers()
-UNIT = 2.0**-24  # the rounding of one operation in fp32
-STEPS = 48 + 16 + 32  # of the longest chain of such: the tiles of a block, threads and quotients, the merging of rows
-TILE = 64 * UNIT  # a thread's pixels of a tile, one added to the next
 LARGE = {
     "many tiles of 64 channels": Problem(900, 9, 8, 64, 64),
     "groups of channels in turn": Problem(400, 6, 6, 128, 320),
@@ -43,18 +41,6 @@ def with_moments(problem: Problem, kind: str) -> ConvFprop:
     op = problem.op(kind)
     assert isinstance(op, ConvFprop)
     return replace(op, moments=True)
-
-
-def check_moments(y: np.ndarray, moments: np.ndarray, where: object) -> None:
-    """Against those of the stored values, float64. What is summed are differences from one of the values, which is at most
-    `farthest` from the mean: the squares of n of them are at most 2 (m2 + n farthest^2) together."""
-    values = from_bits(y).reshape(-1, y.shape[-1])
-    n, mean, deviation = len(values), values.mean(0), values.std(0)
-    m2, farthest = n * deviation**2, np.abs(values - mean).max(0)
-    chain = TILE + STEPS * UNIT
-    assert (np.abs(moments[0] - mean) <= chain * (deviation + farthest) + STEPS * UNIT * np.abs(mean)).all(), where
-    slack = 3 * chain * 2 * (m2 + n * farthest**2) + STEPS * UNIT * (m2 + n * np.abs(mean) * deviation)
-    assert (np.abs(moments[1] - m2) <= slack).all(), where
 
 
 @pytest.mark.parametrize("kind", ["fprop", "fused", "gelu"])
@@ -177,7 +163,7 @@ def test_moments_of_integers(make: MakeExecutor, name: str) -> None:
     for variant in conv_sm90.candidates(call_of(op, operands), H200)[: 1 if emulates(make) else None]:
         got, moments = run_op(make([Forced(conv_sm90, variant)]), op, bits_of(op, operands))
         np.testing.assert_array_equal(from_bits(got), y)
-        np.testing.assert_allclose(moments[0], mean, rtol=STEPS * UNIT, atol=STEPS * UNIT)
+        np.testing.assert_allclose(moments[0], mean, rtol=MOMENT_STEPS * UNIT, atol=MOMENT_STEPS * UNIT)
         np.testing.assert_allclose(moments[1], m2, rtol=1e-5)
         assert (moments[0, 3], moments[1, 3]) == (3, 0)
 
@@ -252,7 +238,7 @@ def test_batch_norm_by_given_moments(cuda: CudaExecutor, name: str, act: str | N
     alone = run_op(cuda, BatchNormTrain(act=act), [y, *rest])
     given = run_op(cuda, BatchNormTrain(act=act, moments=True), [y, *rest, moments])
     values = from_bits(y).reshape(-1, problem.k)
-    slack = 2 * (TILE + STEPS * UNIT) * np.abs(values).max() / values.std(0).min()
+    slack = 2 * (MOMENT_TILE + MOMENT_STEPS * UNIT) * np.abs(values).max() / values.std(0).min()
     for i, (one, other) in enumerate(zip(alone[1:], given[1:], strict=True)):
         np.testing.assert_allclose(one, other, rtol=slack, atol=slack, err_msg=f"output {i + 1}")
     # A value may fall on the other side of a rounding to bf16.
@@ -273,7 +259,7 @@ def test_running_statistics_of_a_step(cuda: CudaExecutor) -> None:
         found.append([np.asarray(v) for name, v in run.model.state_dict().items() if "running" in name])
     assert len(found[0]) == 2
     for given, own in zip(*found, strict=True):
-        np.testing.assert_allclose(given, own, rtol=STEPS * UNIT, atol=STEPS * UNIT)
+        np.testing.assert_allclose(given, own, rtol=MOMENT_STEPS * UNIT, atol=MOMENT_STEPS * UNIT)
 
 
 def test_tables_fit_the_largest_kernel() -> None:

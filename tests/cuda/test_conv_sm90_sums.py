@@ -23,6 +23,7 @@ from parcnn.plan.options import Options
 from parcnn.train import Trainer
 from tests.cuda.bf16 import from_bits, to_bits
 from tests.cuda.compare import MakeExecutor, emulates, listing, makers, places
+from tests.cuda.conv_problems import norm_below
 from tests.cuda.test_conv_sm90 import (
     H200,
     PROBLEMS,
@@ -65,15 +66,8 @@ def of(problem: Problem, kind: str, act: str) -> ConvDgrad:
     return replace(op, sums=True, act="relu" if act == "relu" else None)
 
 
-def below(problem: Problem, random: np.random.Generator) -> list[np.ndarray]:
-    """A batch norm of small integers and powers of two, whose outputs are exact, often zero."""
-    x = random.integers(-3, 4, (problem.n, problem.h, problem.w, problem.c)).astype(float)
-    gamma, beta, mean = (random.integers(-2, 3, problem.c).astype(float) for _ in range(3))
-    return [x, gamma, beta, mean, 2.0 ** random.integers(-1, 2, problem.c)]
-
-
 def exact_operands(problem: Problem, kind: str, random: np.random.Generator) -> list[np.ndarray]:
-    return [*problem.integers(kind, random), *below(problem, random)]
+    return [*problem.integers(kind, random), *norm_below((problem.n, problem.h, problem.w, problem.c), random)]
 
 
 def real_operands(problem: Problem, kind: str, random: np.random.Generator) -> list[np.ndarray]:
@@ -119,6 +113,7 @@ def test_who_takes_sums() -> None:
         (replace(op, stride=(2, 2)), (Spec((8, 5, 5, 64), "bf16"), w, *norm)),
         (op, (few, Spec((32, 3, 3, 64), "bf16"), *norm)),
         (op, (empty, w, empty, *norm[1:])),
+        (ConvDgrad(image=(3, 3), sums=True), (Spec((8, 1, 1, 64), "bf16"), w, Spec((8, 3, 3, 64), "bf16"), *norm[1:])),
         (replace(op, groups=64), (dy, Spec((64, 3, 3, 1), "bf16"), *norm)),
         (replace(op, groups=2), (dy, Spec((64, 3, 3, 32), "bf16"), *norm)),
         (op, tuple(Spec(s.shape) for s in (dy, w, *norm))),

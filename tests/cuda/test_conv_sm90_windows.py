@@ -246,24 +246,6 @@ def test_every_compiled_tile(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch
     assert kernels == {k for k in conv_sm90.variants() if ("POOL", tiles.OTHER_WINDOWS) in k.defines}
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("seed", range(120))
-def test_random_problems(cuda: CudaExecutor, seed: int) -> None:
-    """The default choice on odd problems: maxima, then means."""
-    random = np.random.default_rng(seed)
-    n, h, w, c, k = (int(random.integers(*limits)) for limits in ((1, 6), (4, 40), (4, 40), (1, 20), (1, 20)))
-    problem = Problem(n, h, w, 8 * c, 8 * k, *(int(v) for v in random.choice([1, 3, 5], 2)), (2, 2, 2, 2))
-    kernel, stride = random.integers(1, 5, 2), random.integers(1, 4, 2)
-    pad = [int(random.integers(0, side // 2 + 1)) for side in kernel]
-    window = PoolWindow("max", (int(kernel[0]), int(kernel[1])), (int(stride[0]), int(stride[1])), (pad[0], pad[1]))
-    if seed >= 60:
-        window = replace(window, kind="avg", ceil_mode=seed % 4 < 2, count_include_pad=seed % 8 < 4)
-    kind = ("pooled", "plain pooled")[seed % 2]
-    op = pooled_by(problem.op(kind), window)
-    if min(op.pooled_hw(h, w, problem.r, problem.s)) > 0:
-        check_exact(cuda, op, problem.integers(kind, random), f"{problem} {window}")
-
-
 @pytest.mark.parametrize(("side", "width"), [(3, 1400), (4, 1100)])
 def test_images_too_wide_for_any_tile(null: CudaExecutor, side: int, width: int) -> None:
     window = PoolWindow("max", (side, side), (side, side))

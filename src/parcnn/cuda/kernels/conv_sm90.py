@@ -15,7 +15,7 @@ from parcnn.cuda.kernels import conv_sm90_cost as cost
 from parcnn.cuda.kernels import conv_sm90_maps as maps
 from parcnn.cuda.kernels import conv_sm90_tiles as tiles
 from parcnn.cuda.kernels.common import act_code, fast_div
-from parcnn.cuda.kernels.conv_common import MAX_SIDE
+from parcnn.cuda.kernels.conv_common import MAX_SIDE, Conv
 from parcnn.cuda.kernels.conv_sm90_cost import Work
 from parcnn.cuda.kernels.conv_sm90_sizes import CLASSES, Class, Sizes, sizes_of
 from parcnn.cuda.kernels.conv_sm90_tiles import Footprint, Variant
@@ -137,7 +137,12 @@ def _refuse_sums(op: ConvDgrad, inputs: tuple[Spec, ...]) -> str | None:
         return f"a batch norm's parameters and statistics must be f32, one is {wrong[0]}"
     if op.act not in (None, "relu"):
         return f"a batch norm's sums go with ReLU or nothing, not {op.act}"
-    return None if inputs[0].size and op.infer(*inputs)[0].size else "a batch norm's sums are of one pixel at least"
+    dx = op.infer(*inputs)[0]
+    if not (inputs[0].size and dx.size):
+        return "a batch norm's sums are of one pixel at least"
+    if Conv.of(op, dx, inputs[1]).r == 1:  # a matrix product, whose columns are pixels and channels
+        return "a batch norm's sums are not taken where the filter covers the image"
+    return None
 
 
 def _refuse_second_tensor(op: ConvFprop, inputs: tuple[Spec, ...]) -> str | None:
