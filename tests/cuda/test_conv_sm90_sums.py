@@ -161,6 +161,16 @@ def test_a_plan_takes_them_of_large_tensors(null: CudaExecutor, batch: int, take
     assert norms == [(False, left), (False, left), (taken, None if taken else left)]
 
 
+def test_a_plan_with_a_filter_that_covers_the_image(null: CudaExecutor) -> None:
+    """It is a matrix product, whose kernels take no sums."""
+    layers = [nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 64, 3), nn.Flatten()]
+    plan = outline(
+        nn.Sequential(*layers, nn.Linear(64, 10)), mode="train", batch=4096, sample=(3, 3, 3), executor=null,
+        loss=nn.CrossEntropyLoss(), optimizer=optim.SGD(0.1), precision="bf16",
+    )  # fmt: skip
+    assert not [call for call in plan.program.calls if isinstance(call.op, ConvDgrad) and call.op.sums]
+
+
 # On the host's emulation and the device
 
 
