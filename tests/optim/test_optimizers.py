@@ -11,7 +11,7 @@ import pytest
 from parcnn import nn
 from parcnn.cpu import CpuExecutor
 from parcnn.errors import ArgumentError
-from parcnn.optim import SGD, Adam, AdamW
+from parcnn.optim import SGD, Adam, AdamW, Muon
 from tests.plan.step import Step, make_plan
 
 STEPS, BATCH = 6, 4
@@ -136,3 +136,12 @@ def test_values_out_of_range(make: Callable[[], Any]) -> None:
         make()
     assert caught.value.where.startswith(("SGD.", "Adam.", "AdamW."))
     assert caught.value.expected
+
+
+@pytest.mark.parametrize("optimizer", [SGD, Adam, AdamW, Muon])
+def test_parameters_are_refused_with_what_to_write_instead(optimizer: Callable[..., Any]) -> None:
+    parameters = nn.Linear(2, 3).parameters()
+    for arguments, named in (((parameters,), {"lr": 0.1}), ((list(parameters), 0.1), {})):
+        with pytest.raises(ArgumentError, match=r"(?s)takes no parameters.*\(lr=0\.1\)"):
+            optimizer(*arguments, **named)
+    assert optimizer(np.float32(0.5)).lr == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -38,6 +39,30 @@ def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match=r"c\.safetensors"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("what", ["tensor", "description"])
+def test_changed_bytes_are_found(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(path, SAMPLE)
+    data = bytearray(path.read_bytes())
+    at = data.rindex(np.float32(5).tobytes()) + 2 if what == "tensor" else data.index(b"epoch") + 10
+    data[at] ^= 2
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"c\.safetensors: the file was changed"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_without_a_digest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "older.safetensors"
+    metadata = {"format": module.FORMAT, "info": json.dumps(SAMPLE.info)}
+    save_file({f"model.{k}": v for k, v in SAMPLE.weights.items()}, path, metadata)
+    assert load_checkpoint(path).info == SAMPLE.info
+
+
+def test_a_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="a folder"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

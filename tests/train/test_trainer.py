@@ -28,7 +28,7 @@ from parcnn.errors import (
 )
 from parcnn.nn import functional
 from parcnn.plan.trace import Tensor
-from parcnn.train import Augment, Callback, EpochResult, Trainer, predict
+from parcnn.train import Augment, Callback, EpochResult, JsonLines, Trainer, predict
 from parcnn.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from parcnn.train.session import KEPT_PLANS
 
@@ -549,6 +549,61 @@ def test_a_batch_size_that_cannot_be_is_refused(make_trainer: Make, batch_size: 
 def test_predict_takes_batches_of_images(make_trainer: Make, shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="not a batch of images"):
         make_trainer().predict(np.zeros(shape, np.uint8))
+
+
+def test_floats_are_normalised_as_pixels_are(make_trainer: Make, digits: Dataset, held_out: Dataset) -> None:
+    trainer = make_trainer()
+    trainer.fit(digits, 1)
+    scaled = (held_out.images / 255).astype(np.float32)
+    logits = trainer.predict(held_out.images)
+    np.testing.assert_allclose(trainer.predict(scaled), logits, rtol=1e-4, atol=1e-4)
+    assert trainer.evaluate(from_arrays(scaled, held_out.labels)).accuracy == trainer.evaluate(held_out).accuracy
+
+
+@pytest.mark.parametrize(
+    ("what", "arguments"),
+    [
+        ("model", {"model": models.create}),
+        ("optimizer", {"optimizer": "sgd"}),
+        ("optimizer", {"optimizer": optim.SGD}),
+        ("loss", {"loss": "mse"}),
+        ("schedule", {"schedule": "cosine"}),
+    ],
+)
+def test_arguments_of_another_kind_are_named(what: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=rf"Trainer\.{what}: an argument of another kind"):
+        Trainer(**{"model": models.create("lenet5"), "device": "cpu", **arguments})
+
+
+def test_what_is_no_data_set_is_named(make_trainer: Make, digits: Dataset) -> None:
+    trainer = make_trainer()
+    for call in (
+        lambda: trainer.fit(digits.images, 1),  # type: ignore[arg-type]
+        lambda: trainer.fit(digits, 1, digits.images),  # type: ignore[arg-type]
+        lambda: trainer.evaluate(digits.images),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ArgumentError, match=r"(?s)of another kind.*data\.load.*ndarray"):
+            call()
+    with pytest.raises(ArgumentError, match=r"fit\.epochs"):
+        trainer.fit(digits, 1.5)  # type: ignore[arg-type]
+
+
+def test_another_model_s_checkpoint_is_told_by_its_name(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    trainer = make_trainer()
+    trainer.fit(digits, 1, checkpoint=tmp_path / "c.safetensors")
+    other = Trainer(models.create("cifarnet"), device="cpu")
+    with pytest.raises(CheckpointError, match=r"(?s)another model's.*CifarNet.*LeNet5") as caught:
+        other.load(tmp_path / "c.safetensors")
+    assert len(str(caught.value)) < 500
+
+
+def test_metrics_that_cannot_be_written_are_told_before_the_first_step(
+    make_trainer: Make, digits: Dataset, tmp_path: Path
+) -> None:
+    trainer = make_trainer()
+    with pytest.raises(DataError, match="metrics cannot be written"):
+        trainer.fit(digits, 1, callbacks=[JsonLines(tmp_path)])
+    assert trainer.trained == 0
 
 
 def test_predict_refuses_pixels_of_a_type_that_it_would_not_normalise(make_trainer: Make, digits: Dataset) -> None:

@@ -53,7 +53,10 @@ def evaluate(
 def predict(
     checkpoint: CheckpointFile,
     images: Annotated[
-        list[Path], typer.Argument(help="Image files (png, jpg, ...), or .npy arrays (H,W), (C,H,W) or (N,C,H,W).")
+        list[Path],
+        typer.Argument(
+            help="Image files (png, jpg, ...), or .npy arrays (H,W), (C,H,W) or (N,C,H,W) of uint8, or of floats from 0 to 1."
+        ),
     ],
     size: Annotated[
         tuple[int, int] | None,

@@ -62,11 +62,11 @@ def train(
             where=str(checkpoint),
             remedy="leave out --resume" if resume else "go on with --resume, or give another folder with --out",
         )
-    _make_folder(folder)
     training, test = (
         data.load(recipe.data, split, data_dir, size=recipe.size, notice=say) for split in ("train", "test")
     )
     trainer = recipe.trainer(training, resolve_executor(device, threads))
+    _make_folder(folder)
     if resume:
         trainer.load(checkpoint)
         if trainer.epoch >= recipe.epochs:
@@ -75,7 +75,7 @@ def train(
         f"{recipe.model} on {training.name} ({len(training):,} images, {len(test):,} to test) by {trainer.executor.name}; "
         f"batch {recipe.batch}, {recipe.optimizer}, {recipe.schedule}, seed {recipe.seed}"
     )
-    callbacks = [RichProgress(console), JsonLines(folder / METRICS)]
+    callbacks = [JsonLines(folder / METRICS), RichProgress(console)]
     try:
         trainer.fit(training, recipe.epochs, validation=test, callbacks=callbacks, checkpoint=checkpoint)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from parcnn.errors import ArgumentError
 from parcnn.ops.base import Emit
 from parcnn.ops.matmul import MatMul
 from parcnn.ops.muon import ADJUSTMENTS, MuonDirection, MuonUpdate
-from parcnn.optim.optimizers import SGD, Adam, AdamW, check
+from parcnn.optim.optimizers import SGD, Adam, AdamW, check, refuse_parameters
 
 if TYPE_CHECKING:
     from parcnn.plan.optimizer import Group, Rule
@@ -49,6 +49,11 @@ class Muon:
     waits = True  # each of its many products is small: a group of weights takes hardly longer than one
     slots = 1
     is_elementwise = False
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Raises ArgumentError for parameters, which torch's optimizers take first."""
+        refuse_parameters("Muon", values)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check(self.lr > 0, "Muon.lr", "> 0", self.lr)

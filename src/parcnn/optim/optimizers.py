@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -21,6 +22,11 @@ class OneRule:
 
     waits = False
     is_elementwise = True
+
+    def __new__(cls, *values: Any, **named: Any) -> Self:
+        """Raises ArgumentError for parameters, which torch's optimizers take first."""
+        refuse_parameters(cls.__name__, values)
+        return super().__new__(cls)
 
     def rules(self, parameters: Mapping[str, tuple[int, ...]]) -> dict[str, Self]:
         """The same rule for all."""
@@ -110,6 +116,15 @@ class AdamW(Adam):
     weight_decay: float = 1e-2
 
     _decoupled = True
+
+
+def refuse_parameters(name: str, values: Sequence[object]) -> None:
+    """Raise ArgumentError where the first value is no number: torch's optimizers take parameters there."""
+    if values and not isinstance(values[0], Real):
+        raise ArgumentError(
+            "an optimizer takes no parameters: the Trainer gives it the model's", where=name,
+            expected="a learning rate", got=type(values[0]).__name__, remedy=f"{name}(0.1), or {name}(lr=0.1)",
+        )  # fmt: skip
 
 
 def check(good: bool, where: str, expected: str, got: object) -> None:

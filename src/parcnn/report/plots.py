@@ -316,4 +316,4 @@ def _plain_ticks(axis: Any, limits: tuple[float, float]) -> None:
 
 
 def _thousands(value: float, position: int) -> str:
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.3g}"

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parcnn.errors import DataError
+
 if TYPE_CHECKING:
     from parcnn.train.trainer import EpochResult, History, Trainer
 
@@ -80,14 +82,30 @@ class RichProgress(Callback):
 
 
 class JsonLines(Callback):
-    """Appends one JSON object an epoch to a file, written through at once."""
+    """Appends one JSON object an epoch to a file, written through at once.
+
+    Raises DataError, before the first step where it can, when the file cannot be written.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    def on_start(self, trainer: Trainer, epochs: int, steps_per_epoch: int) -> None:
+        self._append("")
+
     def on_epoch(self, result: EpochResult) -> None:
         from dataclasses import asdict
 
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps({**asdict(result), "time": time.time()}) + "\n")
+        self._append(json.dumps({**asdict(result), "time": time.time()}) + "\n")
+
+    def _append(self, text: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(text)
+        except OSError as fault:
+            raise DataError(
+                f"metrics cannot be written ({fault.strerror or fault})",
+                where=str(self.path),
+                remedy="make room or give permission there, or write them to another file",
+            ) from fault

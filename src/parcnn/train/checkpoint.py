@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,8 +36,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     path = Path(path)
     tensors = {f"model.{k}": v for k, v in checkpoint.weights.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
-    metadata = {"format": FORMAT, "info": json.dumps(checkpoint.info)}
-    blob = save({k: np.asarray(v, order="C") for k, v in tensors.items()}, metadata)
+    tensors = {k: np.asarray(v, order="C") for k, v in tensors.items()}
+    info = json.dumps(checkpoint.info)
+    blob = save(tensors, {"format": FORMAT, "info": info, "sha256": _digest(info, tensors)})
     try:
         write_whole(path, blob)
     except OSError as fault:
@@ -49,6 +51,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint. Raises CheckpointError, naming the file, when it is missing, corrupt or not one of ours."""
+    if Path(path).is_dir():
+        raise CheckpointError("a folder", where=str(path), expected="a checkpoint's file", remedy="name the file in it")
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
@@ -63,6 +67,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             got=str(fault),
             remedy="use an older checkpoint",
         ) from fault
+    if metadata.get("sha256", digest := _digest(metadata.get("info", ""), tensors)) != digest:  # older ones have none
+        raise CheckpointError(
+            "the file was changed since it was written, or is damaged", where=str(path),
+            expected=f"SHA-256 {metadata['sha256']} of its tensors and description", got=digest,
+            remedy="use an older checkpoint",
+        )  # fmt: skip
     try:
         info = json.loads(metadata["info"])
     except (KeyError, ValueError) as fault:
@@ -79,6 +89,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             )  # fmt: skip
         parts[kind][key] = tensor
     return Checkpoint(parts["model"], parts["optimizer"], info)
+
+
+def _digest(info: str, tensors: Mapping[str, np.ndarray]) -> str:
+    """Of the description and of all tensors' bytes, by name."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensors[name]).data)
+    return digest.hexdigest()
 
 
 def _check_format(path: str | Path, metadata: Mapping[str, str]) -> None:

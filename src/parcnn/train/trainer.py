@@ -35,6 +35,7 @@ from parcnn.train.session import Session
 
 REPORT_SECONDS = 0.25  # between two looks at the loss
 _NEEDED = {"epoch", "step", "trained", "classes", "mean", "std"}  # of a checkpoint's description, to go on from it
+_DATASET = "a data set: data.load(...) or data.from_arrays(images, labels)"
 _SAID_LATER = {"schedule", "loss", "precision", "augment", "shuffle"}  # which older checkpoints do not tell
 
 
@@ -92,7 +93,7 @@ class Trainer:
     model: a `parcnn.nn.Module`; optimizer: of `parcnn.optim`; loss: CrossEntropyLoss or MSELoss; schedule: factors on
     the learning rate; device: 'auto', 'cpu', 'cuda' or an executor; seed: of shuffling, dropout and augmentation
     (initial weights are the model's own: `parcnn.manual_seed`). Two runs with one seed give the same bits. Raises
-    ArgumentError for a batch_size that is no whole number from 1 on.
+    ArgumentError for a batch_size that is no whole number from 1 on, and for arguments that are of another kind.
     """
 
     def __init__(
@@ -110,10 +111,16 @@ class Trainer:
         augment: Augment | None = None,
         shuffle: bool = True,
     ) -> None:
+        _check_kind(isinstance(model, Module), "Trainer.model", "a parcnn.nn.Module", model)
+        _check_kind(
+            optimizer is None or _has(optimizer, "rules"), "Trainer.optimizer", "optim.SGD(0.1), ...", optimizer
+        )
+        _check_kind(loss is None or callable(loss), "Trainer.loss", "nn.CrossEntropyLoss(), ...", loss)
+        _check_kind(schedule is None or _has(schedule, "factor"), "Trainer.schedule", "optim.CosineLR(), ...", schedule)
         self.model = model
         self.optimizer = optimizer or SGD(0.01, momentum=0.9)
         self.schedule = schedule or ConstantLR()
-        self.batch_size, self.seed, self.shuffle = _positive(batch_size, "Trainer.batch_size"), seed, shuffle
+        self.batch_size, self.seed, self.shuffle = _whole(batch_size, 1, "Trainer.batch_size"), seed, shuffle
         self.augment, self.loss = augment or Augment(), loss or CrossEntropyLoss()
         self.executor = resolve_executor(device)
         self.session = Session(
@@ -148,12 +155,18 @@ class Trainer:
 
         Writes `checkpoint` after each epoch. Ctrl-C ends the run after the step in flight, writes the checkpoint and
         raises KeyboardInterrupt; a second one ends it at once, and leaves the checkpoint of the last epoch's end. Raises
-        ShapeError, LabelError, OutOfMemoryError, DataError (an epoch begun on another number of samples) before the first
-        step, and NonFiniteLossError when the loss is NaN or infinite. After that, as after a second Ctrl-C, model and
-        position are those of the last epoch's end, and the optimizer's state is fresh: `load` a checkpoint to go on.
-        Warns where the loaded checkpoint was trained with other tables of measured kernels, which may round sums
-        differently.
+        ArgumentError for what is no data set or no number of epochs, ShapeError, LabelError, OutOfMemoryError, DataError (an
+        epoch begun on another number of samples) before the first step, and NonFiniteLossError when the loss is NaN or
+        infinite. After that, as after a second Ctrl-C, model and position are those of the last epoch's end, and the
+        optimizer's state is fresh: `load` a checkpoint to go on. Warns where the loaded checkpoint was trained with other
+        tables of measured kernels, which may round sums differently.
         """
+        for data, where in (
+            (train, "fit.train"),
+            *([(validation, "fit.validation")] if validation is not None else []),
+        ):
+            _check_kind(isinstance(data, Dataset), where, _DATASET, data)
+        epochs = _whole(epochs, 0, "fit.epochs")
         if self._tuning != self.executor.tuning_digest:
             tables = f"'{self._tuning}', now '{self.executor.tuning_digest}'"
             warnings.warn(f"trained so far with other tables of kernels ({tables}): not bit for bit", stacklevel=2)
@@ -229,7 +242,8 @@ class Trainer:
         return history
 
     def evaluate(self, data: Dataset) -> EvalResult:
-        """Mean loss and accuracy of the model on a data set, in inference mode."""
+        """Mean loss and accuracy of the model on a data set, in inference mode. Raises ArgumentError for anything else."""
+        _check_kind(isinstance(data, Dataset), "evaluate.data", _DATASET, data)
         run = self.ready_pass("eval", data)
         order = np.arange(len(data), dtype=np.int32)
         run.start(order, 0, self.trained, self.seed)
@@ -239,7 +253,8 @@ class Trainer:
         return EvalResult(loss, accuracy, len(data))
 
     def predict(self, images: np.ndarray) -> np.ndarray:
-        """The model's output (N, ...), float32 (fp64: float64), for images (N,C,H,W) uint8 or float, normalised as in training.
+        """The model's output (N, ...), float32 (fp64: float64), for images (N,C,H,W), normalised as in training: uint8 pixels
+        are scaled to 0..1 before that, floats are taken as scaled so already.
 
         Raises ShapeError for no images or images that do not fit the model, DataError for other types.
         """
@@ -259,8 +274,6 @@ class Trainer:
                 remedy="images.astype(np.uint8) for values 0..255, else images.astype(np.float32)",
             )
         mean, std = self.normalization or ((0.0,), (1.0,))
-        if images.dtype != np.uint8:
-            mean, std = (0.0,), (1.0,)
         data = DeviceData(
             self.executor, images, np.zeros(len(images), np.int32), self.batch_size, None, self.session.layout.dtype
         )
@@ -305,6 +318,16 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
+        own_tensors = self.model.state_dict().keys()
+        if differing := sorted(checkpoint.weights.keys() ^ own_tensors):
+            raise CheckpointError(
+                "the checkpoint is another model's",
+                where=str(path),
+                expected=f"{type(self.model).__name__} with {len(own_tensors)} tensors",
+                got=f"{info.get('model', 'a model')} with {len(checkpoint.weights)}; only one of both has "
+                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}",
+                remedy="give the model that was trained, or another checkpoint",
+            )
         if not info.keys() >= _NEEDED:
             raise CheckpointError(
                 "the checkpoint does not say where training stood",
@@ -504,15 +527,29 @@ def _described(thing: Any) -> str:
     return str(getattr(thing, "__qualname__", type(thing).__qualname__))
 
 
-def _positive(value: Any, where: str) -> int:
-    """A whole number from 1 on, of any integer type."""
+def _whole(value: Any, least: int, where: str) -> int:
+    """A whole number from `least` on, of any integer type."""
     try:
         number = operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1:
-        raise ArgumentError("a value out of range", where=where, expected="a whole number, at least 1", got=repr(value))
+        number = least - 1
+    if number < least:
+        raise ArgumentError(
+            "a value out of range", where=where, expected=f"a whole number, at least {least}", got=repr(value)
+        )
     return number
+
+
+def _has(thing: Any, method: str) -> bool:
+    """Whether it is an object with such a method, not a class."""
+    return not isinstance(thing, type) and callable(getattr(thing, method, None))
+
+
+def _check_kind(good: bool, where: str, expected: str, got: Any) -> None:
+    """Raise ArgumentError unless `good`."""
+    if not good:
+        name = f"the class {got.__name__}" if isinstance(got, type) else type(got).__name__
+        raise ArgumentError("an argument of another kind", where=where, expected=expected, got=name)
 
 
 @contextmanager
