@@ -184,7 +184,8 @@ def test_ctrl_c_keeps_the_checkpoint(tmp_path: Path) -> None:
         [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        metrics = tmp_path / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
@@ -220,7 +221,9 @@ def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:
     assert "unknown data set" in fail("train", "lenet5", "--data", "nist", "--out", tmp_path / "a", "--device", "cpu")
     assert "--optimizer" in fail("train", *DIGITS, "--optimizer", "lion", "--out", tmp_path / "b")
     assert "unknown device" in fail("train", *DIGITS[:-1], "gpu", "--out", tmp_path / "c")
+    assert not list(tmp_path.iterdir()), "runs that never began"
     assert "no such file" in fail("eval", tmp_path / "none.safetensors", "--data", "digits")
+    assert "a folder" in fail("eval", trained, "--data", "digits")
     (tmp_path / "text.png").write_text("no image")
     assert "text.png" in fail("predict", checkpoint, tmp_path / "text.png", "--device", "cpu")
     np.save(tmp_path / "wide.npy", np.zeros((2, 3, 28, 28), np.uint8))
