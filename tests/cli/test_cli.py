@@ -226,6 +226,8 @@ def test_bad_input_is_named(trained: Path, tmp_path: Path) -> None:
     assert "a folder" in fail("eval", trained, "--data", "digits")
     (tmp_path / "text.png").write_text("no image")
     assert "text.png" in fail("predict", checkpoint, tmp_path / "text.png", "--device", "cpu")
+    assert "none.png: no such file" in fail("predict", checkpoint, tmp_path / "none.png", "--device", "cpu")
+    assert "a folder, no image" in fail("predict", checkpoint, tmp_path, "--device", "cpu")
     np.save(tmp_path / "wide.npy", np.zeros((2, 3, 28, 28), np.uint8))
     assert "expected: (N, 1, H, W)" in fail("predict", checkpoint, tmp_path / "wide.npy", "--device", "cpu")
     (tmp_path / "bad.toml").write_text('[model]\nname = "lenet5"\n[data]\nname = "digits"\n[train]\nepoch = 1\n')

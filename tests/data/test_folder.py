@@ -208,7 +208,7 @@ def test_without_pillow_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.
     picture(tmp_path / "a" / "1.png")
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(UnsupportedError, match=r"parcnn\[images\]"):
+    with pytest.raises(UnsupportedError, match=r"install pillow"):
         from_folder(tmp_path)
 
 

@@ -43,6 +43,7 @@ def speedup(
     ] = None,
 ) -> None:
     """Sequential, all cores and GPU: speed, accuracy, what each optimization brings; rows, graphs and an HTML page."""
+    plots.require_matplotlib()  # not after minutes of measuring
     folder = out or (Path("runs/demo") if demo else RESULTS)
     if demo:
         say(

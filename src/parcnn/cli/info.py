@@ -13,14 +13,15 @@ from parcnn.cli.console import say
 from parcnn.cuda.compiler import default_cache
 from parcnn.errors import DeviceError, TuningError
 
-# Package -> what it is for and which extra brings it.
+CUDA = "'.[cuda]' in a clone of parcnn"
+# Package -> what it is for and what pip installs it by.
 OPTIONAL = {
-    "pycuda": ("runs the kernels on the GPU", "cuda"),
-    "cuda-bindings": ("NVRTC and CUDA graphs", "cuda"),
-    "nvidia-cuda-nvrtc": ("compiles the kernels", "cuda"),
-    "matplotlib": ("graphs of the benchmarks", "plots"),
-    "pillow": ("reads image files", "images"),
-    "torch": ("compared with in the benchmarks", ""),
+    "pycuda": ("runs the kernels on the GPU", CUDA),
+    "cuda-bindings": ("NVRTC and CUDA graphs", CUDA),
+    "nvidia-cuda-nvrtc": ("compiles the kernels", CUDA),
+    "matplotlib": ("graphs of the benchmarks", "matplotlib"),
+    "pillow": ("reads image files", "pillow"),
+    "torch": ("compared with in the benchmarks", "torch"),
 }
 
 
@@ -50,9 +51,8 @@ def info() -> None:
         facts["GPU"] = f"{gpu.gpu}, driver {gpu.driver or 'unknown'}, CUDA {gpu.cuda}"
     except (DeviceError, TuningError) as error:
         facts["GPU"], obstacle = "none that can be used", error
-    for name, (purpose, extra) in OPTIONAL.items():
-        missing = "not installed: pip install " + (f"'parcnn[{extra}]'" if extra else name)
-        facts[name] = f"{installed(name) or missing} ({purpose})"
+    for name, (purpose, what) in OPTIONAL.items():
+        facts[name] = f"{installed(name) or f'not installed: pip install {what}'} ({purpose})"
     for name, value in facts.items():
         say(f"{name:<21}{value}")
     if obstacle is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parcnn.data.fault import damaged
-from parcnn.errors import ArgumentError, ShapeError, UnsupportedError
+from parcnn.errors import ArgumentError, DataError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ def require_pillow(path: Path) -> None:
         raise UnsupportedError(
             "reading images needs Pillow, which is not installed",
             where=str(path),
-            remedy="pip install 'parcnn[images]'",
+            remedy="pip install pillow",
         ) from error
 
 
@@ -88,6 +88,10 @@ def decode(path: Path, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
 def _open(path: Path) -> Image.Image:
     from PIL import Image
 
+    if not path.is_file():
+        raise DataError(
+            "a folder, no image" if path.is_dir() else "no such file", where=str(path), remedy="check the path"
+        )
     try:
         return Image.open(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -99,14 +99,21 @@ def _graph(name: str, title: str, alt: str, draw: Callable[[Sequence[Row], Theme
     return Graph(name, title, alt, {theme.name: _png(draw(rows, theme), theme) for theme in (LIGHT, DARK)})
 
 
-def _figure(theme: Theme, panels: int, height: float) -> tuple[Any, list[Any]]:
+def require_matplotlib() -> None:
+    """Raises UnsupportedError where matplotlib is not installed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as fault:
         raise UnsupportedError(
-            "graphs need matplotlib, which is not installed", remedy="pip install 'parcnn[plots]'"
+            "graphs need matplotlib, which is not installed", remedy="pip install matplotlib"
         ) from fault
+
+
+def _figure(theme: Theme, panels: int, height: float) -> tuple[Any, list[Any]]:
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, height), facecolor=theme.surface, layout="constrained")
     FigureCanvasAgg(figure)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
