@@ -26,7 +26,8 @@ from parcnn.errors import ArgumentError, DataError
 from parcnn.report import page, plots, tables
 from parcnn.train import resolve_executor
 
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("benchmarks/results")  # what tables and graphs of README and docs are made from
+RUNS = Path("runs/bench")
 
 app = typer.Typer(no_args_is_help=True, help="Measure; every result is a row (JSON lines).")
 
@@ -39,12 +40,12 @@ def speedup(
     data_dir: DataDir = None,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="PyTorch too, where it is installed.")] = True,
     out: Annotated[
-        Path | None, typer.Option(help=f"Folder for page, graphs and rows. [default: {RESULTS}; runs/demo with --demo]")
+        Path | None, typer.Option(help=f"Folder for page, graphs and rows. [default: {RUNS}; runs/demo with --demo]")
     ] = None,
 ) -> None:
     """Sequential, all cores and GPU: speed, accuracy, what each optimization brings; rows, graphs and an HTML page."""
     plots.require_matplotlib()  # not after minutes of measuring
-    folder = out or (Path("runs/demo") if demo else RESULTS)
+    folder = out or (Path("runs/demo") if demo else RUNS)
     if demo:
         say(
             "parcnn trains convolutional networks. This demonstration trains a small one (LeNet-5, which reads handwritten\n"
@@ -71,7 +72,7 @@ def speedup(
 
 
 @app.command()
-def fused(device: Device = "auto", threads: Threads = None, out: Out = RESULTS) -> None:
+def fused(device: Device = "auto", threads: Threads = None, out: Out = RUNS) -> None:
     """Convolution + bias + ReLU + max-pool in one kernel against one kernel each: time, memory, bytes moved."""
     _keep(out, "fused", fused_bench.run(resolve_executor(device, threads), say))
 
@@ -95,7 +96,7 @@ def layers(
         bool, typer.Option("--pauses/--no-pauses", help="Also time single graphs after a rest each.")
     ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run of the same commit was stopped.")] = False,
-    out: Out = RESULTS,
+    out: Out = RUNS,
 ) -> None:
     """Convolution layers against cuDNN and the roofline; the block with bias, ReLU and max-pool against torch.compile."""
     from parcnn.cuda.executor import CudaExecutor
@@ -143,7 +144,7 @@ def step(
     precision: Annotated[str, typer.Option(help=f"One of {', '.join(step_bench.PRECISIONS)}.")] = "fp32",
     only: Annotated[str, typer.Option(help='Problems with this in their name, such as "cifarnet".')] = "",
     max_autotune: Annotated[bool, typer.Option("--max-autotune", help="torch.compile's slowest mode too.")] = False,
-    out: Out = RESULTS,
+    out: Out = RUNS,
 ) -> None:
     """A whole training step against PyTorch's modes in the same run."""
     modes = peers_bench.ALL_MODES if max_autotune else peers_bench.MODES
@@ -155,7 +156,7 @@ def memory(
     device: Device = "auto",
     cap_mib: Annotated[int, typer.Option(min=1, help="Memory that may be used.")] = memory_bench.CAP_BYTES >> 20,
     image: Annotated[int, typer.Option(min=8, help="Height and width of an image.")] = memory_bench.IMAGE,
-    out: Out = RESULTS,
+    out: Out = RUNS,
 ) -> None:
     """The largest batch of 512x512 images that cifarnet trains with under a cap of memory, ours and PyTorch's."""
     _keep(out, "memory", memory_bench.run(resolve_executor(device), say, cap_mib << 20, image))
@@ -170,7 +171,7 @@ def accuracy(
     precision: Annotated[str, typer.Option(help="fp32, or bf16 on the GPU.")] = "fp32",
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data. [default: the recipe's]")] = None,
     data_dir: DataDir = None,
-    out: Out = RESULTS,
+    out: Out = RUNS,
 ) -> None:
     """The accuracy that a recipe reaches over seeds."""
     executor = resolve_executor(device, threads)
