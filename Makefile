@@ -77,7 +77,9 @@ SANITIZED = $(addprefix tests/cuda/test_, conv_fuzz.py::test_every_family conv_w
 	conv_sm90_epilogue.py::test_y_may_take_the_place_of_the_addend conv_sm90_epilogue.py::test_a_derivative_follows_from_the_input \
 	conv_sm90_epilogue.py::test_an_activation_is_taken_of_the_sum conv_sm90_windows.py::test_what_is_not_finite \
 	batch_norm_kernels.py::test_train_by_given_moments batch_norm_kernels.py::test_dgrad_in_place pool_kernels.py::test_smallest \
-	batch_norm_pool_kernels.py::test_train_by_given_moments batch_norm_pool_kernels.py::test_several_tiles_a_block)
+	batch_norm_pool_kernels.py::test_train_by_given_moments batch_norm_pool_kernels.py::test_several_tiles_a_block \
+	gemm.py::test_a_tensor_may_be_several_operands gemm.py::test_not_a_number_and_infinity_pass \
+	muon_kernels.py::test_copies_are_the_new_weights_rounded)
 sanitize:
 	$(SETUP) test
 	@$(PY) tools/gpu_record.py require

@@ -270,6 +270,8 @@ def test_plan_switches() -> None:
     assert "3 streams" in succeed("plan", "lenet5", "--device", "cuda")
     assert "3 streams" not in succeed("plan", "lenet5", "--device", "cpu")
     assert "1 streams" in succeed("plan", "lenet5", "--device", "cpu", "--no-parallel")
+    assert "no such precision" in fail("plan", "lenet5", "--device", "cpu", "--precision", "bf16")
+    assert "no such precision" in fail("plan", "lenet5", "--device", "cuda", "--precision", "fp64")
 
 
 def test_info_says_what_is_here_and_what_is_missing() -> None:

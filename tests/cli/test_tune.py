@@ -19,8 +19,8 @@ from parcnn.cli import tune as tune_command
 from parcnn.cli.app import app
 from parcnn.cuda import tuning
 from parcnn.cuda.executor import CudaExecutor
-from parcnn.cuda.kernels import Registry
-from parcnn.cuda.tuning import Choice, Tuning, problem_key
+from parcnn.cuda.kernels import Registry, conv_sm90
+from parcnn.cuda.tuning import Choice, Tuning, problem_key, user_folder
 from parcnn.ops.program import Call
 
 SMALL = (Layer(4, 9, 7, 8, 16, 3, 1, 1), Layer(4, 12, 12, 3, 8, 5, 2, 2))
@@ -44,7 +44,7 @@ def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
     def executor(registry: Registry | None = None, tuning: Tuning | None = None) -> CudaExecutor:
         made = GPU.null(registry=registry)
-        made.tuning = tuning if tuning is not None else made.tuning
+        made.tuning = tuning if tuning is not None else Tuning.of(made.device, user_folder())
         return made
 
     monkeypatch.setattr("parcnn.cuda.executor.CudaExecutor", executor)
@@ -241,6 +241,11 @@ def test_only_portable_kernels_run_where_asked(home: Path, monkeypatch: pytest.M
     monkeypatch.setattr(bench_command, "LAYERS", (Layer(32, 14, 14, 64, 128, 3, 1, 1),))
     wide = ("--directions", "fprop", "--out", home)
     succeed("bench", "layers", *wide)
+    gpu = GPU.null()
+    (call,) = (c for s in layers.of_layers(gpu, bench_command.LAYERS, "bf16", print, ("fprop",)) for c in s.calls)
+    choice = Choice("conv_sm90", str(conv_sm90.candidates(call, gpu.device)[-1]))
+    path = user_folder() / tuning.file_name(gpu.device)
+    tuning.write(path, gpu.device, {problem_key(call.op, call.input_specs): choice})
     succeed("bench", "layers", *wide, "--portable")
     variants = [row.variant for row in read(home / "layers.jsonl")]
     assert "sm90" in variants[0]
@@ -251,6 +256,8 @@ def test_wrong_options_are_named(home: Path) -> None:
     assert "--directions" in fail("bench", "layers", "--directions", "fprop,backprop")
     assert "--precision" in fail("bench", "layers", "--precision", "fp16")
     assert "unknown model" in fail("tune", "alexnet")
-    assert "unknown precision" in fail("tune", "lenet5", "--precision", "fp16")
-    assert "unknown precision" in fail("tune", "layers", "--precision", "fp16")
+    assert "no such precision" in fail("tune", "lenet5", "--precision", "fp16")
+    assert "no such precision" in fail("tune", "layers", "--precision", "fp64")
+    assert "nothing to measure" in fail("tune", "layers", "--only", "nowhere")
+    assert not list(home.rglob("*.json"))
     assert "only the tables that ship are checked" in fail("tune", "lenet5", "--check")

@@ -18,6 +18,7 @@ from parcnn.cuda.launch import Device
 from parcnn.ops.base import Op, Spec
 from parcnn.ops.conv import ConvDgrad, ConvFprop, ConvWgrad
 from parcnn.ops.program import Call, Slot
+from tests.cuda import conv_problems
 from tests.cuda.compare import MakeExecutor, listing, makers, places
 from tests.cuda.host_emulation import runner
 from tests.cuda.test_conv_mma import KINDS, POOLS, SAME, Problem, bits_of, check_exact, full, on_cpu, random_of, ternary
@@ -37,6 +38,7 @@ PROBLEMS = {
     "linear": Problem(70, 1, 1, 84, 10, 1, 1),
     "filter covers the image": Problem(7, 5, 5, 12, 120, 5, 5),
 }
+NOT_MET = conv_problems.Problem(3, 1, 1, 33, 48, 1, 1, (1, 1, 1, 1), (2, 2))
 CASES = [(n, k, p) for n, problem in PROBLEMS.items() for p in POOLS if problem.has(p) for k in KINDS]
 EMULATED = (("both odd", "dgrad", None), ("stride 2", "wgrad", "max"), ("linear", "dgrad", None))
 cases = pytest.mark.parametrize(("name", "kind", "pool"), CASES, ids=[f"{n} {k} {p or 'plain'}" for n, k, p in CASES])
@@ -125,7 +127,22 @@ def test_what_it_refuses() -> None:
         assert reason in (conv_padded.supports(op, inputs) or "supported"), op
 
 
+def test_no_tap_may_meet_a_pixel(null: CudaExecutor) -> None:
+    """There are then no tiles to choose from: dx is the addend, or zeros, by the epilogue."""
+    op, random = NOT_MET.op("dgrad", act="gelu"), random_of("not met")
+    specs = conv_problems.specs_of(op, NOT_MET.operands(op, ternary(random), random), "bf16")
+    assert null.registry.tunable(op, specs).keys() == {"conv_padded"}
+    run_op(null, op, bits_of(op, NOT_MET.operands(op, ternary(random), random)))
+
+
 # On the host's emulation and the device
+
+
+@places("act", [("gelu",), ("none",)], lambda act: True)
+def test_where_no_tap_meets_a_pixel(make: MakeExecutor, act: str) -> None:
+    op, random = NOT_MET.op("dgrad", act=None if act == "none" else act, add=True), random_of(act)
+    operands = NOT_MET.operands(op, conv_problems.normal(random), random)
+    conv_problems.check_close(make([conv_padded]), op, operands, "bf16")
 
 
 @places("name kind pool", CASES, lambda *case: case in EMULATED)

@@ -76,7 +76,7 @@ def test_what_is_taken(case: Case) -> None:
 
 def test_each_reason_is_told() -> None:
     registry = Registry([family("a", "too odd"), family("b", "too even", cost=1.0)], FOLDER)
-    with pytest.raises(UnsupportedError, match=r"(?s)layer 3.*too odd; too even"):
+    with pytest.raises(UnsupportedError, match=r"(?s)layer 3.*a: too odd; b: too even"):
         registry.find(ScaleAdd(), INPUTS, H200, "layer 3")
 
 

@@ -181,7 +181,7 @@ def test_a_damaged_table_is_named_with_the_remedy(tmp_path: Path, spoil: Callabl
         Tuning.of(H200, tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b'{"format": "parcnn-tun', b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("data", [b"", b'{"format": "parcnn-tun', b"[]", b"\xff\xfe", b"9" * 5000, b"[" * 100_000])
 def test_a_truncated_table_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / tuning.file_name(H200)
     path.write_bytes(data)

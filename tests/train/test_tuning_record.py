@@ -34,3 +34,13 @@ def test_other_tables_are_warned_of_when_training_goes_on(make_trainer: Make, di
     other.evaluate(digits)  # nor does what does not train
     with pytest.warns(UserWarning, match="0123456789ab"):
         other.fit(digits, 2)
+
+
+def test_other_hardware_is_warned_of(make_trainer: Make, digits: Dataset, tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "c.safetensors", executor("")
+    elsewhere.hardware = "sm_80 with 108 multiprocessors"
+    make_trainer(device=elsewhere).fit(digits, 1, checkpoint=path)
+    here = make_trainer(device=executor(""))
+    here.load(path)
+    with pytest.warns(UserWarning, match="108 multiprocessors.*the CPU"):
+        here.fit(digits, 2)

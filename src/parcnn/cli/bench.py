@@ -101,6 +101,7 @@ def layers(
     """Convolution layers against cuDNN and the roofline; the block with bias, ReLU and max-pool against torch.compile."""
     from parcnn.cuda.executor import CudaExecutor
     from parcnn.cuda.kernels import REGISTRY
+    from parcnn.cuda.tuning import Tuning
 
     wanted = tuple(directions.split(","))
     if unknown := set(wanted) - {*CONV, *FUSED}:
@@ -108,6 +109,8 @@ def layers(
     if precision not in ("bf16", "fp32"):
         raise ArgumentError("unknown precision", where="--precision", expected="bf16, fp32", got=precision)
     executor = CudaExecutor(registry=REGISTRY.portable if portable else None)
+    if portable:
+        executor.tuning = Tuning.of(executor.device)  # a user's table may name kernels that not every GPU has
     if model:
         found = layers_bench.of_model(executor, model, image_shape(model, None), batch, precision)
         subjects = [each for each in found if each.direction in wanted and only in each.problem["shape"]]

@@ -17,7 +17,7 @@ from parcnn.optim import SGD
 from parcnn.plan.build import MODES, Plan
 from parcnn.plan.describe import CallRow, describe, outline
 from parcnn.plan.options import Options
-from parcnn.plan.precision import TENSOR_TYPES
+from parcnn.plan.precision import TENSOR_TYPES, check_precision
 from parcnn.train import resolve_executor
 
 INPUTS = {"lenet5": "1,28,28", "cifarnet": "3,32,32"}
@@ -50,6 +50,7 @@ def plan(
     sample = image_shape(model, input_shape)
     options = Options(fuse=fuse, reuse=reuse, inplace=inplace, parallel=parallel)
     executor = _executor(device, threads)
+    check_precision(executor, precision)
 
     def plan_of(wanted: str) -> Plan:
         return outline(

@@ -18,6 +18,7 @@ from parcnn.cli.console import console, say
 from parcnn.cli.plan import image_shape
 from parcnn.cuda import tuning
 from parcnn.errors import ArgumentError
+from parcnn.plan.precision import check_precision
 
 WIDTH = 200  # of the table where the output is no terminal
 ALL_LAYERS, SHIPPED = "layers", "shipped"
@@ -59,6 +60,7 @@ def tune(
         _check()
         return
     executor = CudaExecutor(tuning=tuning.Tuning())
+    check_precision(executor, precision)
     folder = tuning.SHIPPED if model == SHIPPED else tuning.user_folder()
     path = table or folder / tuning.file_name(executor.device)
     old = tuning.read(path, executor.device)
@@ -72,6 +74,10 @@ def tune(
     else:
         sample = image_shape(model, input_shape)
         subjects = layers_bench.of_model(executor, model, sample, batch, precision, classes)
+    if not subjects:
+        raise ArgumentError(
+            "there is nothing to measure", where="--only", expected="a part of a layer's shape", got=only
+        )
     measured: list[Measured] = []
     choices = old
     most = tune_bench.MOST_OF_MANY if random or model == SHIPPED else None

@@ -117,7 +117,7 @@ class CpuExecutor:
 
     name = "cpu"
     concurrent = False  # a call uses all threads
-    tuning_digest = ""  # each op has one way to run
+    hardware = tuning_digest = ""  # each op has one way to run
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is not None and threads < 1:

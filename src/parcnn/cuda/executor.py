@@ -385,6 +385,11 @@ class CudaExecutor:
         self._compiler.compile(kernels)
 
     @property
+    def hardware(self) -> str:
+        """The architecture and its multiprocessors: choices follow from them."""
+        return f"{self.device.arch} with {self.device.sm_count} multiprocessors"
+
+    @property
     def tuning_digest(self) -> str:
         """Names the tables that decide which variants run; '' where they are silent."""
         return self.tuning.digest

@@ -104,7 +104,7 @@ def read(path: Path, device: Device) -> dict[str, Choice]:
         raise TuningError("the table cannot be read", where=str(path), got=fault, remedy=REMEDY) from fault
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as fault:
+    except (ValueError, RecursionError) as fault:  # numbers too long, lists too deep
         raise TuningError("the table is not JSON", where=str(path), got=fault, remedy=REMEDY) from fault
     known = isinstance(content, dict) and content.get("format") == FORMAT
     if not known or not _are_choices(content.get("choices")):

@@ -115,6 +115,10 @@ class Executor(Protocol):
     concurrent: bool  # whether calls that do not wait for each other may run at the same time
 
     @property
+    def hardware(self) -> str:
+        """What of the device decides which code runs an op, beside tables; '': nothing."""
+
+    @property
     def tuning_digest(self) -> str:
         """Names the tables that decide which code runs an op: with others the same sums may round differently. '': none."""
 

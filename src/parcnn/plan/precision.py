@@ -15,11 +15,24 @@ from parcnn.errors import ArgumentError
 from parcnn.ops.base import Value
 from parcnn.ops.conv import ConvFprop
 from parcnn.ops.pointwise import Cast
+from parcnn.ops.program import Executor
 from parcnn.ops.update import Update
 from parcnn.plan.graph import Graph, Node
 from parcnn.plan.variable import Layout
 
 TENSOR_TYPES = {"fp32": "f32", "fp64": "f64", "bf16": "bf16"}
+
+
+def check_precision(executor: Executor, precision: str) -> None:
+    """Raises ArgumentError for a precision that the executor does not run in."""
+    known = ("fp32", "fp64") if executor.name == "cpu" else ("fp32", "bf16")
+    if precision not in known:
+        raise ArgumentError(
+            f"the {executor.name} executor has no such precision",
+            expected=f"one of {known}",
+            got=precision,
+            remedy="fp64 runs on the CPU, bf16 on the GPU: choose the device by device= or --device",
+        )
 
 
 def tensor_type(precision: str) -> str:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from parcnn.errors import ArgumentError, CheckpointError
+from parcnn.errors import CheckpointError
 from parcnn.nn import Module
 from parcnn.ops.base import accumulator
 from parcnn.ops.program import Executor, LoadedProgram, Region
 from parcnn.plan.build import Feed, Plan, build, check_memory
 from parcnn.plan.optimizer import Optimizer
 from parcnn.plan.options import Options
-from parcnn.plan.precision import TENSOR_TYPES, bf16_bits
+from parcnn.plan.precision import TENSOR_TYPES, bf16_bits, check_precision
 from parcnn.plan.variable import Layout, Variable
 
 # Plans take some 100 kB each, and every number of images that is predicted has its own.
@@ -40,14 +40,7 @@ class Session:
         precision: str = "fp32",
         options: Options | None = None,
     ) -> None:
-        known = ("fp32", "fp64") if executor.name == "cpu" else ("fp32", "bf16")
-        if precision not in known:
-            raise ArgumentError(
-                f"the {executor.name} executor has no such precision",
-                expected=f"one of {known}",
-                got=precision,
-                remedy="fp64 runs on the CPU, bf16 on the GPU: choose the device by device= or --device",
-            )
+        check_precision(executor, precision)
         self.model, self.executor, self.loss, self.optimizer = model, executor, loss, optimizer
         self.options, self.dtype = options or Options(), TENSOR_TYPES[precision]
         self.layout = Layout.of(model.named_variables(), accumulator(self.dtype))

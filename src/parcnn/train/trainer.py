@@ -139,7 +139,7 @@ class Trainer:
         self._samples = 0  # of the training data that epoch and step count on
         self._passes: WeakKeyDictionary[Dataset, dict[tuple[str, int], Pass]] = WeakKeyDictionary()
         self._pending_state: dict[str, np.ndarray] | None = None  # of a checkpoint, until the training plan is loaded
-        self._tuning = self.executor.tuning_digest  # of the steps so far
+        self._ran_on = self._kernels()  # of the steps so far
 
     # -- what users call ----------------------------------------------------------------------------------------
 
@@ -158,8 +158,8 @@ class Trainer:
         ArgumentError for what is no data set or no number of epochs, ShapeError, LabelError, OutOfMemoryError, DataError (an
         epoch begun on another number of samples) before the first step, and NonFiniteLossError when the loss is NaN or
         infinite. After that, as after a second Ctrl-C, model and position are those of the last epoch's end, and the
-        optimizer's state is fresh: `load` a checkpoint to go on. Warns where the loaded checkpoint was trained with other
-        tables of measured kernels, which may round sums differently.
+        optimizer's state is fresh: `load` a checkpoint to go on. Warns where the loaded checkpoint was trained on other
+        hardware or with other tables of measured kernels, which may round sums differently.
         """
         for data, where in (
             (train, "fit.train"),
@@ -167,10 +167,14 @@ class Trainer:
         ):
             _check_kind(isinstance(data, Dataset), where, _DATASET, data)
         epochs = _whole(epochs, 0, "fit.epochs")
-        if self._tuning != self.executor.tuning_digest:
-            tables = f"'{self._tuning}', now '{self.executor.tuning_digest}'"
-            warnings.warn(f"trained so far with other tables of kernels ({tables}): not bit for bit", stacklevel=2)
-            self._tuning = self.executor.tuning_digest
+        if self._ran_on != self._kernels():
+            (before, its_tables), (now, tables) = self._ran_on, self._kernels()
+            warnings.warn(
+                f"trained so far on {before or 'the CPU'} (tables of kernels '{its_tables}'), now on {now or 'the CPU'} "
+                f"('{tables}'): sums may round differently, so it does not go on bit for bit",
+                stacklevel=2,
+            )
+            self._ran_on = self._kernels()
         if self.step and self._samples not in (0, len(train)):  # 0: an older checkpoint does not say
             raise DataError(
                 f"epoch {self.epoch + 1} was begun on another number of samples",
@@ -304,6 +308,7 @@ class Trainer:
             "std": list(std),
             "input": list(self.input_shape),
             "samples": self._samples,
+            "hardware": self.executor.hardware,
             "tuning": self.executor.tuning_digest,
         }
         state = self.session.optimizer_state() if self._pending_state is None else self._pending_state
@@ -348,7 +353,11 @@ class Trainer:
         self.model.load_state_dict(checkpoint.weights)
         self.epoch, self.step, self.trained = self._pulled = info["epoch"], info["step"], info["trained"]
         self.input_shape, self._samples = tuple(info.get("input", ())), info.get("samples", 0)
-        self._tuning = info.get("tuning", "") if self.trained else self.executor.tuning_digest
+        before = (
+            info.get("hardware", self.executor.hardware),
+            info.get("tuning", ""),
+        )  # older ones do not tell the first
+        self._ran_on = before if self.trained else self._kernels()
         self.classes = tuple(info["classes"])
         self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
         self._pending_state = checkpoint.optimizer
@@ -363,6 +372,10 @@ class Trainer:
         return self.session.held_bytes
 
     # -- how it is done -----------------------------------------------------------------------------------------
+
+    def _kernels(self) -> tuple[str, str]:
+        """What decides which code runs an op: the hardware, and tables of measured kernels."""
+        return self.executor.hardware, self.executor.tuning_digest
 
     def _recipe(self) -> dict[str, Any]:
         """What a run that goes on must have in common with the one before."""

@@ -85,7 +85,7 @@ class Registry:
         for launcher in self._of(op):
             reason = launcher.supports(op, inputs)
             if reason is not None:
-                reasons.append(reason)
+                reasons.append(f"{family_name(launcher)}: {reason}")
             elif isinstance(launcher, EstimatingLauncher):
                 able.append(launcher)
             elif not able:
@@ -100,7 +100,8 @@ class Registry:
             where=where,
             expected="; ".join(reasons) or "an op that has a launcher",
             got=repr(op),
-            remedy="use the CPU: device='cpu', `--device cpu`",
+            remedy=("a smaller batch; or " if any("2**31" in reason for reason in reasons) else "")
+            + "use the CPU: device='cpu', `--device cpu`",
         )
 
     def tunable(self, op: Op, inputs: tuple[Spec, ...]) -> dict[str, TunableLauncher]:

@@ -81,7 +81,7 @@ def workspace_bytes(
     """The padded tensors, and what the convolution of them needs."""
     call = Call(op, tuple(Slot(s, "arena") for s in inputs), tuple(Slot(s, "arena") for s in outputs))
     parts = _Parts.of(call)
-    return parts.end + _scratch_bytes(parts, variant or candidates(call, device)[0], device)
+    return parts.end + _scratch_bytes(parts, variant or _best(call, device), device)
 
 
 def candidates(call: Call, device: Device) -> Sequence[Variant]:
@@ -104,7 +104,7 @@ def launches(call: Call, device: Device, variant: Variant | None = None) -> list
     parts, whole = _Parts.of(call), call.workspace
     if whole is None:
         raise ValueError("a padded convolution needs its workspace")
-    chosen = variant or candidates(call, device)[0]
+    chosen = variant or _best(call, device)
     nbytes = _scratch_bytes(parts, chosen, device)
     scratch = Slot(Spec((nbytes,), "u8"), whole.region, whole.offset + parts.end) if nbytes else None
     product = chosen.family.launches(replace(parts.call, workspace=scratch), device, chosen.variant)
@@ -150,6 +150,12 @@ def _families(padded: Call, device: Device) -> list[Any]:
     """Those that run the padded convolution, the best estimate first."""
     able = [f for f in FAMILIES[type(padded.op)] if f.supports(padded.op, padded.input_specs) is None]
     return sorted(able, key=lambda family: family.cost_us(padded, device))
+
+
+def _best(call: Call, device: Device) -> Variant:
+    """The first of the candidates; where there are none, as no tap meets a pixel, what the family does then."""
+    found = candidates(call, device)
+    return found[0] if found else Variant(_families(_Parts.of(call).call, device)[0], None)
 
 
 def _scratch_bytes(parts: _Parts, variant: Variant, device: Device) -> int:
