@@ -284,7 +284,7 @@ def test_channels_of_zeros_change_no_step(cuda: CudaExecutor) -> None:
 def test_convolutions_read_the_weights_as_they_are_now(cuda: CudaExecutor, optimizer: Optimizer) -> None:
     """After steps of training, with a frozen layer, and after the host wrote weights: as a trainer that starts from them."""
     some = noise(16 * 3 + 5, (3, 32, 32))
-    images = np.random.default_rng(1).standard_normal((40, 3, 32, 32), np.float32)  # floats: nobody normalises them
+    images = np.random.default_rng(1).standard_normal((40, 3, 32, 32), np.float32)
     model = mixed()
     dict(model.named_modules())["left"].requires_grad_(False)
     run = Trainer(model, optimizer, device=cuda, precision="bf16", batch_size=16)
@@ -295,6 +295,7 @@ def test_convolutions_read_the_weights_as_they_are_now(cuda: CudaExecutor, optim
         seen.append((state, run.predict(images)))
         fresh = Trainer(mixed(), optimizer, device=cuda, precision="bf16", batch_size=16)
         fresh.model.load_state_dict(state)
+        fresh.normalization = run.normalization
         np.testing.assert_array_equal(fresh.predict(images), seen[-1][1])
     assert (seen[0][1] != seen[1][1]).any()
     run.model.load_state_dict(seen[0][0])
