@@ -23,7 +23,7 @@ help:
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the speedup benchmark at full size; BENCH=NAME for another one"
 	@echo "make gpu-check  the GPU tests and figures; writes benchmarks/results/gpu-check.json"
-	@echo "make sanitize   convolutions under compute-sanitizer's four tools, on the GPU; writes benchmarks/results/sanitize.json"
+	@echo "make sanitize   convolutions, norms, pools and products under compute-sanitizer's four tools, on the GPU; writes benchmarks/results/sanitize.json"
 	@echo "make setup      the environment only; tries PyCUDA again where it could not be built"
 	@echo "make clean      removes the environment and what tools left behind"
 	@echo

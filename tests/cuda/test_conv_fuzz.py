@@ -26,9 +26,10 @@ from tests.cuda import conv_problems
 from tests.cuda.conv_problems import Problem
 
 SHARDS, EXAMPLES, LEAST = 20, 145, 102  # some are drawn twice: more than 2,000 different problems
-HOPPER_SHARDS, HOPPER_EXAMPLES = 10, 60
+HOPPER_SHARDS, HOPPER_EXAMPLES = 3, 50  # of each epilogue
 MOST_FLOPS = 6e7  # of a problem: the oracle takes some milliseconds
 MOST_TERMS = 1800  # bf16 has all sums of this many ternary products that are at all likely
+EPILOGUES = ("window", "moments", "add", "sums")
 POOLS, PRECISIONS = (None, None, "max", "avg"), ("bf16", "bf16", "f32")
 CHANNELS = st.one_of(st.integers(1, 40), st.integers(1, 20).map(lambda eighths: 8 * eighths))
 SETTINGS: dict[str, Any] = {
@@ -88,16 +89,13 @@ def windows(draw: st.DrawFn) -> PoolWindow:
 
 
 @st.composite
-def hopper_operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
-    """Epilogues that only Hopper's kernels have, on problems that they take."""
-    c, k = (8 * draw(st.integers(5, 24)) for _ in range(2))
+def hopper_operations(draw: st.DrawFn, kind: str) -> tuple[Problem, Any, str]:
+    """An epilogue that only Hopper's kernels have, on problems that they take."""
+    c, k = (8 * draw(st.integers(1 if kind in ("window", "moments") else 5, 24)) for _ in range(2))
     r, s = (draw(st.sampled_from((1, 2, 3, 3, 5))) for _ in range(2))
     stride, dilation = (draw(st.sampled_from(((1, 1), (1, 1), (1, 1), other))) for other in ((2, 2), (1, 2)))
     pad = (r // 2, s // 2, r // 2, s // 2) if draw(st.booleans()) else tuple(draw(st.integers(0, 2)) for _ in range(4))
-    problem = Problem(
-        draw(st.integers(1, 40)), draw(st.integers(1, 24)), draw(st.integers(1, 24)), c, k, r, s, pad, stride, dilation
-    )
-    kind = draw(st.sampled_from(("window", "moments", "addend", "sums")))
+    problem = Problem(1, draw(st.integers(1, 40)), draw(st.integers(1, 40)), c, k, r, s, pad, stride, dilation)
     if kind == "sums":
         problem = replace(problem, r=3, s=3, stride=(1, 1))
         op = problem.op("dgrad", draw(st.sampled_from(POOLS)), sums=True, act=draw(st.sampled_from((None, "relu"))))
@@ -105,9 +103,10 @@ def hopper_operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
     else:
         window = draw(windows()) if kind == "window" else None
         act = draw(st.sampled_from((None, "relu") if window else (None, "relu", *ACTIVATIONS)))
-        more = {"window": window, "moments": kind == "moments", "add": kind == "addend"}
+        more = {"window": window, "moments": kind == "moments", "add": kind == "add"}
         op = problem.op("fprop", window and window.kind, bias=draw(st.booleans()), act=act, **more)
     assume(min(op.pooled_hw(problem.h, problem.w, problem.r, problem.s)) > 0 and problem.flops(None) < MOST_FLOPS)
+    problem = replace(problem, n=draw(st.integers(1, min(40, int(MOST_FLOPS / problem.flops(None))))))
     # Means and a batch norm's sums are of rounded values; the oracle's are none others where terms are few.
     terms = problem.r * problem.s * (k if kind == "sums" else c)
     assume(terms <= MOST_TERMS or not (kind == "sums" or op.pool == "avg"))
@@ -115,17 +114,24 @@ def hopper_operations(draw: st.DrawFn) -> tuple[Problem, Any, str]:
 
 
 def check_random(
-    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int, operations: st.SearchStrategy, examples: int
+    cuda: CudaExecutor,
+    monkeypatch: pytest.MonkeyPatch,
+    shard: int,
+    operations: st.SearchStrategy,
+    examples: int,
+    *,
+    bare: bool = True,
 ) -> set[str]:
-    """Random operations' results are right; gives the problems that there were."""
+    """Random operations' results are right; gives the problems that there were. `bare`: less some epilogue where need be."""
     seen: set[str] = set()
 
     @seeded(shard)
     @settings(**SETTINGS, max_examples=examples)
     @given(operations, st.integers(0, 2**32 - 1), st.booleans(), st.integers(0, 2**16))
     def check(drawn: tuple[Problem, Any, str], seed: int, whole: bool, other: int) -> None:
-        problem, op, dtype = drawn
-        op, specs = runnable(cuda, problem, op, dtype)
+        problem, whole_op, dtype = drawn
+        op, specs = runnable(cuda, problem, whole_op, dtype)
+        assert bare or op == whole_op
         random = np.random.default_rng(seed)
         exact = conv_problems.is_exact(op) and (whole or conv_problems.is_held_to_bits(op))
         values = conv_problems.ternary(random) if exact else conv_problems.normal(random)
@@ -154,12 +160,15 @@ def test_random_problems(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, sh
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shard", range(HOPPER_SHARDS))
-def test_random_epilogues_of_hopper(cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_random_epilogues_of_hopper(
+    cuda: CudaExecutor, monkeypatch: pytest.MonkeyPatch, epilogue: str, shard: int
+) -> None:
     """Pools by other windows than 2x2, shortcuts, a batch norm's moments, and its sums in backward."""
     if cuda.device.arch != "sm_90a":
         pytest.skip("no other architecture's kernels have them")
-    seen = check_random(cuda, monkeypatch, shard, hopper_operations(), HOPPER_EXAMPLES)
-    assert len(seen) >= HOPPER_EXAMPLES // 2, f"{len(seen)} different problems"
+    seen = check_random(cuda, monkeypatch, shard, hopper_operations(epilogue), HOPPER_EXAMPLES, bare=False)
+    assert len([key for key in seen if f" {epilogue}=" in key]) >= HOPPER_EXAMPLES // 2, f"{len(seen)} problems"
 
 
 SAME = (1, 1, 1, 1)

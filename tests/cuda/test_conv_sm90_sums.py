@@ -23,7 +23,7 @@ from parcnn.plan.options import Options
 from parcnn.train import Trainer
 from tests.cuda.bf16 import from_bits, to_bits
 from tests.cuda.compare import MakeExecutor, emulates, listing, makers, places
-from tests.cuda.conv_problems import norm_below
+from tests.cuda.conv_problems import UNIT, norm_below
 from tests.cuda.test_conv_sm90 import (
     H200,
     PROBLEMS,
@@ -40,7 +40,6 @@ from tests.op_runner import run_op
 
 OTHERS = (*conv_unpool.variants(), *batch_norm.variants())
 make_fixture = makers(listing(OTHERS))
-UNIT = 2.0**-24
 CASES = {
     **{
         name: PROBLEMS[name]

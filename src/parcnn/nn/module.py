@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -184,13 +184,12 @@ class Module:
         Raises CheckpointError, changing nothing, when a key is missing or unknown (`strict`) or a shape differs.
         """
         own = dict(self.named_variables())
-        missing, unknown = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-        if strict and (missing or unknown):
+        if strict and (differing := differing_keys(own, state_dict)):
             raise CheckpointError(
                 "the state does not belong to this model",
                 where=type(self).__name__,
-                expected=f"keys {sorted(own)}",
-                got=f"missing {sorted(missing)}, unknown {sorted(unknown)}",
+                expected=f"its {len(own)} keys",
+                got=differing,
                 remedy="build the model with the arguments it was saved with, or pass strict=False",
             )
         arrays = {name: _as_array(state_dict[name]) for name in own if name in state_dict}
@@ -223,6 +222,16 @@ def _flat(args: tuple[Any, ...]) -> Iterator[Any]:
             yield from _flat(tuple(a))
         else:
             yield a
+
+
+def differing_keys(own: Collection[str], given: Collection[str]) -> str:
+    """Which keys of a model are missing, and which are unknown to it, the first of many; '' where they agree."""
+    parts = []
+    for what, keys in (("missing", set(own) - set(given)), ("unknown", set(given) - set(own))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            parts.append(f"{what} {sorted(keys)[:3]}{more}")
+    return "; ".join(parts)
 
 
 def _as_array(value: Any) -> np.ndarray:

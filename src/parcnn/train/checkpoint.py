@@ -67,7 +67,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             got=str(fault),
             remedy="use an older checkpoint",
         ) from fault
-    if metadata.get("sha256", digest := _digest(metadata.get("info", ""), tensors)) != digest:  # older ones have none
+    digest = _digest(metadata.get("info", ""), tensors)
+    if metadata.get("sha256", digest) != digest:  # older ones have none
         raise CheckpointError(
             "the file was changed since it was written, or is damaged", where=str(path),
             expected=f"SHA-256 {metadata['sha256']} of its tensors and description", got=digest,

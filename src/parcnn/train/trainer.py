@@ -20,6 +20,7 @@ import numpy as np
 from parcnn.data import Dataset
 from parcnn.errors import ArgumentError, CheckpointError, DataError, LabelError, NonFiniteLossError, ShapeError
 from parcnn.nn import CrossEntropyLoss, Module
+from parcnn.nn.module import differing_keys
 from parcnn.ops.base import Spec
 from parcnn.ops.philox import permutation
 from parcnn.ops.program import PERSISTENT, Executor, Region
@@ -35,8 +36,8 @@ from parcnn.train.session import Session
 
 REPORT_SECONDS = 0.25  # between two looks at the loss
 _NEEDED = {"epoch", "step", "trained", "classes", "mean", "std"}  # of a checkpoint's description, to go on from it
-_DATASET = "a data set: data.load(...) or data.from_arrays(images, labels)"
 _SAID_LATER = {"schedule", "loss", "precision", "augment", "shuffle"}  # which older checkpoints do not tell
+_DATASET = "a data set: data.load(...) or data.from_arrays(images, labels)"
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,8 @@ class Trainer:
         optimizer's state is fresh: `load` a checkpoint to go on. Warns where the loaded checkpoint was trained on other
         hardware or with other tables of measured kernels, which may round sums differently.
         """
-        for data, where in (
-            (train, "fit.train"),
-            *([(validation, "fit.validation")] if validation is not None else []),
-        ):
-            _check_kind(isinstance(data, Dataset), where, _DATASET, data)
+        _check_kind(isinstance(train, Dataset), "fit.train", _DATASET, train)
+        _check_kind(validation is None or isinstance(validation, Dataset), "fit.validation", _DATASET, validation)
         epochs = _whole(epochs, 0, "fit.epochs")
         if self._ran_on != self._kernels():
             (before, its_tables), (now, tables) = self._ran_on, self._kernels()
@@ -323,14 +321,12 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         info = checkpoint.info
-        own_tensors = self.model.state_dict().keys()
-        if differing := sorted(checkpoint.weights.keys() ^ own_tensors):
+        if differing := differing_keys(dict(self.model.named_variables()), checkpoint.weights):
             raise CheckpointError(
                 "the checkpoint is another model's",
                 where=str(path),
-                expected=f"{type(self.model).__name__} with {len(own_tensors)} tensors",
-                got=f"{info.get('model', 'a model')} with {len(checkpoint.weights)}; only one of both has "
-                f"{', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}",
+                expected=type(self.model).__name__,
+                got=f"{info.get('model', 'a model')}: {differing}",
                 remedy="give the model that was trained, or another checkpoint",
             )
         if not info.keys() >= _NEEDED:
@@ -353,11 +349,8 @@ class Trainer:
         self.model.load_state_dict(checkpoint.weights)
         self.epoch, self.step, self.trained = self._pulled = info["epoch"], info["step"], info["trained"]
         self.input_shape, self._samples = tuple(info.get("input", ())), info.get("samples", 0)
-        before = (
-            info.get("hardware", self.executor.hardware),
-            info.get("tuning", ""),
-        )  # older ones do not tell the first
-        self._ran_on = before if self.trained else self._kernels()
+        hardware = info.get("hardware", self.executor.hardware)  # which older checkpoints do not tell
+        self._ran_on = (hardware, info.get("tuning", "")) if self.trained else self._kernels()
         self.classes = tuple(info["classes"])
         self.normalization = (tuple(info["mean"]), tuple(info["std"])) if info["mean"] else None
         self._pending_state = checkpoint.optimizer
